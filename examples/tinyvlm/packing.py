@@ -1,0 +1,174 @@
+"""Packing many short conversations behind one image, and dense per-patch labels.
+
+A packed row is ``USER: <image>*N`` followed by conversations.  Every conversation restarts at
+position N + 1 and attends to the image prefix and to itself only, so its logits are those of the
+same conversation alone in the stock forward pass (``check.py`` asserts this).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from model import EOS, IMAGE, PAD, PATCH, POSITIONS, VOCAB
+from PIL import Image
+from scenes import COLORS, SHAPES, SIZE, Question, Scene
+
+WORD = {word: i for i, word in enumerate(VOCAB)}
+KIND_WORDS = (*SHAPES, "bar", "card")
+GROUPS = {  # dense label groups: every patch of a drawn thing is one word of each group
+    "color": tuple(COLORS),
+    "kind": KIND_WORDS,
+    "number": tuple(str(n) for n in range(10)),
+    "cell": POSITIONS,
+}
+CONVERSATION_TURNS = (0.6, 0.25, 0.15)
+COUNT_WEIGHT = 2.0
+TEXT = 104  # packed text positions behind the image; fixed, so that every side has one shape
+
+
+@dataclass
+class Batch:
+    """Tensors of one training step; L is the packed length, G the patch grid side.
+
+    input_ids (B, L), position_ids (B, L), mask (B, 1, L, L) of 0 and -inf, targets (B, L) with
+    -100 where no loss is taken, weights (B, L), pixels (B, 3, 8G, 8G), dense: group -> (B, G*G)
+    word index within the group or -100, offsets (B, G*G, 2) from patch to centre in image widths,
+    asked (Q,) image number and about (Q, G*G) bool: the patches each answer is read from,
+    in the order of the answers in ``targets``.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    mask: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    pixels: torch.Tensor
+    dense: dict[str, torch.Tensor]
+    offsets: torch.Tensor
+    asked: torch.Tensor
+    about: torch.Tensor
+
+
+def pixels(images: list[Image.Image], side: int) -> torch.Tensor:
+    """What the shipped processor gives for these images at ``side``: (B, 3, side, side)."""
+    stack = np.stack(
+        [np.asarray(i.resize((side, side), Image.Resampling.BICUBIC), np.float32) for i in images]
+    )
+    return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous() / 127.5 - 1.0
+
+
+def converse(
+    questions: list[Question], rng: np.random.Generator, turns: tuple[float, ...]
+) -> list[list[Question]]:
+    """Group consecutive questions into conversations of 1, 2, ... turns drawn from ``turns``."""
+    out = []
+    rest = list(questions)
+    while rest:
+        n = 1 + int(rng.choice(len(turns), p=turns))
+        out.append(rest[:n])
+        rest = rest[n:]
+    return out
+
+
+def tokens(conversation: list[Question]) -> tuple[list[int], list[int], list[float]]:
+    """Ids after the image, next-token targets and loss weights of one conversation."""
+    ids: list[int] = []
+    answer_at: list[tuple[int, float]] = []
+    for turn, question in enumerate(conversation):
+        ids += [WORD["user:"]] if turn else []
+        ids += [WORD[w] for w in question.text.split()] + [WORD["assistant:"]]
+        weight = COUNT_WEIGHT if question.task == "count" else 1.0
+        answer_at += [(len(ids) - 1, weight), (len(ids), 0.2)]
+        ids += [WORD[question.answer], EOS]
+    targets, weights = [-100] * len(ids), [0.0] * len(ids)
+    for at, weight in answer_at:
+        targets[at], weights[at] = ids[at + 1], weight
+    return ids, targets, weights
+
+
+def pack(
+    scenes: list[Scene],
+    rng: np.random.Generator,
+    side: int = SIZE,
+    turns: tuple[float, ...] = CONVERSATION_TURNS,
+) -> Batch:
+    """Pack the questions of every scene that fit behind its image at ``side`` pixels."""
+    grid = side // PATCH
+    prefix = [WORD["user:"]] + [IMAGE] * grid * grid
+    start = len(prefix)
+    rows = [converse(scene.questions, rng, turns) for scene in scenes]
+    asked: list[int] = []
+    about: list[tuple[int, ...]] = []
+    length = start + TEXT
+    n = len(scenes)
+    ids = np.full((n, length), PAD)
+    ids[:, :start] = prefix
+    position = np.tile(np.arange(length), (n, 1))
+    segment = np.full((n, length), -1)
+    segment[:, :start] = 0
+    targets = np.full((n, length), -100)
+    weights = np.zeros((n, length), np.float32)
+    for b, row in enumerate(rows):
+        at = start
+        for number, conversation in enumerate(row, 1):
+            words, target, weight = tokens(conversation)
+            if at + len(words) > length:
+                break
+            span = slice(at, at + len(words))
+            ids[b, span], targets[b, span], weights[b, span] = words, target, weight
+            position[b, span] = start + np.arange(len(words))
+            segment[b, span] = number
+            at += len(words)
+            asked += [b] * len(conversation)
+            about += [question.about for question in conversation]
+    same = segment[:, :, None] == segment[:, None, :]
+    seen = np.tril(same | (segment == 0)[:, None, :])
+    mask = np.where(seen, np.float32(0), np.float32("-inf"))
+    dense, offsets, owner = dense_labels(scenes, grid)
+    patches = np.stack([np.isin(owner[b], things) for b, things in zip(asked, about, strict=True)])
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(position),
+        torch.from_numpy(mask)[:, None],
+        torch.from_numpy(targets),
+        torch.from_numpy(weights),
+        pixels([s.image for s in scenes], side),
+        dense,
+        offsets,
+        torch.tensor(asked),
+        torch.from_numpy(patches),
+    )
+
+
+def dense_labels(scenes: list[Scene], grid: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, np.ndarray]:
+    """Labels of the patches whose centre lies in a thing's box; -100 (or 0 offset) elsewhere.
+
+    The last result (B, G*G) is the index of the thing that owns each patch, -1 where none does.
+    """
+    shape = (len(scenes), grid, grid)
+    dense = {name: np.full(shape, -100) for name in GROUPS}
+    offsets = np.zeros((*shape, 2), np.float32)
+    owner = np.full(shape, -1)
+    middle = (np.arange(grid) + 0.5) * SIZE / grid
+    for b, scene in enumerate(scenes):
+        for index, thing in enumerate(scene.things):
+            x0, y0, x1, y1 = thing.box
+            xs = np.flatnonzero((middle >= x0) & (middle <= x1))
+            ys = np.flatnonzero((middle >= y0) & (middle <= y1))
+            at = np.ix_([b], ys, xs)
+            owner[at] = index
+            words = {"color": thing.color, "kind": thing.shape, "cell": thing.cell}
+            if thing.number is not None:
+                words["number"] = str(thing.number)
+            for name, word in words.items():
+                dense[name][at] = GROUPS[name].index(word)
+            cx, cy = thing.center
+            offsets[(*at, 0)] = (cx - middle[xs])[None, None, :] / SIZE
+            offsets[(*at, 1)] = (cy - middle[ys])[None, :, None] / SIZE
+    return (
+        {name: torch.from_numpy(a.reshape(len(scenes), -1)) for name, a in dense.items()},
+        torch.from_numpy(offsets.reshape(len(scenes), -1, 2)),
+        owner.reshape(len(scenes), -1),
+    )

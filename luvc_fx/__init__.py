@@ -1,0 +1,39 @@
+"""luvc_fx: a visual-token budget compiled into the graph of a stock vision-language model."""
+
+from typing import TYPE_CHECKING, Any
+
+from luvc_fx.backend import LuvcBackend, LuvcWarning, NotRewritten, backend, prepare
+from luvc_fx.report import Reason, Refusal, Report
+from luvc_fx.schedule import Merge, Prune, Schedule
+
+if TYPE_CHECKING:
+    from luvc_fx.frontdoor import applied, compile, report_of, restore
+
+__all__ = [
+    "LuvcBackend",
+    "LuvcWarning",
+    "Merge",
+    "NotRewritten",
+    "Prune",
+    "Reason",
+    "Refusal",
+    "Report",
+    "Schedule",
+    "applied",
+    "backend",
+    "compile",
+    "prepare",
+    "report_of",
+    "restore",
+]
+
+_FRONT_DOOR = ("applied", "compile", "report_of", "restore")
+
+
+def __getattr__(name: str) -> Any:
+    # The backend alone needs no transformers; the front door does (extra "hf").
+    if name not in _FRONT_DOOR:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from luvc_fx import frontdoor
+
+    return getattr(frontdoor, name)

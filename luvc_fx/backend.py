@@ -1,0 +1,301 @@
+"""The TorchDynamo backend: recognise, plan, rewrite in place, hand on to the inner compiler."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from luvc_fx import _compat, markers
+from luvc_fx.anatomy import Anatomy, recognise
+from luvc_fx.fx_util import drop_dead, live_nodes, op_name
+from luvc_fx.passes import PASSES, Context
+from luvc_fx.passes.retarget import Retarget
+from luvc_fx.plan import Plan, make_plan
+from luvc_fx.report import GraphReport, Reason, Refusal, Refused, Report
+from luvc_fx.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+INNERS = ("inductor", "aot_eager", "eager")
+ON_NO_MATCH = ("warn", "raise", "ignore")
+
+GENERATE_HINT = (
+    "this model was compiled with torch.compile(model, backend=luvc_fx.backend(...)), and generate() "
+    "does not go through that: it runs the eager model with all visual tokens. Use "
+    "luvc_fx.compile(model, schedule) for generate()."
+)
+
+
+class LuvcWarning(UserWarning):
+    """Something the schedule asked for was left alone; the text says what and why."""
+
+
+class NotRewritten(RuntimeError):
+    """Raised in place of a `LuvcWarning` with ``on_no_match="raise"`` or ``strict=True``."""
+
+
+class LuvcBackend:
+    """A callable that Dynamo hands its graphs to; made by `backend`.
+
+    Two backends are equal when they would compile alike, so Dynamo does not recompile for a second one.
+
+    Attributes:
+        report: what happened to every graph so far.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        inner: str | Callable[..., Any],
+        mode: str | None,
+        options: dict[str, Any] | None,
+        on_no_match: str,
+        strict: bool,
+    ) -> None:
+        self.schedule = schedule
+        self.inner = inner
+        self.mode = mode
+        self.options = dict(options or {})
+        self.on_no_match = on_no_match
+        self.strict = strict
+        self.report = Report()
+        self.identity_sites = False
+        self.warn_on_generate = True
+
+    def _key(self) -> tuple[Any, ...]:
+        options = tuple(sorted((name, repr(option)) for name, option in self.options.items()))
+        flags = (self.on_no_match, self.strict, self.identity_sites)
+        return (self.schedule, self.inner, self.mode, options, *flags)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LuvcBackend) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    @property
+    def __name__(self) -> str:
+        # torch.compile asks for the name while it wraps a model: the only moment at which a backend
+        # can see that model, and so the only one to arrange that generate() warns.
+        if self.warn_on_generate:
+            model = _compat.model_being_compiled()
+            if model is not None:
+                _warn_when_generating(model)
+        return "luvc_fx"
+
+    def __repr__(self) -> str:
+        return f"luvc_fx.backend({self.schedule!r}, inner={self.inner!r})"
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: list[Any],
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> Callable[..., Any]:
+        """Rewrite `gm` in place and compile it; the inner compiler's result is returned unwrapped."""
+        _refuse_caching_precompile()
+        graph_report = self._rewrite(gm)
+        self.report.graphs.append(graph_report)
+        log.info("%s", graph_report)
+        self._complain(graph_report.refusals)
+        return self._compile(gm, example_inputs, mode or self.mode, {**self.options, **(options or {})})
+
+    def _compile(
+        self, gm: fx.GraphModule, example_inputs: list[Any], mode: str | None, options: dict[str, Any]
+    ) -> Callable[..., Any]:
+        if callable(self.inner):
+            return self.inner(gm, example_inputs)
+        if self.inner == "inductor":
+            return _compat.compile_inductor(gm, example_inputs, mode, options)
+        if self.inner == "aot_eager":
+            return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+        return gm.forward
+
+    def _complain(self, refusals: list[Refusal]) -> None:
+        if not refusals:
+            return
+        text = "luvc_fx left this alone: " + "; ".join(map(str, refusals))
+        if self.strict or self.on_no_match == "raise":
+            raise NotRewritten(text)
+        if self.on_no_match == "warn":
+            warnings.warn(text, LuvcWarning, stacklevel=2)
+
+    def _rewrite(self, gm: fx.GraphModule) -> GraphReport:
+        report = GraphReport(nodes_before=len(gm.graph.nodes), nodes_after=len(gm.graph.nodes))
+        started = time.perf_counter()
+        anatomy = recognise(gm.graph)
+        plan = make_plan(self.schedule, anatomy, self.identity_sites)
+        _describe(report, anatomy, plan, self.schedule)
+        report.milliseconds["recognise and plan"] = (time.perf_counter() - started) * 1e3
+        wants_grid = anatomy.encoder is not None and anatomy.encoder.slots is not None
+        if plan.empty and not anatomy.cache_attentions and not (wants_grid and self.schedule.prune):
+            return report
+        saved = _save(gm)
+        try:
+            _refuse_training(gm.graph)
+            self._run_passes(gm, anatomy, plan, report)
+        except Exception as error:
+            gm.graph = saved
+            gm.recompile()
+            if anatomy.cache_attentions:
+                # The captured mask only stands for the real one: without the pass the answer is wrong.
+                raise
+            self._rolled_back(report, anatomy, error)
+        report.nodes_after = len(gm.graph.nodes)
+        return report
+
+    def _rolled_back(self, report: GraphReport, anatomy: Anatomy, error: Exception) -> None:
+        report.inserted.clear()
+        report.merged_grid = None
+        report.fused = report.original
+        report.tokens_per_layer = [report.original or 0] * len(report.tokens_per_layer)
+        if isinstance(error, Refused):
+            report.refusals.append(error.refusal)
+            return
+        if self.strict:
+            raise error
+        text = f"{type(error).__name__}: {error}"
+        report.refusals.append(Refusal(Reason.PASS_FAILED, text))
+        log.warning("a luvc_fx pass failed and was rolled back", exc_info=error)
+
+    def _run_passes(self, gm: fx.GraphModule, anatomy: Anatomy, plan: Plan, report: GraphReport) -> None:
+        drop_dead(gm.graph)
+        spaces = [part.axes for part in (anatomy.encoder, anatomy.decoder) if part is not None]
+        context = Context(gm.graph, anatomy, plan, report, Retarget(gm.graph, *spaces))
+        for run in PASSES:
+            started = time.perf_counter()
+            run(context)
+            report.milliseconds[run.__name__] = (time.perf_counter() - started) * 1e3
+        started = time.perf_counter()
+        context.retarget.advance()
+        drop_dead(gm.graph)
+        if any(markers.is_call(node, markers.CACHE_MASK) for node in gm.graph.nodes):
+            raise Refused(Reason.CACHE, "a mask over a shortened cache is used outside of attention")
+        gm.graph.lint()
+        gm.recompile()
+        report.milliseconds["retarget"] = (time.perf_counter() - started) * 1e3
+
+
+def backend(
+    schedule: Schedule | str = "image",
+    inner: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    on_no_match: str = "warn",
+    strict: bool = False,
+    capture_scalars: bool = True,
+) -> LuvcBackend:
+    """A backend for ``torch.compile(model, backend=luvc_fx.backend(schedule))``.
+
+    For forward calls; `generate` does not go through `torch.compile` (see `luvc_fx.compile`). In a
+    decode loop of your own over the cache of a merged prompt pass `position_ids`: the cache is then
+    shorter than the prompt. Captured logits and hidden states have the surviving rows.
+
+    Args:
+        schedule: what to merge and prune, or the name of a preset.
+        inner: ``"inductor"``, ``"aot_eager"``, ``"eager"`` or a Dynamo backend of your own.
+        mode, options: as of `torch.compile`, for Inductor.
+        on_no_match: ``"warn"``, ``"raise"`` or ``"ignore"`` what the schedule asks for and a graph
+            does not allow. Such a graph compiles as if luvc_fx were not there.
+        strict: raise on every refusal, and let an error in a pass of ours through.
+        capture_scalars: switch on ``torch._dynamo.config.capture_scalar_outputs``, **for the whole
+            process**. Without it Dynamo ends the graph at the model's check of the image tokens, and
+            tokens can be pruned but not merged.
+
+    Raises:
+        ValueError: for an argument that is not allowed.
+        RuntimeError: while ``caching_precompile`` is on; it would hand out graphs of other schedules.
+    """
+    parsed = Schedule.of(schedule)
+    if not callable(inner) and inner not in INNERS:
+        raise ValueError(f"inner is {inner!r}; allowed: {', '.join(map(repr, INNERS))} or a callable")
+    if on_no_match not in ON_NO_MATCH:
+        raise ValueError(f"on_no_match is {on_no_match!r}; allowed: {', '.join(map(repr, ON_NO_MATCH))}")
+    if (mode is not None or options) and inner != "inductor":
+        raise ValueError(f"mode and options are Inductor's; inner is {inner!r}")
+    _refuse_caching_precompile()
+    if capture_scalars:
+        _compat.enable_scalar_capture()
+    return LuvcBackend(parsed, inner, mode, options, on_no_match, strict)
+
+
+def prepare(model: torch.nn.Module) -> torch.nn.Module:
+    """Make a fresh transformers model capture as one graph; returns it.
+
+    Its output hooks are otherwise installed inside the first traced forward, which then falls into
+    pieces. One eager forward does the same.
+    """
+    _compat.install_output_hooks(model)
+    return model
+
+
+def _describe(report: GraphReport, anatomy: Anatomy, plan: Plan, schedule: Schedule) -> None:
+    report.kind = anatomy.kind
+    if anatomy.encoder is not None:
+        report.encoder_blocks = len(anatomy.encoder.leaving)
+        report.grid = anatomy.encoder.grid
+    if anatomy.decoder is not None:
+        report.decoder_layers = len(anatomy.decoder.entering)
+        report.grid = report.grid or anatomy.decoder.grid
+    report.original, report.fused = plan.original, plan.fused
+    report.tokens_per_layer = plan.tokens_per_layer
+    report.refusals = [*plan.refusals]
+    if schedule.merge or schedule.prune:
+        report.refusals += anatomy.refusals
+    if schedule.merge:
+        report.refusals += anatomy.encoder_refusals
+    if plan.prunes and plan.merged_grid is None and anatomy.decoder is not None and not anatomy.decoder.grid:
+        report.notes.append("the token grid is not known here: blocks are runs of neighbours, never 2 x 2")
+
+
+def _save(gm: fx.GraphModule) -> fx.Graph:
+    """A copy of the graph to roll back to; placeholders keep what Dynamo hung on them."""
+    saved = copy.deepcopy(gm.graph)
+    for old, new in zip(gm.graph.nodes, saved.nodes, strict=True):
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return saved
+
+
+def _refuse_training(graph: fx.Graph) -> None:
+    """Dropout draws per row: with other rows the gradient is not the one that was asked for."""
+    live = live_nodes(graph)
+    for node in graph.nodes:
+        if node not in live:
+            continue
+        name = op_name(node)
+        training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else False)
+        drops = name == "dropout" and training is True
+        drops = drops or (name == "scaled_dot_product_attention" and bool(node.kwargs.get("dropout_p")))
+        if drops:
+            raise Refused(Reason.TRAINING, "the model is in training mode; call model.eval()", node)
+
+
+def _refuse_caching_precompile() -> None:
+    if _compat.caching_precompile():
+        raise RuntimeError(
+            "torch._dynamo.config.caching_precompile is on. Its cache does not know about backends and "
+            "would return a graph compiled for another schedule; switch it off to use luvc_fx"
+        )
+
+
+def _warn_when_generating(model: torch.nn.Module) -> None:
+    """Let `generate` of this instance say that it does not run what was compiled."""
+    generate = getattr(model, "generate", None)
+    if generate is None or "generate" in vars(model):
+        return
+
+    def warning_generate(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn(GENERATE_HINT, LuvcWarning, stacklevel=2)
+        return generate(*args, **kwargs)
+
+    model.generate = warning_generate  # type: ignore[assignment]

@@ -1,0 +1,109 @@
+"""Small readers of FX nodes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from luvc_fx._compat import hint
+
+
+def value(node: fx.Node) -> Any:
+    """The fake value of a node, in Dynamo's or ATen's spelling."""
+    found = node.meta.get("example_value")
+    return node.meta.get("val") if found is None else found
+
+
+def is_tensor(node: object) -> bool:
+    """Whether `node` is a node that holds one tensor."""
+    return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor)
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a tensor node, sizes as seen while tracing."""
+    return tuple(hint(size) for size in value(node).shape)
+
+
+def carries_tensor(node: fx.Node) -> bool:
+    """Whether tensors flow out of `node`, alone or in a tuple."""
+    return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value(node)))
+
+
+def concrete(leaf: Any) -> Any:
+    """A tensor of the sizes seen while tracing, made in the ambient fake mode; ints for symbolic ones."""
+    if isinstance(leaf, torch.Tensor):
+        return torch.empty([hint(s) for s in leaf.shape], dtype=leaf.dtype, device=leaf.device)
+    return hint(leaf) if isinstance(leaf, torch.SymInt) else leaf
+
+
+def run(node: fx.Node, lookup: Callable[[fx.Node], Any]) -> Any:
+    """Call what `node` calls, on what `lookup` gives for each of its inputs."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lookup)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def op_name(node: fx.Node) -> str:
+    """The bare name of what a node calls: ``"view"``, ``"add"``, ``"scaled_dot_product_attention"``."""
+    if node.op == "call_method":
+        return str(node.target)
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    return getattr(target, "__name__", str(target))
+
+
+def order(graph: fx.Graph) -> dict[fx.Node, int]:
+    """The position of each node."""
+    return {node: position for position, node in enumerate(graph.nodes)}
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """The output node of a graph."""
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def reach(starts: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Everything that `step` leads to from `starts`, themselves included."""
+    seen = set(starts)
+    stack = list(seen)
+    while stack:
+        for other in step(stack.pop()):
+            if other not in seen:
+                seen.add(other)
+                stack.append(other)
+    return seen
+
+
+def ancestors(*nodes: fx.Node) -> set[fx.Node]:
+    """The nodes that `nodes` are computed from, themselves included."""
+    return reach(nodes, lambda node: node.all_input_nodes)
+
+
+def descendants(*nodes: fx.Node) -> set[fx.Node]:
+    """The nodes computed from `nodes`, themselves included."""
+    return reach(nodes, lambda node: node.users)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a node changes one of its inputs in place, so that it counts without any user."""
+    name = op_name(node)
+    if node.op == "call_method":
+        return name.endswith("_") and not name.endswith("__")
+    return node.target is operator.setitem
+
+
+def live_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """What the outputs and the in-place writes of a graph are computed from, themselves included."""
+    return ancestors(output_node(graph), *filter(writes, graph.nodes))
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Remove what is not live; torch's own notion of impure misses in-place methods."""
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or writes(node))

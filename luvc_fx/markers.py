@@ -1,0 +1,67 @@
+"""Ops by which the front door tells a pass something that a captured graph could not show.
+
+A graph in which nobody looks for them still runs; only `cache_mask` raises, since no mask that it
+could return would be right.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_LIBRARY = torch.library.Library("luvc_fx", "FRAGMENT")
+
+_LIBRARY.define("slots(Tensor features) -> Tensor")
+_LIBRARY.define("image_grid(Tensor features, int height, int width) -> Tensor")
+_LIBRARY.define("prompt_rows(Tensor embeds_or_ids) -> Tensor")
+_LIBRARY.define("cache_mask(Tensor padding, SymInt queries) -> Tensor")
+
+
+def _slots(features: torch.Tensor) -> torch.Tensor:
+    images, tokens = features.shape[:2]
+    return torch.arange(tokens, device=features.device).expand(images, 1, tokens).clone()
+
+
+def _image_grid(features: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return features.clone()
+
+
+def _prompt_rows(embeds_or_ids: torch.Tensor) -> torch.Tensor:
+    batch, length = embeds_or_ids.shape[:2]
+    return torch.arange(length, device=embeds_or_ids.device).expand(batch, length).clone()
+
+
+def _cache_mask_shape(padding: torch.Tensor, queries: int) -> torch.Tensor:
+    return padding.new_empty((padding.shape[0], 1, queries, 1), dtype=torch.bool)
+
+
+def _cache_mask(padding: torch.Tensor, queries: int) -> torch.Tensor:
+    raise RuntimeError(
+        "this forward over a shortened cache was not compiled by luvc_fx (Dynamo fell back to eager?), "
+        "and without that its attention mask would be wrong"
+    )
+
+
+for _name, _body in (("slots", _slots), ("image_grid", _image_grid), ("prompt_rows", _prompt_rows)):
+    _LIBRARY.impl(_name, _body, "CompositeImplicitAutograd")
+_LIBRARY.impl("cache_mask", _cache_mask, "CompositeExplicitAutograd")
+torch.library.register_fake("luvc_fx::cache_mask", _cache_mask_shape, lib=_LIBRARY)
+
+SLOTS = torch.ops.luvc_fx.slots
+"""`slots(features [n, N, D]) -> [n, 1, N]`: which placeholder of its image each feature stands for.
+
+The merge pass replaces it by `[n, H', W']`, the representatives on the merged grid."""
+
+IMAGE_GRID = torch.ops.luvc_fx.image_grid
+"""`image_grid(features, height, width) -> features`: the grid that these features lie on."""
+
+PROMPT_ROWS = torch.ops.luvc_fx.prompt_rows
+"""`prompt_rows(ids [B, S]) -> [B, S]`: the row numbers; pruned like any value with a token axis."""
+
+CACHE_MASK = torch.ops.luvc_fx.cache_mask
+"""`cache_mask(padding [B], queries) -> bool [B, 1, queries, 1]`: stands for "causal over whatever
+this layer's cache holds, without the first `padding` rows". Only true once a pass rebuilt it."""
+
+
+def is_call(node: torch.fx.Node, marker: torch._ops.OpOverloadPacket) -> bool:
+    """Whether `node` calls `marker`, in either spelling that Dynamo keeps."""
+    return node.op == "call_function" and node.target in (marker, marker.default)

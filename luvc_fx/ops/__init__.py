@@ -1,0 +1,23 @@
+"""Pure tensor functions of the method: static shapes, no host sync, traceable by `make_fx`.
+
+They use `narrow`, `logical_not` and `clone` where slices, ``~`` and `contiguous` would be shorter:
+those ask for a CUDA device even on fake tensors, and without them a CPU build of torch traces the
+CUDA graph.
+"""
+
+from luvc_fx.ops.compact import compact, gather_rows, mask_to_index
+from luvc_fx.ops.oim import orthogonal_merge
+from luvc_fx.ops.placeholders import surviving_rows
+from luvc_fx.ops.select import select_blocks, select_global
+from luvc_fx.ops.spu import spectral_energy
+
+__all__ = [
+    "compact",
+    "gather_rows",
+    "mask_to_index",
+    "orthogonal_merge",
+    "select_blocks",
+    "select_global",
+    "spectral_energy",
+    "surviving_rows",
+]

@@ -1,0 +1,87 @@
+"""Shortening the token axis by a mask whose number of kept entries is known beforehand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mask_to_index(mask: Tensor, count: int | torch.SymInt) -> Tensor:
+    """The positions of the True entries of each row, ascending.
+
+    A row with more than `count` of them yields the first `count`; one with fewer has unspecified
+    entries at the end, which are in range all the same.
+
+    Args:
+        mask: bool ``[B, S]``; S may be symbolic.
+        count: the static length of the result, in 0 .. S.
+
+    Returns:
+        int64 ``[B, count]``.
+
+    Raises:
+        ValueError: `count` is not in 0 .. S, where both are known.
+    """
+    batch, length = mask.shape
+    # A symbolic size must not be compared here: that would put a guard on it.
+    if isinstance(count, int) and count < 0:
+        raise ValueError(f"count is {count!r}; allowed: at least 0")
+    if isinstance(count, int) and isinstance(length, int) and count > length:
+        raise ValueError(f"count is {count!r}; allowed: at most {length}, the length of the mask")
+    order = mask.cumsum(1, dtype=torch.int32) - 1
+    # One spare column takes what is not kept, so that every write has a place.
+    target = torch.where(mask & (order < count), order, count).to(torch.int64)  # type: ignore[arg-type]
+    # Inductor's CUDA scatter has no int64 payload (it falls back to ATen): carry int32, widen
+    # after.
+    place = torch.arange(length, device=mask.device, dtype=torch.int32).expand(batch, length)
+    spare = torch.zeros((batch, count + 1), device=mask.device, dtype=torch.int32)
+    return spare.scatter(1, target, place).narrow(1, 0, count).to(torch.int64)
+
+
+def gather_rows(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Pick tokens by position, each batch row its own.
+
+    Args:
+        x: ``[B or 1, ...]`` with the tokens on axis `dim`, any dtype; or ``[S]`` with `dim` 0,
+            which is shared by the rows.
+        index: int64 ``[B, S']``, positions on that axis.
+        dim: the token axis, at least 1 (0 for a rank of 1).
+
+    Returns:
+        `x` with S' tokens on axis `dim` and B on axis 0; ``[B, S']`` for an `x` of rank 1.
+
+    Raises:
+        ValueError: `dim` is no token axis of `x`.
+    """
+    lowest = 0 if x.dim() == 1 else 1
+    if not lowest <= dim < max(x.dim(), 1) or x.dim() == 0:
+        raise ValueError(f"dim is {dim!r}; allowed: {lowest} to {x.dim() - 1} for rank {x.dim()}")
+    if x.dim() == 1:
+        x, dim = x.unsqueeze(0), 1
+    batch, picked = index.shape
+    sizes = [batch, *x.shape[1:]]
+    line = [1] * x.dim()
+    line[0], line[dim] = batch, picked
+    out = [*sizes[:dim], picked, *sizes[dim + 1 :]]
+    return x.expand(sizes).gather(dim, index.reshape(line).expand(out))
+
+
+def compact(x: Tensor, mask: Tensor, count: int | torch.SymInt) -> Tensor:
+    """Keep the tokens that `mask` marks, in order, without a shape that depends on data.
+
+    Args:
+        x: ``[B or 1, S, ...]``, any dtype.
+        mask: bool ``[B, S]`` with `count` True entries in each row (see `mask_to_index` otherwise).
+        count: the static number of tokens kept.
+
+    Returns:
+        ``[B, count, ...]``.
+
+    Raises:
+        ValueError: `count` is not in 0 .. S, where both are known, or `x` has no axis 1.
+
+    >>> x = torch.tensor([[10, 11, 12, 13]])
+    >>> compact(x, torch.tensor([[True, False, False, True]]), 2)
+    tensor([[10, 13]])
+    """
+    return gather_rows(x, mask_to_index(mask, count), 1)

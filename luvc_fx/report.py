@@ -1,0 +1,156 @@
+"""What happened to each graph: recognised, rewritten, refused and why."""
+
+from __future__ import annotations
+
+import enum
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class Reason(enum.StrEnum):
+    """Why something was left as it was."""
+
+    NO_FUSION = "no-fusion"
+    CAPTURE_ENDED_BEFORE_FUSION = "capture-ended-before-fusion"
+    NO_ATTENTION = "no-attention"
+    NO_GRID = "no-grid"
+    RESIDUAL_STREAM = "residual-stream"
+    UNEVEN_BATCH = "uneven-batch"
+    PAST_NOT_EMPTY = "past-not-empty"
+    TOKEN_AXIS = "token-axis"
+    SCHEDULE = "schedule"
+    TRAINING = "training"
+    INPUTS = "inputs"
+    CACHE = "cache"
+    PASS_FAILED = "pass-failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One thing left alone: the reason, a sentence for people, and the graph node it is about."""
+
+    reason: Reason
+    text: str
+    node: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason.value}: {self.text}" + (f" [{self.node}]" if self.node else "")
+
+
+class Refused(Exception):
+    """Raised inside recognition, plan and passes; the backend turns it into a `Refusal`."""
+
+    def __init__(self, reason: Reason, text: str, node: object = "") -> None:
+        super().__init__(text)
+        self.refusal = Refusal(reason, text, str(node))
+
+
+@dataclass(slots=True)
+class GraphReport:
+    """One captured graph.
+
+    Attributes:
+        kind: "whole" (vision, fusion and decoder), "vision", "prefill" (with the fusion), "decode" (one
+            query, or more over a shortened cache), "text" (attention, but no image) or "other".
+        encoder_blocks, decoder_layers: how many of each were recognised.
+        grid: height and width of the visual token grid that leaves the encoder, before any merge.
+        inserted: names of the inserted sites, as "merge after block 2: width 16 -> 12".
+        tokens_per_layer: visual tokens of one row that enter each decoder layer.
+        fused: visual tokens of one row at the fusion; before merging, `original`.
+        refusals: what was left as it was, and why.
+        notes: what a reader should know although nothing was refused.
+        milliseconds: time in recognition and each pass.
+    """
+
+    kind: str = "other"
+    nodes_before: int = 0
+    nodes_after: int = 0
+    encoder_blocks: int = 0
+    decoder_layers: int = 0
+    grid: tuple[int, int] | None = None
+    merged_grid: tuple[int, int] | None = None
+    inserted: list[str] = field(default_factory=list)
+    original: int | None = None
+    fused: int | None = None
+    tokens_per_layer: list[int] = field(default_factory=list)
+    masks_rebuilt: int = 0
+    refusals: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether this graph differs from what the inner compiler would have got without us."""
+        return bool(self.inserted) or self.masks_rebuilt > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {**asdict(self), "rewritten": self.rewritten}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.kind} graph, {self.nodes_before} -> {self.nodes_after} nodes: "
+            f"{self.encoder_blocks} encoder blocks, {self.decoder_layers} decoder layers"
+            + (f", grid {self.grid[0]} x {self.grid[1]}" if self.grid else "")
+        ]
+        lines += [f"  {site}" for site in self.inserted]
+        if self.masks_rebuilt:
+            lines.append(f"  masks rebuilt in {self.masks_rebuilt} layers")
+        if self.tokens_per_layer:
+            lines.append(f"  visual tokens entering each layer: {self.tokens_per_layer}")
+        lines += [f"  refused {refusal}" for refusal in self.refusals]
+        lines += [f"  note: {note}" for note in self.notes]
+        total = sum(self.milliseconds.values())
+        lines.append(f"  luvc_fx took {total:.0f} ms")
+        return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class Report:
+    """All graphs that went through one backend, in the order of their compilation.
+
+    `refusals` are those that belong to a call rather than to a graph (the front door's).
+    """
+
+    graphs: list[GraphReport] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def refuse(self, refusal: Refusal) -> bool:
+        """Note a refusal of the front door once; returns whether it is new."""
+        if refusal in self.refusals:
+            return False
+        self.refusals.append(refusal)
+        return True
+
+    def of_kind(self, kind: str) -> list[GraphReport]:
+        """The graphs of one kind."""
+        return [graph for graph in self.graphs if graph.kind == kind]
+
+    def tokens_per_layer(self) -> list[int]:
+        """Visual tokens entering each decoder layer, in the newest graph that has a fusion."""
+        for graph in reversed(self.graphs):
+            if graph.tokens_per_layer:
+                return graph.tokens_per_layer
+        return []
+
+    def budget(self, original: int) -> float:
+        """Mean over decoder layers of the visual tokens entering the layer, over `original`."""
+        tokens = self.tokens_per_layer()
+        return sum(tokens) / (len(tokens) * original) if tokens else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "graphs": [graph.to_dict() for graph in self.graphs],
+            "refusals": [asdict(refusal) for refusal in self.refusals],
+        }
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(self.to_dict())
+
+    def __str__(self) -> str:
+        lines = [str(graph) for graph in self.graphs]
+        lines += [f"refused {refusal}" for refusal in self.refusals]
+        return "\n".join(lines) if lines else "nothing compiled yet"

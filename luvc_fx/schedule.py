@@ -1,0 +1,393 @@
+"""What to do at which site: a `Schedule` is data, not code.
+
+A schedule names merges (OIM, inside the vision encoder) and prunes (SPU or a control, between decoder
+layers). It is frozen, hashable, equal by value and serialisable, so it can be part of a cache key.
+The method is LUVC (arXiv 2512.09010); its full text was not available to us, so every number in a preset
+is ours, chosen by measurement, and `Schedule.luvc` is our literal reading of the abstract.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+JSON_VERSION = 1
+
+AXES = ("width", "height")
+SELECTORS = ("spectrum", "random", "uniform")
+ENERGIES = ("residual", "lowpass", "ratio")
+COVERAGES = ("block", "global")
+KINDS = ("image", "video", "document")
+
+
+def _refuse(owner: str, field: str, value: object, allowed: str) -> None:
+    raise ValueError(f"{owner}.{field} is {value!r}; allowed: {allowed}")
+
+
+def _check_choice(owner: str, field: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        _refuse(owner, field, value, ", ".join(repr(c) for c in choices))
+
+
+def _check_int(owner: str, field: str, value: object, low: int, allowed: str) -> int:
+    if isinstance(value, bool):
+        _refuse(owner, field, value, allowed)
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        _refuse(owner, field, value, allowed)
+    if number < low:
+        _refuse(owner, field, value, allowed)
+    return number
+
+
+def _check_float(owner: str, field: str, value: object, low: float, high: float, allowed: str) -> float:
+    """`low` and `high` are inclusive; callers exclude an end by passing the next float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        _refuse(owner, field, value, allowed)
+    if not low <= value <= high:  # type: ignore[operator]
+        _refuse(owner, field, value, allowed)
+    return float(value)  # type: ignore[arg-type]
+
+
+def _check_either(owner: str, first: tuple[str, object], second: tuple[str, object]) -> None:
+    if (first[1] is None) == (second[1] is None):
+        raise ValueError(
+            f"{owner} needs exactly one of {first[0]} and {second[0]}; "
+            f"got {first[0]}={first[1]!r}, {second[0]}={second[1]!r}"
+        )
+
+
+_ABOVE_ZERO = math.nextafter(0.0, 1.0)
+_BELOW_ONE = math.nextafter(1.0, 0.0)
+
+
+def round_half_up(value: float) -> int:
+    """The rounding of every fraction in a schedule: 0.5 goes up, whatever the parity."""
+    return math.floor(value + 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Merge visual tokens along one axis of their grid, after one encoder block (an OIM step).
+
+    Args:
+        axis: ``"width"`` or ``"height"``: the axis that gets shorter.
+        keep: fraction of that axis, as it then is, that is left; in (0, 1]. Or `length`.
+        length: number of positions left on that axis, at least 1.
+        layer: the encoder block after which tokens merge; negative counts from the end. Or `depth`.
+        depth: fraction in (0, 1) of the encoder blocks that run before the merge.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    axis: str
+    keep: float | None = None
+    length: int | None = None
+    layer: int | None = None
+    depth: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("Merge", "axis", self.axis, AXES)
+        _check_either("Merge", ("keep", self.keep), ("length", self.length))
+        _check_either("Merge", ("layer", self.layer), ("depth", self.depth))
+        _set_number(self, "Merge", "keep", _ABOVE_ZERO, 1.0, "a number in (0, 1]")
+        _set_number(self, "Merge", "depth", _ABOVE_ZERO, _BELOW_ONE, "a number in (0, 1)")
+        _set_integer(self, "Merge", "length", 1, "a whole number of at least 1")
+        _set_integer(self, "Merge", "layer", -(1 << 31), "a whole number")
+
+    def block(self, blocks: int) -> int:
+        """The index of the encoder block after which this merge happens, out of `blocks`."""
+        if self.layer is not None:
+            return _resolve("Merge", self.layer, blocks, "encoder blocks")
+        assert self.depth is not None
+        return min(max(round_half_up(self.depth * blocks) - 1, 0), blocks - 1)
+
+    def target(self, length: int) -> int:
+        """The length of the axis after the merge, when it is `length` before it."""
+        if self.length is None:
+            assert self.keep is not None
+            return max(1, round_half_up(self.keep * length))
+        if self.length > length:
+            _refuse("Merge", "length", self.length, f"at most {length}, the {self.axis} of the grid there")
+        return self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Prune:
+    """Drop visual tokens before one decoder layer (an SPU step, or a control in its place).
+
+    Args:
+        keep: fraction of the visual tokens *at the fusion* that is left; in [0, 1]. Or `tokens`.
+        tokens: number of visual tokens left in each row, at least 0.
+        layer: the decoder layer before which tokens go; negative counts from the end. Or `depth`.
+        depth: fraction in (0, 1) of the decoder layers that run before the prune.
+        selector: ``"spectrum"`` (SPU), ``"random"`` or ``"uniform"``.
+        energy: what the spectrum ranks by: ``"residual"`` (what the low-pass cannot rebuild),
+            ``"lowpass"`` or ``"ratio"`` (lowpass over total).
+        coverage: ``"block"`` keeps the best of each block of neighbours, ``"global"`` the best of all.
+        cutoff: sigma in (0, 1], the fraction of the frequency bins that the low-pass lets through.
+        seed: of the random selector.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    keep: float | None = None
+    tokens: int | None = None
+    layer: int | None = None
+    depth: float | None = None
+    selector: str = "spectrum"
+    energy: str = "residual"
+    coverage: str = "block"
+    cutoff: float = 0.25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_either("Prune", ("keep", self.keep), ("tokens", self.tokens))
+        _check_either("Prune", ("layer", self.layer), ("depth", self.depth))
+        _set_number(self, "Prune", "keep", 0.0, 1.0, "a number in [0, 1]")
+        _set_number(self, "Prune", "depth", _ABOVE_ZERO, _BELOW_ONE, "a number in (0, 1)")
+        _set_integer(self, "Prune", "tokens", 0, "a whole number of at least 0")
+        _set_integer(self, "Prune", "layer", -(1 << 31), "a whole number")
+        _check_choice("Prune", "selector", self.selector, SELECTORS)
+        _check_choice("Prune", "energy", self.energy, ENERGIES)
+        _check_choice("Prune", "coverage", self.coverage, COVERAGES)
+        _set_number(self, "Prune", "cutoff", _ABOVE_ZERO, 1.0, "a number in (0, 1]")
+        _set_integer(self, "Prune", "seed", 0, "a whole number of at least 0")
+
+    def decoder_layer(self, layers: int) -> int:
+        """The index of the decoder layer before which this prune happens, out of `layers`."""
+        if self.layer is not None:
+            return _resolve("Prune", self.layer, layers, "decoder layers")
+        assert self.depth is not None
+        return min(round_half_up(self.depth * layers), layers - 1)
+
+    def count(self, fused: int) -> int:
+        """How many visual tokens a row keeps, when `fused` entered the text sequence."""
+        if self.tokens is None:
+            assert self.keep is not None
+            return 0 if self.keep == 0.0 else max(1, round_half_up(self.keep * fused))
+        if self.tokens > fused:
+            _refuse("Prune", "tokens", self.tokens, f"at most {fused}, the visual tokens at the fusion")
+        return self.tokens
+
+
+def _set_number(item: Merge | Prune, owner: str, field: str, low: float, high: float, allowed: str) -> None:
+    value = getattr(item, field)
+    if value is not None:
+        object.__setattr__(item, field, _check_float(owner, field, value, low, high, allowed))
+
+
+def _set_integer(item: Merge | Prune, owner: str, field: str, low: int, allowed: str) -> None:
+    value = getattr(item, field)
+    if value is not None:
+        object.__setattr__(item, field, _check_int(owner, field, value, low, allowed))
+
+
+def _resolve(owner: str, layer: int, count: int, what: str) -> int:
+    if not -count <= layer < count:
+        _refuse(owner, "layer", layer, f"{-count} to {count - 1}, as the model has {count} {what}")
+    return layer % count
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Merges and prunes, each in the order in which they happen.
+
+    >>> Schedule(prune=(Prune(keep=0.5, layer=2), Prune(keep=0.0, layer=-1)))  # doctest: +ELLIPSIS
+    Schedule(merge=(), prune=(Prune(keep=0.5, ...
+
+    Raises:
+        ValueError: for items of the wrong kind, two items at one place, or a keep that grows.
+    """
+
+    merge: tuple[Merge, ...] = ()
+    prune: tuple[Prune, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field, kind in (("merge", Merge), ("prune", Prune)):
+            items = getattr(self, field)
+            if isinstance(items, kind):
+                items = (items,)
+            if not isinstance(items, (tuple, list)) or not all(isinstance(i, kind) for i in items):
+                _refuse("Schedule", field, items, f"a tuple of {kind.__name__}")
+            object.__setattr__(self, field, tuple(items))
+
+    def merges_at(self, blocks: int) -> tuple[tuple[int, Merge], ...]:
+        """``(encoder block, merge)`` pairs, by block and then as listed.
+
+        Raises:
+            ValueError: a block that is not there, or one axis twice after one block.
+        """
+        sites = sorted(((m.block(blocks), m) for m in self.merge), key=lambda site: site[0])
+        seen: set[tuple[int, str]] = set()
+        for block, merge in sites:
+            if (block, merge.axis) in seen:
+                raise ValueError(
+                    f"Schedule.merge has {merge.axis} twice after encoder block {block}; "
+                    "allowed: each axis once after a block"
+                )
+            seen.add((block, merge.axis))
+        return tuple(sites)
+
+    def prunes_at(self, layers: int, fused: int | None = None) -> tuple[tuple[int, Prune], ...]:
+        """``(decoder layer, prune)`` pairs by layer; with `fused` visual tokens, counts are checked.
+
+        Raises:
+            ValueError: a layer that is not there, two prunes at one layer, or a count that grows.
+        """
+        sites = sorted(((p.decoder_layer(layers), p) for p in self.prune), key=lambda site: site[0])
+        for (before, first), (after, second) in itertools.pairwise(sites):
+            if before == after:
+                raise ValueError(
+                    f"Schedule.prune has two items before decoder layer {after}; allowed: one a layer"
+                )
+            grows = first.keep is not None and second.keep is not None and second.keep > first.keep
+            if fused is not None:
+                grows = second.count(fused) > first.count(fused)
+            if grows:
+                raise ValueError(
+                    f"Schedule.prune keeps more before decoder layer {after} ({_amount(second)}) than is "
+                    f"left from layer {before} ({_amount(first)}); allowed: counts that never grow"
+                )
+        if fused is not None and sites:
+            sites[0][1].count(fused)
+        return tuple(sites)
+
+    @classmethod
+    def preset(cls, name: str) -> Schedule:
+        """Our own schedule for ``"image"``, ``"video"`` or ``"document"`` input."""
+        _check_choice("Schedule", "preset", name, KINDS)
+        return _PRESETS[name]
+
+    @classmethod
+    def luvc(cls, name: str) -> Schedule:
+        """LUVC read literally: low-pass energy, global top-k, a cascade to zero visual tokens.
+
+        Layers and ratios are not given by the abstract; these are our guesses, kept for comparison.
+        """
+        _check_choice("Schedule", "luvc", name, KINDS)
+        return _LUVC[name]
+
+    @classmethod
+    def of(cls, value: Schedule | str) -> Schedule:
+        """`value` itself, or the preset of that name.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, str):
+            _refuse("luvc_fx", "schedule", value, "a Schedule or the name of a preset")
+        return cls.preset(value)  # type: ignore[arg-type]
+
+    def to_json(self) -> str:
+        """One JSON object with a version; `from_json` gives an equal schedule back."""
+        body: dict[str, Any] = {"version": JSON_VERSION}
+        for field in ("merge", "prune"):
+            body[field] = [
+                {k: v for k, v in dataclasses.asdict(item).items() if v is not None}
+                for item in getattr(self, field)
+            ]
+        return json.dumps(body)
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, an unknown version, an unknown key, or a value that is not allowed.
+        """
+        try:
+            body = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a schedule must be JSON: {error}") from None
+        if not isinstance(body, Mapping):
+            _refuse("Schedule", "JSON", body, "an object with version, merge and prune")
+        version = body.get("version")
+        if type(version) is not int or version != JSON_VERSION:
+            _refuse("Schedule", "version", version, str(JSON_VERSION))
+        _check_keys("Schedule", body, {"version", "merge", "prune"})
+        return cls(
+            merge=_read_items("merge", Merge, body.get("merge", [])),
+            prune=_read_items("prune", Prune, body.get("prune", [])),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read a schedule from a JSON file. Raises `OSError` or `ValueError`."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _amount(prune: Prune) -> str:
+    return f"tokens={prune.tokens}" if prune.keep is None else f"keep={prune.keep}"
+
+
+def _check_keys(owner: str, body: Mapping[str, Any], allowed: set[str]) -> None:
+    unknown = sorted(set(body) - allowed)
+    if unknown:
+        raise ValueError(f"{owner} has unknown keys {unknown}; allowed: {sorted(allowed)}")
+
+
+def _read_items(field: str, kind: type, items: object) -> tuple[Any, ...]:
+    if not isinstance(items, list) or not all(isinstance(i, Mapping) for i in items):
+        _refuse("Schedule", field, items, "a list of objects")
+    for item in items:  # type: ignore[attr-defined]
+        _check_keys(kind.__name__, item, {f.name for f in dataclasses.fields(kind)})
+        if kind is Merge and "axis" not in item:
+            _refuse("Merge", "axis", None, ", ".join(repr(a) for a in AXES))
+    return tuple(kind(**item) for item in items)  # type: ignore[attr-defined]
+
+
+_PRESETS = {
+    "image": Schedule(
+        merge=(Merge(axis="width", keep=0.75, depth=0.5),),
+        prune=(
+            Prune(keep=0.5, depth=0.375),
+            Prune(keep=0.25, depth=0.625),
+            Prune(keep=0.0, layer=-1),
+        ),
+    ),
+    "video": Schedule(
+        merge=(
+            Merge(axis="width", keep=0.75, depth=0.5),
+            Merge(axis="height", keep=0.75, depth=0.75),
+        ),
+        prune=(
+            Prune(keep=0.5, depth=0.25),
+            Prune(keep=0.25, depth=0.5),
+            Prune(keep=0.0, layer=-1),
+        ),
+    ),
+    "document": Schedule(prune=(Prune(keep=0.5, depth=0.5), Prune(keep=0.0, layer=-1))),
+}
+
+
+def _literal(keep: float, **place: Any) -> Prune:
+    return Prune(keep=keep, energy="lowpass", coverage="global", **place)
+
+
+_LUVC = {
+    "image": Schedule(
+        merge=(Merge(axis="width", keep=0.75, depth=0.5),),
+        prune=(_literal(0.5, depth=0.25), _literal(0.25, depth=0.5), _literal(0.0, layer=-1)),
+    ),
+    "video": Schedule(
+        merge=(
+            Merge(axis="width", keep=0.5, depth=0.25),
+            Merge(axis="height", keep=0.5, depth=0.5),
+        ),
+        prune=(_literal(0.5, depth=0.25), _literal(0.25, depth=0.5), _literal(0.0, layer=-1)),
+    ),
+    "document": Schedule(prune=(_literal(0.5, depth=0.5), _literal(0.0, layer=-1))),
+}

@@ -1,0 +1,38 @@
+"""A control: tokens at random, the same ones in every run, row and process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from luvc_fx.ops.select import select_global
+from luvc_fx.schedule import Prune
+
+_WORD = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+
+
+def select_random(x: Tensor, prune: Prune, count: int, layer: int, grid: tuple[int, int] | None) -> Tensor:
+    """The tokens with the largest hash of position, `prune.seed` and `layer`.
+
+    A hash and no generator: a compiled graph then holds no random state, and every device agrees.
+    Arguments, result and errors are those of `luvc_fx.selectors.Selector`; `grid` and the values of
+    `x` play no part.
+    """
+    offset = _GOLDEN * (prune.seed * 1000003 + layer + 1) & _WORD
+    place = torch.arange(x.shape[1], device=x.device)
+    scores = _mix32((place + offset) & _WORD)
+    return select_global(scores.unsqueeze(0), count).expand(x.shape[0], count)
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3 (Austin Appleby, public domain), on words held in int64."""
+    x = _times(x ^ (x >> 16), 0x85EBCA6B)
+    x = _times(x ^ (x >> 13), 0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _times(x: Tensor, factor: int) -> Tensor:
+    """``x factor`` modulo 2^32 in halves, as the whole product would overflow int64."""
+    high = ((x >> 16) * factor) & 0xFFFF
+    return ((x & 0xFFFF) * factor + (high << 16)) & _WORD

@@ -1,0 +1,397 @@
+"""Which axes of which values follow the token count, found by running the graph on other sizes.
+
+The graph runs once more on fake tensors whose token axis has a large made-up length. Wherever a value
+comes out longer than in the capture, that axis follows the token count, and how. Because positions are
+compared, not sizes, it does not matter that the number of visual tokens may equal the hidden size.
+Values that never saw the tokens but meet them (rotary tables, masks) show up where an elementwise op
+or an attention call no longer fits; they are recorded as joins.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from luvc_fx._compat import FakeTensorMode
+from luvc_fx.fx_util import concrete, is_tensor, op_name, run, shape, value, writes
+from luvc_fx.report import Reason, Refused
+
+PROBE = 1_000_003
+"""The made-up token count: a prime above any size in a model."""
+
+SIZED = {"view", "reshape", "_unsafe_view", "expand", "broadcast_to"}
+CUTTING = {"select", "narrow", "split", "chunk", "unbind", "index_select", "slice", "tensor_split"}
+ATTENTION = {"scaled_dot_product_attention"}
+ELEMENTWISE = {
+    *("add", "sub", "mul", "div", "truediv", "pow", "maximum", "minimum", "where", "masked_fill"),
+    *("iadd", "isub", "imul", "itruediv", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_"),
+    *("logical_and", "logical_or"),
+}
+
+
+class Extent(NamedTuple):
+    """An axis of length ``times * tokens + plus``."""
+
+    times: int
+    plus: int
+
+    def length(self, tokens: Any) -> Any:
+        """The length for a token count, an int or a SymInt."""
+        return self.times * tokens + self.plus
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """`consumer` combines tokens with `follower`, whose `axes` must be cut like theirs."""
+
+    consumer: fx.Node
+    follower: fx.Node
+    axes: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class TokenAxes:
+    """What `trace` found: per node its token axes, per foreign value where it joins."""
+
+    extents: dict[fx.Node, dict[int, Extent]] = field(default_factory=dict)
+    joins: list[Join] = field(default_factory=list)
+
+    def axis(self, node: fx.Node) -> int | None:
+        """The only token axis of `node`, or None."""
+        axes = self.extents.get(node, {})
+        return next(iter(axes)) if len(axes) == 1 else None
+
+
+def sizes_of(node: fx.Node) -> list[Any]:
+    """The size arguments of a `SIZED` node, as a flat list of ints and nodes."""
+    sizes = node.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    return list(sizes)
+
+
+def set_sizes(node: fx.Node, sizes: list[Any]) -> None:
+    """Write the size arguments back in the one-tuple spelling, which every `SIZED` op takes."""
+    node.args = (node.args[0], tuple(sizes))
+
+
+def align(
+    name: str, old: tuple[int, ...], extents: Mapping[int, Extent], new: tuple[int, ...], node: fx.Node
+) -> dict[int, Extent]:
+    """The token axes of a reshaped or expanded value, from those of its input.
+
+    Dimensions are matched from the left in groups of equal product, so equal sizes cannot be mixed up.
+    """
+    if name in ("expand", "broadcast_to"):
+        shift = len(new) - len(old)
+        return {axis + shift: extent for axis, extent in extents.items()}
+    found: dict[int, Extent] = {}
+    for group, into in _groups(old, new):
+        if any(axis in extents for axis in group):
+            found.update(_align_group(old, extents, new, group, into, node))
+    return found
+
+
+def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[range, range]]:
+    """Runs of old and new axes of equal product, from the left."""
+    groups: list[tuple[range, range]] = []
+    i = j = 0
+    while i < len(old) and j < len(new):
+        first_i, first_j, left, right = i, j, old[i], new[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * old[i], i + 1
+            else:
+                right, j = right * new[j], j + 1
+        groups.append((range(first_i, i), range(first_j, j)))
+    if i < len(old) or j < len(new):
+        groups.append((range(i, len(old)), range(j, len(new))))
+    return groups
+
+
+def _align_group(
+    old: tuple[int, ...],
+    extents: Mapping[int, Extent],
+    new: tuple[int, ...],
+    group: range,
+    into: range,
+    node: fx.Node,
+) -> dict[int, Extent]:
+    tokens = [axis for axis in group if axis in extents]
+    if len(tokens) > 1:
+        raise Refused(Reason.TOKEN_AXIS, "a reshape joins two token axes", node)
+    times, plus = extents[tokens[0]]
+    others = 1
+    for axis in group:
+        if axis != tokens[0]:
+            others *= old[axis]
+    wide = [axis for axis in into if new[axis] != 1]
+    if not into:
+        raise Refused(Reason.TOKEN_AXIS, "a reshape loses the token axis", node)
+    if len(wide) <= 1:
+        axis = wide[0] if wide else into[0]
+        return {axis: Extent(times * others, plus * others)}
+    total = Extent(times * others, plus * others)
+    candidates = []
+    for axis in wide:
+        rest = 1
+        for other in wide:
+            if other != axis:
+                rest *= new[other]
+        if total.times % rest == 0 and total.plus % rest == 0:
+            candidates.append((axis, Extent(total.times // rest, total.plus // rest)))
+    if len(candidates) != 1:
+        raise Refused(Reason.TOKEN_AXIS, "a reshape splits the token axis in a way that is not clear", node)
+    return dict(candidates)
+
+
+def _index_axes(index: Any, rank: int) -> list[tuple[int, Any]] | None:
+    """``(axis, slice or int)`` for each indexed axis, or None where a tensor indexes."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(item, (fx.Node, list)) for item in items):
+        return None
+    named = sum(item is not None and item is not Ellipsis for item in items)
+    found: list[tuple[int, Any]] = []
+    axis = 0
+    for item in items:
+        if item is None:
+            continue
+        if item is Ellipsis:
+            axis += rank - named
+            continue
+        found.append((axis, item))
+        axis += 1
+    return found
+
+
+def _check_cut(node: fx.Node, source: fx.Node, extents: Mapping[int, Extent], lead: int) -> None:
+    """Refuse a cut at a literal token position: after a merge or a prune it would mean another token.
+
+    The first `lead` rows are no visual tokens and stay where they are; rows counted from the end
+    stay the last ones.
+    """
+    cuts = _index_axes(node.args[1], value(source).dim())
+    if cuts is None:
+        raise Refused(Reason.TOKEN_AXIS, "tokens are picked by an index tensor", node)
+    for axis, item in cuts:
+        if axis not in extents or item == slice(None):
+            continue
+        if isinstance(item, int):
+            fine = item < lead
+        elif isinstance(item, slice) and item.step in (None, 1):
+            start, stop = item.start, item.stop
+            whole = (start is None or (isinstance(start, int) and start <= lead)) and stop is None
+            front = start in (None, 0) and isinstance(stop, int) and 0 <= stop <= lead
+            fine = whole or front
+        else:
+            fine = False
+        if not fine:
+            raise Refused(Reason.TOKEN_AXIS, f"tokens are cut at a fixed place, {item}", node)
+
+
+class _Probe:
+    """One run of `trace`."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.base: dict[fx.Node, Any] = {}
+        self.changed: dict[fx.Node, Any] = {}
+        self.result = TokenAxes()
+
+    def like(self, node: fx.Node, sizes: tuple[int, ...]) -> torch.Tensor:
+        tensor = value(node)
+        return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
+
+    def resized(self, node: fx.Node, extents: Mapping[int, Extent]) -> torch.Tensor:
+        sizes = list(shape(node))
+        for axis, extent in extents.items():
+            sizes[axis] = extent.length(PROBE)
+        return self.like(node, tuple(sizes))
+
+    def of(self, node: fx.Node) -> Any:
+        if node in self.changed:
+            return self.changed[node]
+        if node not in self.base:
+            self.base[node] = tree_map(concrete, value(node))
+        return self.base[node]
+
+    def run(self, node: fx.Node, swaps: Mapping[fx.Node, Any]) -> Any:
+        return run(node, lambda n: swaps[n] if n in swaps else self.of(n))
+
+    def visit(self, node: fx.Node) -> None:
+        result = self._sized(node) if op_name(node) in SIZED else self._general(node)
+        old = value(node)
+        self.changed[node] = result
+        if not isinstance(old, torch.Tensor):
+            before, after = tree_leaves(tree_map(concrete, old)), tree_leaves(result)
+            if all(_same(a, b) for a, b in zip(before, after, strict=True)):
+                del self.changed[node]
+            return
+        extents = {
+            axis: Extent(*divmod(new, PROBE))
+            for axis, (was, new) in enumerate(zip(shape(node), result.shape, strict=True))
+            if was != new
+        }
+        if any(extent.times < 1 for extent in extents.values()):
+            raise Refused(Reason.TOKEN_AXIS, "an axis changes without following the token count", node)
+        if extents:
+            self.result.extents[node] = extents
+        else:
+            del self.changed[node]
+
+    def _sized(self, node: fx.Node) -> Any:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        extents = align(op_name(node), shape(source), self.result.extents.get(source, {}), shape(node), node)
+        sizes = list(shape(node))
+        for axis, extent in extents.items():
+            sizes[axis] = extent.length(PROBE)
+        tensor = self.of(source)
+        return tensor.expand(sizes) if op_name(node) in ("expand", "broadcast_to") else tensor.reshape(sizes)
+
+    def _general(self, node: fx.Node) -> Any:
+        name = op_name(node)
+        tokens = [n for n in node.all_input_nodes if n in self.result.extents]
+        if writes(node):
+            raise Refused(Reason.TOKEN_AXIS, f"tokens are changed in place by {name}", node)
+        if node.target is operator.getitem and tokens and node.args[0] is tokens[0]:
+            extents = self.result.extents[tokens[0]]
+            lead = max((extent.plus for extent in extents.values()), default=0)
+            _check_cut(node, tokens[0], extents, lead)
+        if name in CUTTING and tokens and self._cuts_tokens(node, tokens[0]):
+            raise Refused(Reason.TOKEN_AXIS, f"tokens are cut at a fixed place by {name}", node)
+        if name == "cat":
+            self._check_cat(node)
+        followers = {}
+        if name in ATTENTION:
+            followers = self._mask_follower(node)
+        elif name in ELEMENTWISE:
+            followers = self._broadcast_followers(node, tokens)
+        swaps = {}
+        for follower, extents in followers.items():
+            swaps[follower] = self.resized(follower, extents)
+            self.result.joins.append(Join(node, follower, tuple(sorted(extents))))
+        try:
+            return self.run(node, swaps)
+        except Exception as error:
+            raise Refused(
+                Reason.TOKEN_AXIS, f"{name} does not fit another token count: {error}", node
+            ) from error
+
+    def _cuts_tokens(self, node: fx.Node, source: fx.Node) -> bool:
+        given = node.kwargs.get("dim", 0)
+        spot = {"select": 1, "narrow": 1, "index_select": 1, "slice": 1, "unbind": 1}.get(op_name(node), 2)
+        dim = node.args[spot] if len(node.args) > spot else given
+        return not isinstance(dim, int) or dim % value(source).dim() in self.result.extents[source]
+
+    def _check_cat(self, node: fx.Node) -> None:
+        parts = node.args[0]
+        assert isinstance(parts, (list, tuple))
+        nodes = [part for part in parts if isinstance(part, fx.Node)]
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        assert isinstance(dim, int)
+        follow = [dim % value(n).dim() in self.result.extents.get(n, {}) for n in nodes]
+        if any(follow) and not all(follow[follow.index(True) :]):
+            raise Refused(Reason.TOKEN_AXIS, "rows are appended behind the tokens", node)
+
+    def _mask_follower(self, node: fx.Node) -> dict[fx.Node, dict[int, Extent]]:
+        mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
+        if not isinstance(mask, fx.Node) or mask in self.result.extents:
+            return {}
+        rank = value(mask).dim()
+        found: dict[int, Extent] = {}
+        for offset, operand in ((2, node.args[0]), (1, node.args[1])):
+            extents = self.result.extents.get(operand, {})  # type: ignore[arg-type]
+            axis = value(operand).dim() - 2  # type: ignore[arg-type]
+            if axis in extents and shape(mask)[rank - offset] != 1:
+                found[rank - offset] = extents[axis]
+        return {mask: found} if found else {}
+
+    def _broadcast_followers(self, node: fx.Node, tokens: list[fx.Node]) -> dict[fx.Node, dict[int, Extent]]:
+        from_end: dict[int, tuple[int, Extent]] = {}
+        for operand in tokens:
+            for axis, extent in self.result.extents[operand].items():
+                from_end[value(operand).dim() - axis] = (shape(operand)[axis], extent)
+        found = {}
+        for other in node.all_input_nodes:
+            if other in self.result.extents or not is_tensor(other):
+                continue
+            rank = value(other).dim()
+            axes = {
+                rank - back: extent
+                for back, (size, extent) in from_end.items()
+                if back <= rank and shape(other)[rank - back] == size != 1
+            }
+            if axes:
+                found[other] = axes
+        return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape
+    return a == b
+
+
+def trace(
+    graph: fx.Graph,
+    seeds: Mapping[fx.Node, Mapping[int, int]],
+    live: set[fx.Node],
+    stop: set[fx.Node] | None = None,
+) -> TokenAxes:
+    """Follow the token axis from `seeds` through every live node after them.
+
+    Args:
+        graph: a Dynamo graph whose nodes carry fake values.
+        seeds: per node, the probe length of each token axis.
+        live: nodes to visit; others are ignored.
+        stop: nodes at which to stop without looking.
+
+    Raises:
+        Refused: TOKEN_AXIS with the first node that cannot follow another token count.
+    """
+    probe = _Probe()
+    with probe.mode, torch.no_grad():
+        for node in graph.nodes:
+            if node in seeds:
+                sizes = list(shape(node))
+                for axis, length in seeds[node].items():
+                    sizes[axis] = length
+                probe.changed[node] = probe.like(node, tuple(sizes))
+                probe.result.extents[node] = {
+                    axis: Extent(*divmod(length, PROBE)) for axis, length in seeds[node].items()
+                }
+            elif (
+                node in live
+                and node.op.startswith("call_")
+                and node not in (stop or ())
+                and any(n in probe.changed for n in node.all_input_nodes)
+            ):
+                probe.visit(node)
+    return probe.result
+
+
+def follows(node: fx.Node, parent: fx.Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes of `parent` that make up exactly `axes` of `node`, or None where that is not so."""
+    if op_name(node) in SIZED:
+        return None
+    probe = _Probe()
+    found, covered = [], set()
+    with probe.mode, torch.no_grad():
+        plain = probe.run(node, {})
+        for axis, size in enumerate(shape(parent)):
+            if size == 1:
+                continue
+            moved = probe.run(node, {parent: probe.resized(parent, {axis: Extent(1, 0)})})
+            changed = {i for i, (a, b) in enumerate(zip(plain.shape, moved.shape, strict=True)) if a != b}
+            if changed and changed <= set(axes):
+                found.append(axis)
+                covered |= changed
+    return tuple(found) if covered == set(axes) else None

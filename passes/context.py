@@ -1,0 +1,33 @@
+"""What the passes over one graph share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from luvc_fx.anatomy import Anatomy
+from luvc_fx.passes.retarget import Retarget
+from luvc_fx.plan import Plan
+from luvc_fx.report import GraphReport
+
+
+@dataclass(slots=True)
+class Context:
+    """One graph on its way through the passes.
+
+    Attributes:
+        retarget: walks the graph behind the sites and makes it right for the new counts.
+        slots: representatives ``[images, H', W']`` of the last merge, once `merge_tokens` ran.
+        visual: bool ``[batch, rows]``, which rows are visual tokens where the last site left off.
+        rows: per `markers.PROMPT_ROWS` node its newest, shortened value.
+    """
+
+    graph: fx.Graph
+    anatomy: Anatomy
+    plan: Plan
+    report: GraphReport
+    retarget: Retarget
+    slots: fx.Node | None = None
+    visual: fx.Node | None = None
+    rows: dict[fx.Node, fx.Node] = field(default_factory=dict)

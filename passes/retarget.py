@@ -1,0 +1,152 @@
+"""Make the graph behind a site right for the new token count.
+
+One walk over the graph in order. A node whose inputs changed runs again on fake values; before that,
+literal sizes of views and expands that followed the old count are rewritten. Afterwards every token
+axis must have the length that the analysis promised: a size that only broadcast by luck is caught.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from luvc_fx._compat import FakeTensor, FakeTensorMode, fake_run, hint
+from luvc_fx.fx_util import concrete, op_name, run, value
+from luvc_fx.passes.emit import MARK, inserted
+from luvc_fx.report import Reason, Refused
+from luvc_fx.token_axes import SIZED, Extent, TokenAxes, set_sizes, sizes_of
+
+
+class Retarget:
+    """A cursor that moves once over the graph, from front to back.
+
+    `place` declares the token count of an inserted value; `advance` brings everything up to a node
+    up to date, so that the next site sees true shapes.
+    """
+
+    def __init__(self, graph: fx.Graph, *axes: TokenAxes) -> None:
+        self.graph = graph
+        self.extents: dict[fx.Node, dict[int, Extent]] = {}
+        self.space: dict[fx.Node, int] = {}
+        for number, found in enumerate(axes):
+            self.extents.update(found.extents)
+            self.space.update(dict.fromkeys(found.extents, number))
+        self.tokens: dict[fx.Node, int | torch.SymInt] = {}
+        self.dirty: set[fx.Node] = set()
+        self.cursor: fx.Node = next(iter(graph.nodes))
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def place(self, new: fx.Node, like: fx.Node, tokens: int | torch.SymInt) -> None:
+        """Declare that `new` has its token axes where `like` has them, and holds `tokens` tokens."""
+        self.extents[new] = self.extents[like]
+        self.space[new] = self.space[like]
+        self.tokens[new] = tokens
+
+    def replace(self, old: fx.Node, new: fx.Node, tokens: int | torch.SymInt) -> None:
+        """Let every captured user of `old` read `new`, which holds `tokens` tokens."""
+        self.place(new, old, tokens)
+        for user in list(old.users):
+            if not inserted(user):
+                self.rewire(user, old, new)
+
+    def rewire(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Let one user read `new` instead of `old`; it is brought up to date in passing."""
+        user.replace_input_with(old, new)
+        self.dirty.add(user)
+
+    def advance(self, until: fx.Node | None = None) -> None:
+        """Bring every node up to `until`, itself included, up to date (all of them if None)."""
+        node = self.cursor
+        while node.op != "output":
+            touched = node in self.dirty or any(n in self.dirty for n in node.all_input_nodes)
+            if inserted(node):
+                self.dirty.add(node)
+            elif touched and node.op.startswith("call_"):
+                self._update(node)
+                self.dirty.add(node)
+            if node is until:
+                self.cursor = node
+                return
+            node = node.next
+        self.cursor = node
+        if until is not None:
+            raise AssertionError(f"{until} lies behind the walk")
+
+    def _update(self, node: fx.Node) -> None:
+        tokens, extents = self._tokens_of(node), self.extents.get(node)
+        if not extents or tokens is None:
+            node.meta["example_value"] = _run(node)
+            return
+        old = value(node)
+        if op_name(node) in SIZED:
+            self._resize(node, extents, tokens)
+        sizes = list(old.shape)
+        for axis, extent in extents.items():
+            sizes[axis] = extent.length(tokens)
+        self._check(node, [hint(size) for size in sizes])
+        self.tokens[node] = tokens
+        with fake_run([old]):
+            node.meta["example_value"] = torch.empty(sizes, dtype=old.dtype, device=old.device)
+
+    def _tokens_of(self, node: fx.Node) -> int | torch.SymInt | None:
+        space = self.space.get(node)
+        counts = [self.tokens[n] for n in node.all_input_nodes if n in self.tokens and self.space[n] == space]
+        if len({hint(count) for count in counts}) > 1:
+            raise Refused(Reason.TOKEN_AXIS, "values with different token counts meet", node)
+        return counts[0] if counts else None
+
+    def _resize(self, node: fx.Node, extents: dict[int, Extent], tokens: int | torch.SymInt) -> None:
+        sizes = sizes_of(node)
+        for axis, extent in extents.items():
+            if isinstance(sizes[axis], int) and sizes[axis] == -1:
+                continue
+            if isinstance(tokens, int):
+                sizes[axis] = extent.length(tokens)
+            else:
+                sizes[axis] = self._size_node(node, extent)
+        set_sizes(node, sizes)
+
+    def _size_node(self, node: fx.Node, extent: Extent) -> fx.Node:
+        """A node for a symbolic length, computed from the value that `node` reshapes."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        axis, known = next(iter(self.extents[source].items()))
+        with self.graph.inserting_before(node):
+            size = self._call(torch.ops.aten.sym_size.int, source, axis)
+            if known != extent:
+                for op, number in (
+                    (operator.sub, known.plus),
+                    (operator.floordiv, known.times),
+                    (operator.mul, extent.times),
+                    (operator.add, extent.plus),
+                ):
+                    size = self._call(op, size, number)
+        return size
+
+    def _call(self, target: Any, *args: Any) -> fx.Node:
+        node = self.graph.call_function(target, args)
+        node.meta = {"example_value": _run(node), MARK: "retarget"}
+        return node
+
+    def _check(self, node: fx.Node, wanted: list[int]) -> None:
+        """Run the node on the sizes seen while tracing: much faster than on symbolic ones."""
+        try:
+            with self.mode, torch.no_grad():
+                found = run(node, lambda n: tree_map(concrete, value(n)))
+        except Exception as error:
+            text = f"{op_name(node)} fails on the new count: {error}"
+            raise Refused(Reason.TOKEN_AXIS, text, node) from error
+        if list(found.shape) != wanted:
+            text = f"{op_name(node)} gives {list(found.shape)} where {wanted} is right"
+            raise Refused(Reason.TOKEN_AXIS, text, node)
+
+
+def _run(node: fx.Node) -> Any:
+    """The fake value of a node that follows no token count: it runs again."""
+    fakes = [leaf for n in node.all_input_nodes for leaf in tree_leaves(value(n))]
+    with fake_run([fake for fake in fakes if isinstance(fake, FakeTensor)]):
+        return run(node, value)

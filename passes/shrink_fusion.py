@@ -1,0 +1,49 @@
+"""In a graph that holds encoder and decoder: fewer features than placeholders, so rows follow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from luvc_fx.fx_util import is_tensor, value
+from luvc_fx.ops import gather_rows, surviving_rows
+from luvc_fx.passes.compact_rows import compact_followers
+from luvc_fx.passes.context import Context
+from luvc_fx.passes.emit import emit
+
+
+def shrink_fusion(context: Context) -> None:
+    """Keep, of every row's placeholders, those of the representatives, and cut what goes with them.
+
+    The model's own check of the count stays as it is: it compares the whole prompt with the number of
+    features before merging, and both are still what it says. Beside it each row is checked.
+    """
+    decoder, encoder = context.anatomy.decoder, context.anatomy.encoder
+    if decoder is None or encoder is None or context.slots is None:
+        return
+    images = encoder.images // decoder.batch
+    patches = encoder.grid[0] * encoder.grid[1]
+    name = "shrink fusion"
+
+    def body(embeds: Tensor, mask: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
+        visual = mask.select(-1, 0)
+        torch.ops.aten._assert_async.msg(
+            (visual.sum(1) == images * patches).all(),
+            f"luvc_fx was compiled for {images * patches} visual tokens in each row of the batch",
+        )
+        places, ascending = surviving_rows(visual, slots, patches)
+        short = visual.gather(1, ascending)
+        return gather_rows(embeds, places, 1), gather_rows(mask, ascending, 1), places, ascending, short
+
+    context.retarget.advance(decoder.fusion.prev)
+    for node in (decoder.embeds, decoder.mask, context.slots):
+        assert is_tensor(node)
+    before = decoder.fusion.prev
+    embeds, mask, places, ascending, context.visual = emit(
+        context.graph, name, body, decoder.embeds, decoder.mask, context.slots, after=before
+    )
+    fusion: fx.Node = decoder.fusion
+    context.retarget.place(embeds, fusion, value(embeds).shape[1])
+    context.retarget.rewire(fusion, decoder.embeds, embeds)
+    context.retarget.rewire(fusion, decoder.mask, mask)
+    compact_followers(context, name, fusion, places, ascending)

@@ -1,0 +1,171 @@
+"""Tiny random LLaVA models and prompts for the tests: stock classes, fp32, CPU, built at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+PAD = 0
+IMAGE = 1
+FIRST_TEXT = 2
+
+
+def tiny_llava(
+    seed: int = 0,
+    *,
+    decoder_layers: int = 4,
+    encoder_layers: int = 4,
+    grid: int = 8,
+    vision_hidden: int = 32,
+    vision_intermediate: int = 40,
+    hidden: int = 48,
+    intermediate: int = 56,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vocab: int = 97,
+    vision_feature_layer: int = -2,
+    collide: bool = False,
+    attn: str = "sdpa",
+) -> LlavaForConditionalGeneration:
+    """A random LLaVA (CLIP tower, Llama decoder) whose hidden states differ clearly between tokens.
+
+    The tower sees `grid` x `grid` patches of 4 pixels. The weights are drawn here, wider than the
+    library's initialiser, so that neighbours differ and score gaps are comfortable; they depend on
+    `seed` only.
+
+    Args:
+        collide: every size that can equal another does: 16 = visual tokens = hidden = heads *
+            head_dim (vision and text); 24 = vocabulary = intermediate = length of the prompt of
+            `inputs` with its default text; 4 = grid = heads = kv_heads = head_dim = decoder layers
+            (and a batch of 4, if you like). Sizes given beside it are overruled.
+        attn: the attention implementation, ``"sdpa"`` or ``"eager"``.
+    """
+    if collide:
+        grid, hidden, vision_hidden, heads, kv_heads = 4, 16, 16, 4, 4
+        intermediate, vocab, vision_intermediate = 24, 24, 17
+    vision = CLIPVisionConfig(
+        hidden_size=vision_hidden,
+        intermediate_size=vision_intermediate,
+        num_hidden_layers=encoder_layers,
+        num_attention_heads=4,
+        image_size=4 * grid,
+        patch_size=4,
+        projection_dim=vision_hidden,
+    )
+    text = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=decoder_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=1024,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=grid * grid,
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy="default",
+    )
+    config._attn_implementation = attn
+    model = LlavaForConditionalGeneration(config).eval()
+    _randomise(model, seed)
+    model.generation_config.eos_token_id = None
+    model.generation_config.bos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    model.requires_grad_(False)
+    return model
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            if name == "bias":
+                value = 0.1 * noise
+            elif isinstance(module, nn.Embedding):
+                value = noise if "position" not in module_name else 0.5 * noise
+            elif parameter.ndim == 1:  # norms, and CLIP's class embedding
+                value = noise if name == "class_embedding" else 1.0 + 0.1 * noise
+            else:
+                gain = 1.5 if module_name.endswith(("q_proj", "k_proj")) else 1.0
+                value = gain * noise / parameter[0].numel() ** 0.5
+            parameter.copy_(value)
+    # A generated image token would look like a placeholder, which a trained model never emits.
+    model.lm_head.weight[[PAD, IMAGE]] = 0.0
+
+
+def inputs(
+    model: LlavaForConditionalGeneration,
+    batch: int = 1,
+    text: tuple[int, int] = (3, 5),
+    padding: int | Sequence[int] = 0,
+    images: int = 1,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """A prompt: `text[0]` text tokens, the image's placeholders, `text[1]` text tokens.
+
+    With several `images` in a row, one text token stands between two images. All rows have the same
+    length: a row with fewer pad tokens than the longest padding has more text before the image.
+
+    Args:
+        padding: pad tokens on the left, for all rows or one number a row.
+
+    Returns:
+        ``input_ids`` [batch, S], ``attention_mask`` [batch, S] and ``pixel_values``
+        [batch * images, 3, size, size], rows' images one after another.
+    """
+    pads = [padding] * batch if isinstance(padding, int) else list(padding)
+    if len(pads) != batch:
+        raise ValueError(f"padding has {len(pads)} rows, the batch {batch}")
+    generator = torch.Generator().manual_seed(seed + 1000)
+    vision = model.config.vision_config
+    visual = (vision.image_size // vision.patch_size) ** 2
+    vocab = model.config.text_config.vocab_size
+    total = max(pads) + text[0] + images * visual + (images - 1) + text[1]
+    ids = torch.randint(FIRST_TEXT, vocab, (batch, total), generator=generator)
+    mask = torch.ones(batch, total, dtype=torch.long)
+    start = max(pads) + text[0]
+    for image in range(images):
+        first = start + image * (visual + 1)
+        ids[:, first : first + visual] = model.config.image_token_id
+    for row, pad in enumerate(pads):
+        ids[row, :pad] = PAD
+        mask[row, :pad] = 0
+    size = vision.image_size
+    pixels = torch.randn(batch * images, 3, size, size, generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def rename_everything(model: nn.Module) -> nn.Module:
+    """Give every submodule of `model` (in place) a class with a meaningless name, and return it.
+
+    Nothing that looks at class names, qualified names or defining modules can recognise the model
+    afterwards; weights, code and behaviour stay. Attribute paths stay too: stock code needs them.
+    """
+    from transformers import PreTrainedModel
+    from transformers.utils import output_capturing
+
+    renamed: dict[type, type] = {}
+    for module in list(model.modules()):
+        kind = type(module)
+        recorded = None
+        if isinstance(module, PreTrainedModel):  # recorded by class name, so it has to be told
+            recorded = output_capturing._CAN_RECORD_REGISTRY.get(module)
+        if kind not in renamed:
+            name = f"K{len(renamed)}"
+            renamed[kind] = type(name, (kind,), {"__qualname__": name, "__module__": "nowhere"})
+        module.__class__ = renamed[kind]
+        if recorded is not None:
+            output_capturing._CAN_RECORD_REGISTRY[module] = recorded
+    return model

@@ -1,0 +1,411 @@
+"""A schedule is data: checked when it is made, equal by value, the same after JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import schedules
+
+import luvc_fx
+from luvc_fx.schedule import COVERAGES, ENERGIES, KINDS, SELECTORS, Merge, Prune, Schedule, round_half_up
+
+MERGE = {"axis": "width", "keep": 0.5, "layer": 0}
+PRUNE = {"keep": 0.5, "layer": 0}
+
+
+def made(kind: type, given: dict[str, Any], **changes: Any) -> Any:
+    return kind(**{k: v for k, v in {**given, **changes}.items() if v is not None})
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+BAD_VALUES: dict[str, tuple[type, dict[str, Any], str, Any, str]] = {
+    "axis": (Merge, MERGE, "axis", "depth", "'width', 'height'"),
+    "axis of another kind": (Merge, MERGE, "axis", 1, "'width', 'height'"),
+    "merge all away": (Merge, MERGE, "keep", 0.0, "(0, 1]"),
+    "merge to more": (Merge, MERGE, "keep", 1.5, "(0, 1]"),
+    "merge nan": (Merge, MERGE, "keep", math.nan, "(0, 1]"),
+    "merge infinity": (Merge, MERGE, "keep", math.inf, "(0, 1]"),
+    "merge text": (Merge, MERGE, "keep", "half", "(0, 1]"),
+    "merge bool": (Merge, MERGE, "keep", True, "(0, 1]"),
+    "merge layer fraction": (Merge, MERGE, "layer", 0.5, "a whole number"),
+    "merge layer bool": (Merge, MERGE, "layer", True, "a whole number"),
+    "prune below zero": (Prune, PRUNE, "keep", -0.1, "[0, 1]"),
+    "prune to more": (Prune, PRUNE, "keep", 1.1, "[0, 1]"),
+    "prune nan": (Prune, PRUNE, "keep", math.nan, "[0, 1]"),
+    "prune layer text": (Prune, PRUNE, "layer", "1", "a whole number"),
+    "selector": (Prune, PRUNE, "selector", "best", "'spectrum', 'random', 'uniform'"),
+    "energy": (Prune, PRUNE, "energy", "high", "'residual', 'lowpass', 'ratio'"),
+    "coverage": (Prune, PRUNE, "coverage", "local", "'block', 'global'"),
+    "no cutoff": (Prune, PRUNE, "cutoff", 0.0, "(0, 1]"),
+    "cutoff above one": (Prune, PRUNE, "cutoff", 1.01, "(0, 1]"),
+    "seed below zero": (Prune, PRUNE, "seed", -1, "at least 0"),
+    "seed fraction": (Prune, PRUNE, "seed", 1.5, "at least 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_a_bad_value_is_named_with_what_is_allowed(name: str) -> None:
+    kind, given_, field, value, allowed = BAD_VALUES[name]
+    with pytest.raises(ValueError) as caught:
+        made(kind, given_, **{field: value})
+    text = str(caught.value)
+    assert text.startswith(f"{kind.__name__}.{field} is {value!r}; allowed: ")
+    assert allowed in text
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "3", False])
+def test_a_bad_length_is_named(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"Merge\.length is .*; allowed: a whole number of at least 1"):
+        Merge("width", length=value, layer=0)
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, "3", True])
+def test_a_bad_count_is_named(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"Prune\.tokens is .*; allowed: a whole number of at least 0"):
+        Prune(tokens=value, layer=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.5, math.nan, 2, "deep"])
+@pytest.mark.parametrize(("kind", "rest"), [(Merge, {"axis": "width", "keep": 0.5}), (Prune, {"keep": 0.5})])
+def test_a_bad_depth_is_named(kind: type, rest: dict[str, Any], value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.depth is .*; allowed: a number in \(0, 1\)"):
+        kind(**rest, depth=value)
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [
+        (lambda: Merge("width", layer=0), ("keep", "length")),
+        (lambda: Merge("width", keep=0.5, length=3, layer=0), ("keep", "length")),
+        (lambda: Merge("width", keep=0.5), ("layer", "depth")),
+        (lambda: Merge("width", keep=0.5, layer=0, depth=0.5), ("layer", "depth")),
+        (lambda: Prune(layer=0), ("keep", "tokens")),
+        (lambda: Prune(keep=0.5, tokens=3, layer=0), ("keep", "tokens")),
+        (lambda: Prune(keep=0.5), ("layer", "depth")),
+        (lambda: Prune(keep=0.5, layer=0, depth=0.5), ("layer", "depth")),
+    ],
+    ids=["no amount", "two amounts", "no place", "two places"] * 2,
+)
+def test_exactly_one_of_two_fields(make: Callable[[], object], fields: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"exactly one of {fields[0]} and {fields[1]}; got {fields[0]}="):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("field", "items"),
+    [("merge", 3), ("merge", (Prune(**PRUNE),)), ("prune", Merge(**MERGE)), ("prune", "image")],
+    ids=["number", "prune for merge", "merge for prune", "text"],
+)
+def test_items_of_the_wrong_kind(field: str, items: Any) -> None:
+    wanted = field.capitalize()
+    with pytest.raises(ValueError, match=rf"Schedule\.{field} is .*; allowed: a tuple of {wanted}"):
+        Schedule(**{field: items})
+
+
+# --------------------------------------------------------------------------------- places and counts
+
+
+@pytest.mark.parametrize(
+    ("layer", "depth", "blocks", "want"),
+    [
+        (0, None, 4, 0),
+        (-1, None, 4, 3),
+        (-4, None, 4, 0),
+        (None, 0.5, 4, 1),
+        (None, 0.01, 4, 0),
+        (None, 0.99, 4, 3),
+        (None, 0.625, 4, 2),  # 2.5 goes up
+        (None, 0.375, 4, 1),  # 1.5 goes up
+        (None, 0.5, 1, 0),
+    ],
+)
+def test_a_merge_comes_after_a_block(layer: int | None, depth: float | None, blocks: int, want: int) -> None:
+    assert Merge("width", keep=0.5, layer=layer, depth=depth).block(blocks) == want
+
+
+@pytest.mark.parametrize(
+    ("layer", "depth", "layers", "want"),
+    [
+        (0, None, 4, 0),
+        (-1, None, 4, 3),
+        (-4, None, 4, 0),
+        (None, 0.5, 4, 2),
+        (None, 0.01, 4, 0),
+        (None, 0.99, 4, 3),
+        (None, 0.625, 4, 3),
+        (None, 0.375, 4, 2),
+        (None, 0.5, 1, 0),
+    ],
+)
+def test_a_prune_comes_before_a_layer(layer: int | None, depth: float | None, layers: int, want: int) -> None:
+    assert Prune(keep=0.5, layer=layer, depth=depth).decoder_layer(layers) == want
+
+
+@given(st.integers(1, 90), st.floats(0.001, 0.999))
+def test_depth_is_the_part_that_runs_before(count: int, depth: float) -> None:
+    block = Merge("width", keep=0.5, depth=depth).block(count)
+    layer = Prune(keep=0.5, depth=depth).decoder_layer(count)
+    assert 0 <= block < count
+    assert 0 <= layer < count
+    if 0 < block < count - 1:
+        assert abs((block + 1) - depth * count) <= 0.5
+    if layer < count - 1:
+        assert abs(layer - depth * count) <= 0.5
+
+
+@given(st.integers(-100, 100), st.integers(1, 60))
+def test_layers_count_from_either_end(layer: int, count: int) -> None:
+    if -count <= layer < count:
+        assert Merge("width", keep=0.5, layer=layer).block(count) == layer % count
+        assert Prune(keep=0.5, layer=layer).decoder_layer(count) == layer % count
+        return
+    allowed = f"allowed: {-count} to {count - 1}, as the model has {count}"
+    with pytest.raises(ValueError, match=rf"Merge\.layer is {layer}; {allowed} encoder blocks"):
+        Merge("width", keep=0.5, layer=layer).block(count)
+    with pytest.raises(ValueError, match=rf"Prune\.layer is {layer}; {allowed} decoder layers"):
+        Prune(keep=0.5, layer=layer).decoder_layer(count)
+
+
+@pytest.mark.parametrize("value", [0.5, 1.5, 2.5, 3.5])
+def test_a_half_is_rounded_up_whatever_the_parity(value: float) -> None:
+    assert round_half_up(value) == int(value) + 1
+    assert round_half_up(value - 1e-9) == int(value)
+
+
+@given(st.floats(0.001, 1.0), st.integers(1, 100))
+def test_a_merge_leaves_at_least_one_position(keep: float, length: int) -> None:
+    target = Merge("width", keep=keep, layer=0).target(length)
+    assert 1 <= target <= length
+    assert target == 1 or abs(target - keep * length) <= 0.5
+
+
+@given(st.floats(0.0, 1.0), st.integers(1, 3000))
+def test_only_a_keep_of_zero_leaves_nothing(keep: float, fused: int) -> None:
+    count = Prune(keep=keep, layer=0).count(fused)
+    assert (count == 0) == (keep == 0.0)
+    assert count <= max(1, fused)
+    assert count <= 1 or abs(count - keep * fused) <= 0.5
+
+
+def test_amounts_as_numbers_are_what_they_say() -> None:
+    assert Merge("width", length=5, layer=0).target(5) == 5
+    assert Prune(tokens=0, layer=0).count(9) == 0
+    with pytest.raises(ValueError, match=r"Merge\.length is 6; allowed: at most 5, the height of the grid"):
+        Merge("height", length=6, layer=0).target(5)
+    with pytest.raises(ValueError, match=r"Prune\.tokens is 10; allowed: at most 9, the visual tokens"):
+        Prune(tokens=10, layer=0).count(9)
+
+
+# ------------------------------------------------------------------------------------------- schedule
+
+
+def test_sites_are_in_the_order_in_which_they_happen() -> None:
+    late, first, second = (
+        Merge("width", keep=0.5, layer=-1),
+        Merge("width", keep=0.5, layer=1),
+        Merge("height", keep=0.5, layer=1),
+    )
+    schedule = Schedule(merge=(late, first, second), prune=(Prune(0.2, layer=3), Prune(0.5, layer=1)))
+    assert schedule.merges_at(4) == ((1, first), (1, second), (3, late))
+    assert [layer for layer, _ in schedule.prunes_at(4, 10)] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ({"layer": 1}, {"layer": 1}),
+        ({"layer": 3}, {"layer": -1}),
+        ({"layer": 1}, {"depth": 0.5}),
+    ],
+    ids=["the same", "from either end", "by depth"],
+)
+def test_two_merges_of_one_axis_after_one_block(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    merges = tuple(Merge("width", keep=0.5, **place) for place in pair)
+    with pytest.raises(
+        ValueError, match=r"Schedule\.merge has width twice after encoder block \d; allowed: each"
+    ):
+        Schedule(merge=merges).merges_at(4)
+    other = (merges[0], dataclasses.replace(merges[1], axis="height"))
+    assert len(Schedule(merge=other).merges_at(4)) == 2
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [({"layer": 2}, {"layer": 2}), ({"layer": 3}, {"layer": -1}), ({"layer": 2}, {"depth": 0.5})],
+    ids=["the same", "from either end", "by depth"],
+)
+def test_two_prunes_before_one_layer(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    schedule = Schedule(prune=tuple(Prune(keep=0.5, **place) for place in pair))
+    with pytest.raises(ValueError, match=r"two items before decoder layer \d; allowed: one a layer"):
+        schedule.prunes_at(4)
+
+
+def test_counts_never_grow() -> None:
+    with pytest.raises(
+        ValueError, match=r"keeps more before decoder layer 2 \(keep=0.6\).*layer 1 \(keep=0.5\)"
+    ):
+        Schedule(prune=(Prune(0.5, layer=1), Prune(0.6, layer=2))).prunes_at(4)
+    mixed = Schedule(prune=(Prune(0.5, layer=1), Prune(tokens=6, layer=2)))
+    assert len(mixed.prunes_at(4)) == 2, "without the number of tokens nothing can be compared"
+    assert len(mixed.prunes_at(4, 12)) == 2
+    with pytest.raises(ValueError, match=r"\(tokens=6\) than is left from layer 1 \(keep=0.5\).*never grow"):
+        mixed.prunes_at(4, 11 - 1)
+
+
+def test_the_first_count_is_checked_too() -> None:
+    with pytest.raises(ValueError, match=r"Prune\.tokens is 11; allowed: at most 10"):
+        Schedule(prune=Prune(tokens=11, layer=0)).prunes_at(4, 10)
+
+
+def test_one_item_needs_no_tuple_and_lists_become_tuples() -> None:
+    merge, prune = Merge(**MERGE), Prune(**PRUNE)
+    assert Schedule(merge, prune) == Schedule((merge,), (prune,)) == Schedule([merge], [prune])  # type: ignore[arg-type]
+    assert Schedule([merge]).merge == (merge,)  # type: ignore[arg-type]
+    hash(Schedule([merge], [prune]))  # type: ignore[arg-type]
+
+
+def test_equal_by_value_and_hashable() -> None:
+    one, other = Schedule(Merge(**MERGE), Prune(**PRUNE)), Schedule(Merge(**MERGE), Prune(**PRUNE))
+    assert one == other
+    assert one is not other
+    assert hash(one) == hash(other)
+    assert {one: 1}[other] == 1
+    for field in dataclasses.fields(Prune):
+        changed = {"keep": 0.25, "tokens": 3, "layer": 2, "depth": 0.5, "selector": "random", "seed": 7}
+        changed |= {"energy": "ratio", "coverage": "global", "cutoff": 0.75}
+        values = {**dataclasses.asdict(Prune(**PRUNE)), field.name: changed[field.name]}
+        for a, b in (("keep", "tokens"), ("tokens", "keep"), ("layer", "depth"), ("depth", "layer")):
+            if field.name == a:
+                values[b] = None
+        assert dataclasses.replace(one, prune=(Prune(**values),)) != one, field.name
+
+
+def test_whole_numbers_are_numbers() -> None:
+    assert Prune(keep=1, layer=0) == Prune(keep=1.0, layer=0)
+    assert isinstance(Prune(keep=1, layer=0).keep, float)
+
+
+@pytest.mark.parametrize(
+    "item", [Merge(**MERGE), Prune(**PRUNE), Schedule()], ids=["merge", "prune", "schedule"]
+)
+def test_frozen(item: Any) -> None:
+    field = dataclasses.fields(item)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(item, field, None)
+
+
+# -------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [Schedule.preset, Schedule.luvc], ids=["preset", "luvc"])
+@pytest.mark.parametrize(("blocks", "layers"), [(5, 5), (23, 32), (26, 28), (11, 16)])
+def test_presets_fit_models(make: Callable[[str], Schedule], kind: str, blocks: int, layers: int) -> None:
+    schedule = make(kind)
+    assert [b for b, _ in schedule.merges_at(blocks)] == sorted(b for b, _ in schedule.merges_at(blocks))
+    sites = schedule.prunes_at(layers, 144)
+    assert sites[-1][0] == layers - 1
+    assert sites[-1][1].count(144) == 0
+    assert Schedule.from_json(schedule.to_json()) == schedule
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_luvc_is_the_literal_reading(kind: str) -> None:
+    for prune in Schedule.luvc(kind).prune:
+        assert (prune.selector, prune.energy, prune.coverage) == ("spectrum", "lowpass", "global")
+
+
+def test_of() -> None:
+    schedule = Schedule(prune=Prune(**PRUNE))
+    assert Schedule.of(schedule) is schedule
+    assert Schedule.of("video") == Schedule.preset("video") != Schedule.preset("image")
+    for bad in (None, 3, {"merge": []}):
+        with pytest.raises(ValueError, match="allowed: a Schedule or the name of a preset"):
+            Schedule.of(bad)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"Schedule\.preset is 'photo'; allowed: 'image', 'video', 'document'"
+    ):
+        luvc_fx.backend("photo")
+    with pytest.raises(ValueError, match=r"Schedule\.luvc is 'photo'; allowed: "):
+        Schedule.luvc("photo")
+
+
+# ----------------------------------------------------------------------------------------------- JSON
+
+
+@given(schedules(blocks=5, grid=(7, 9), layers=6))
+def test_json_round_trip(schedule: Schedule) -> None:
+    text = schedule.to_json()
+    again = Schedule.from_json(text)
+    assert again == schedule
+    assert hash(again) == hash(schedule)
+    assert again.to_json() == text
+    assert json.loads(text)["version"] == 1
+
+
+@given(
+    st.sampled_from(SELECTORS),
+    st.sampled_from(ENERGIES),
+    st.sampled_from(COVERAGES),
+    st.floats(0.0, 1.0),
+    st.floats(0.001, 1.0),
+    st.integers(0, 2**40),
+)
+def test_json_keeps_every_field(
+    selector: str, energy: str, coverage: str, keep: float, cutoff: float, seed: int
+) -> None:
+    prune = Prune(
+        keep, layer=-3, selector=selector, energy=energy, coverage=coverage, cutoff=cutoff, seed=seed
+    )
+    assert Schedule.from_json(Schedule(prune=prune).to_json()).prune == (prune,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "a schedule must be JSON"),
+        ("[]", "Schedule.JSON is []; allowed: an object"),
+        ("{}", "Schedule.version is None; allowed: 1"),
+        ('{"version": 2}', "Schedule.version is 2; allowed: 1"),
+        ('{"version": 1, "prunes": []}', "Schedule has unknown keys ['prunes']; allowed: ['merge', 'prune',"),
+        ('{"version": 1, "merge": {}}', "Schedule.merge is {}; allowed: a list of objects"),
+        ('{"version": 1, "prune": [3]}', "Schedule.prune is [3]; allowed: a list of objects"),
+        (
+            '{"version": 1, "prune": [{"keep": 0.5, "layer": 0, "ratio": 1}]}',
+            "Prune has unknown keys ['ratio']",
+        ),
+        ('{"version": 1, "merge": [{"keep": 0.5, "layer": 0}]}', "Merge.axis is None; allowed: 'width'"),
+        (
+            '{"version": 1, "prune": [{"keep": 2, "layer": 0}]}',
+            "Prune.keep is 2; allowed: a number in [0, 1]",
+        ),
+        ('{"version": 1, "prune": [{"keep": NaN, "layer": 0}]}', "Prune.keep is nan; allowed"),
+    ],
+)
+def test_bad_json_is_a_value_error_that_says_why(text: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Schedule.from_json(text)
+    assert message in str(caught.value)
+
+
+def test_version_true_is_not_version_one() -> None:
+    with pytest.raises(ValueError, match=r"Schedule\.version is True"):
+        Schedule.from_json('{"version": true}')
+
+
+def test_load(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.json"
+    schedule = Schedule.preset("video")
+    path.write_text(schedule.to_json(), encoding="utf-8")
+    assert Schedule.load(path) == Schedule.load(str(path)) == schedule
+    with pytest.raises(OSError):
+        Schedule.load(tmp_path / "none.json")
