@@ -353,8 +353,8 @@ _PRESETS = {
     "image": Schedule(
         merge=(Merge(axis="width", keep=0.75, depth=0.5),),
         prune=(
-            Prune(keep=0.5, depth=0.375),
-            Prune(keep=0.25, depth=0.625),
+            Prune(keep=0.5, depth=0.125),
+            Prune(keep=0.25, depth=0.375),
             Prune(keep=0.0, layer=-1),
         ),
     ),

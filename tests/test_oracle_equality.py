@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import GAP, INDUCTOR, PRESET, SMALL, size_for
 from hypothesis import HealthCheck, assume, given, settings
 from models import inputs
 from oracle import OracleResult, oracle_forward, schedules
@@ -29,9 +30,6 @@ from torch import Tensor
 import luvc_fx
 from luvc_fx.schedule import Merge, Prune, Schedule
 
-GAP = 1e-5
-"""Below it, float32 in another order of sums may choose otherwise than the oracle."""
-
 RICH = Schedule(
     merge=(
         Merge("width", keep=0.75, layer=0),
@@ -48,18 +46,14 @@ FEW = Schedule(
     merge=Merge("width", length=3, layer=0),
     prune=(Prune(tokens=5, layer=0, coverage="global"), Prune(tokens=0, layer=1)),
 )
-SMALL: tuple[tuple[str, int], ...] = (("decoder_layers", 2), ("encoder_layers", 3), ("grid", 4))
-PRESET: tuple[tuple[str, int], ...] = (("decoder_layers", 5), ("encoder_layers", 5), ("grid", 4))
-"""The shallowest decoder on which no two prunes of a preset meet before one layer."""
-
-# One example takes 1 to 3 s, so the fast profile has 74; LUVC_HYPOTHESIS=thorough has ten times as many.
+# 208 schedules in all; LUVC_HYPOTHESIS=thorough draws ten times as many.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "one row": (20, {}),
-    "two rows": (20, {"batch": 2}),
-    "left padding": (16, {"batch": 2, "padding": (3, 0)}),
-    "two images a row": (6, {"batch": 2, "images": 2, "padding": (0, 2), "model": (("grid", 4),)}),
-    "colliding sizes": (6, {"model": (("collide", True),)}),
-    "symbolic length": (6, {"dynamic": True, "batch": 2, "padding": (0, 4)}),
+    "one row": (56, {}),
+    "two rows": (56, {"batch": 2}),
+    "left padding": (48, {"batch": 2, "padding": (3, 0)}),
+    "two images a row": (16, {"batch": 2, "images": 2, "padding": (0, 2), "model": (("grid", 4),)}),
+    "colliding sizes": (16, {"model": (("collide", True),)}),
+    "symbolic length": (16, {"dynamic": True, "batch": 2, "padding": (0, 4)}),
 }
 
 
@@ -205,30 +199,6 @@ def test_prompt_lengths_may_change(dynamic: bool | None, schedule: Schedule) -> 
     assert all(graph.rewritten for graph in backend.report.graphs)
 
 
-INDUCTOR = {
-    "image": Schedule.preset("image"),
-    "luvc video": Schedule.luvc("video"),
-    "random and uniform": Schedule(
-        merge=Merge("height", length=3, layer=1),
-        prune=(
-            Prune(tokens=7, layer=0, selector="random", seed=4),
-            Prune(tokens=3, layer=1, selector="uniform"),
-        ),
-    ),
-    "video": Schedule.preset("video"),
-    "document": Schedule.preset("document"),
-    "luvc image": Schedule.luvc("image"),
-    "luvc document": Schedule.luvc("document"),
-    "both axes twice": Schedule(
-        merge=(
-            Merge("width", keep=0.75, layer=0),
-            Merge("height", keep=0.75, layer=0),
-            Merge("width", length=2, layer=1),
-            Merge("height", length=2, layer=1),
-        ),
-        prune=(Prune(tokens=2, layer=1, energy="ratio", coverage="global", cutoff=0.6),),
-    ),
-}
 FAST_INDUCTOR = ("image", "luvc document", "random and uniform")
 
 
@@ -238,9 +208,7 @@ FAST_INDUCTOR = ("image", "luvc document", "random and uniform")
 @torch.no_grad()
 def test_inductor_is_the_oracle(name: str) -> None:
     schedule = INDUCTOR[name]
-    size = PRESET if name.split()[-1] in ("image", "video", "document") else SMALL
-    if name in ("luvc video", "luvc image"):  # where fewer tokens are left, all tie
-        size = (*PRESET[:2], ("grid", 12))
+    size = size_for(name)
     model, batch = llava(**dict(size)), prompt(batch=2, padding=(2, 0), model=size)
     want = oracle_forward(model, schedule, **batch)
     assert want.gap >= GAP

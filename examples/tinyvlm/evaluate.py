@@ -33,13 +33,14 @@ def answers(
     asked: list[tuple[Image.Image, str]],
     batch: int = 64,
 ) -> list[str]:
-    """Generated answer text for every (image, question) pair, left-padded in batches."""
+    """Generated answer text for every (image, question) pair, left-padded to one length for all."""
+    images, texts = zip(*asked, strict=True)
+    prompts = [prompt(processor, text) for text in texts]
+    inputs = processor(images=list(images), text=prompts, return_tensors="pt", padding=True)
     out: list[str] = []
     for first in range(0, len(asked), batch):
-        images, texts = zip(*asked[first : first + batch], strict=True)
-        prompts = [prompt(processor, text) for text in texts]
-        inputs = processor(images=list(images), text=prompts, return_tensors="pt", padding=True)
-        ids = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        part = {name: value[first : first + batch] for name, value in inputs.items()}
+        ids = model.generate(**part)[:, inputs["input_ids"].shape[1] :]
         out += [a.strip() for a in processor.batch_decode(ids, skip_special_tokens=True)]
     return out
 
