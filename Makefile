@@ -8,8 +8,7 @@ TYPED := build/typed
 
 # Inductor's C++ compiles dominate the tests: one process a core, one thread each.
 WORKERS ?= 2
-export OMP_NUM_THREADS ?= 1
-TEST_ENV := TORCHINDUCTOR_COMPILE_THREADS=1 TOKENIZERS_PARALLELISM=false
+TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: demo test lint
 
@@ -22,6 +21,7 @@ test: lint
 # mypy cannot see luvc_fx.passes in the source tree (it lives in passes/), so it reads an installed copy.
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(TYPED) .
 	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \

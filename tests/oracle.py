@@ -117,10 +117,7 @@ def merge_grid(
         tokens_in = x.float().cpu().reshape(-1, length, channels).numpy()
         sizes_in = sizes.cpu().reshape(-1, length).numpy()
         slots_in = slots.cpu().reshape(-1, length).numpy()
-        lines = [
-            merge_line(*line, merged, gaps)
-            for line in zip(tokens_in, sizes_in, slots_in, strict=True)
-        ]
+        lines = [merge_line(*line, merged, gaps) for line in zip(tokens_in, sizes_in, slots_in, strict=True)]
         length -= merged
         shape = (batch, height, length)
         x = torch.from_numpy(np.stack([line[0] for line in lines]))
@@ -252,9 +249,7 @@ def _blocks(count: int, keep: int, grid: tuple[int, int] | None) -> list[list[in
     if grid is not None and count == 4 * keep and grid[0] % 2 == 0 and grid[1] % 2 == 0:
         width = grid[1]
         corners = [
-            row * width + column
-            for row in range(0, count // width, 2)
-            for column in range(0, width, 2)
+            row * width + column for row in range(0, count // width, 2) for column in range(0, width, 2)
         ]
         return [[c, c + 1, c + width, c + width + 1] for c in corners]
     blocks: list[list[int]] = [[] for _ in range(keep)]
@@ -408,18 +403,14 @@ def _mask(past: Tensor, valid: Tensor, attn: str, dtype: torch.dtype) -> Tensor:
     """
     length = valid.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
-    allowed = torch.cat(
-        [past[:, None, :].expand(-1, length, -1), causal & valid[:, None, :]], dim=2
-    )
+    allowed = torch.cat([past[:, None, :].expand(-1, length, -1), causal & valid[:, None, :]], dim=2)
     allowed = allowed[:, None]
     if attn == "sdpa":
         return allowed
     if attn != "eager":
         raise NotImplementedError(f"the oracle has no mask for {attn!r} attention")
     lowest = torch.finfo(dtype).min
-    return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(
-        ~allowed, lowest
-    )
+    return torch.zeros(allowed.shape, dtype=dtype, device=valid.device).masked_fill(~allowed, lowest)
 
 
 def _decode(
@@ -450,9 +441,7 @@ def _decode(
             count = keep
         layer_rows.append(seq.rows)
         tokens_per_layer.append(count)
-        mask = _mask(
-            state.valid[index], seq.valid, decoder.config._attn_implementation, seq.hidden.dtype
-        )
+        mask = _mask(state.valid[index], seq.valid, decoder.config._attn_implementation, seq.hidden.dtype)
         hidden = layer(
             seq.hidden,
             attention_mask=mask,
@@ -543,9 +532,7 @@ def oracle_forward(
     )
 
 
-def _fuse(
-    seq: _Sequence, placeholders: Tensor, tokens: VisualTokens
-) -> tuple[_Sequence, Tensor, Tensor]:
+def _fuse(seq: _Sequence, placeholders: Tensor, tokens: VisualTokens) -> tuple[_Sequence, Tensor, Tensor]:
     """Put the features into the prompt and take out the placeholders that lost their token.
 
     Args:
@@ -582,27 +569,21 @@ def _fuse(
 
 
 @torch.no_grad()
-def oracle_continue(
-    model: LlavaForConditionalGeneration, state: OracleState, input_ids: Tensor
-) -> Tensor:
+def oracle_continue(model: LlavaForConditionalGeneration, state: OracleState, input_ids: Tensor) -> Tensor:
     """Logits [B, T, vocabulary] of text tokens `input_ids` [B, T] after `state`, which grows."""
     batch, length = input_ids.shape
     device = input_ids.device
     hidden = model.get_input_embeddings()(input_ids)
     position_ids = state.next_position[:, None] + torch.arange(length, device=device)
     no = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    seq = _Sequence(
-        hidden, position_ids, ~no, no, torch.arange(length, device=device).expand(batch, -1)
-    )
+    seq = _Sequence(hidden, position_ids, ~no, no, torch.arange(length, device=device).expand(batch, -1))
     _, logits, _, _, _ = _decode(model, Schedule(), seq, state, 0, None, [])
     state.next_position = state.next_position + length
     return logits
 
 
 @torch.no_grad()
-def oracle_greedy(
-    model: LlavaForConditionalGeneration, result: OracleResult, max_new_tokens: int
-) -> Tensor:
+def oracle_greedy(model: LlavaForConditionalGeneration, result: OracleResult, max_new_tokens: int) -> Tensor:
     """[B, max_new_tokens] int64: the greedy tokens after `result`, whose state grows.
 
     As after `generate`, the last token is not in the cache: a next turn starts with it. No token
@@ -652,9 +633,7 @@ def score_gap(model: LlavaForConditionalGeneration, schedule: Schedule, **inputs
 
 # --------------------------------------------------------------------------------------- strategies
 
-_FRACTIONS = st.one_of(
-    st.sampled_from([0.1, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0]), st.floats(0.02, 1.0)
-)
+_FRACTIONS = st.one_of(st.sampled_from([0.1, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0]), st.floats(0.02, 1.0))
 
 
 @st.composite
@@ -673,11 +652,7 @@ def _merge_items(
             amount = {"length": draw(st.integers(1, sides[axis]))}
         depth = (block + 1 + draw(st.sampled_from([-0.25, 0.0, 0.25]))) / blocks
         how = draw(st.sampled_from(["layer", "negative", "depth"]))
-        if (
-            how == "depth"
-            and 0 < depth < 1
-            and Merge(axis, keep=1.0, depth=depth).block(blocks) == block
-        ):
+        if how == "depth" and 0 < depth < 1 and Merge(axis, keep=1.0, depth=depth).block(blocks) == block:
             where: dict[str, Any] = {"depth": depth}
         else:
             where = {"layer": block - blocks if how == "negative" else block}
@@ -700,11 +675,7 @@ def _prune_items(draw: st.DrawFn, layers: int, fused: int, most: int) -> tuple[P
             amount = {"tokens": round_half_up(fraction * left)}
         depth = (layer + draw(st.sampled_from([-0.25, 0.0, 0.25]))) / layers
         how = draw(st.sampled_from(["layer", "negative", "depth"]))
-        if (
-            how == "depth"
-            and 0 < depth < 1
-            and Prune(1.0, depth=depth).decoder_layer(layers) == layer
-        ):
+        if how == "depth" and 0 < depth < 1 and Prune(1.0, depth=depth).decoder_layer(layers) == layer:
             where: dict[str, Any] = {"depth": depth}
         else:
             where = {"layer": layer - layers if how == "negative" else layer}

@@ -263,9 +263,7 @@ def test_a_nan_in_a_dropped_row_cannot_reach_the_logits(selector: str) -> None:
 
 
 @torch.no_grad()
-def cache_free(
-    model: nn.Module, prompt: dict[str, Tensor], result: OracleResult, new: Tensor
-) -> Tensor:
+def cache_free(model: nn.Module, prompt: dict[str, Tensor], result: OracleResult, new: Tensor) -> Tensor:
     """Logits [B, T, vocabulary] of `new` [B, T] with nothing dropped, only hidden by masks.
 
     The rows at the fusion (`result.layer_rows[0]` where layer 0 has no prune) and the new tokens
@@ -286,9 +284,7 @@ def cache_free(
     causal = torch.ones(short + length, short + length, dtype=torch.bool).tril()
     own = torch.eye(short + length, dtype=torch.bool)
     for layer, module in enumerate(decoder.layers):
-        alive = torch.stack(
-            [torch.isin(rows[b], result.layer_rows[layer][b]) for b in range(batch)]
-        )
+        alive = torch.stack([torch.isin(rows[b], result.layer_rows[layer][b]) for b in range(batch)])
         seen = torch.cat([alive & pads, torch.ones(batch, length, dtype=torch.bool)], dim=1)
         mask = (causal & seen[:, None, :]) | own
         hidden = module(
@@ -383,9 +379,7 @@ def test_a_line_merges_its_best_proposals() -> None:
 
 def test_two_proposals_to_one_token_and_weights() -> None:
     tokens = angles(0, 10, 20, 90)
-    out, sizes, slots = merge_line(
-        tokens, np.array([3, 1, 2, 1], dtype=np.float32), np.arange(4) + 7, 2, []
-    )
+    out, sizes, slots = merge_line(tokens, np.array([3, 1, 2, 1], dtype=np.float32), np.arange(4) + 7, 2, [])
     assert slots.tolist() == [8, 10]
     assert sizes.tolist() == [6, 1]
     mean = (3 * tokens[0] + tokens[1] + 2 * tokens[2]) / 6
@@ -413,9 +407,7 @@ def test_rounds_axes_and_carried_sizes() -> None:
     weighted = (once[0] * once[1][..., None]).sum(dim=2)
     assert torch.allclose(weighted, x.sum(dim=2), atol=1e-5)
     assert (once[2] // 7 == torch.arange(5)[None, :, None]).all()  # a slot stays in its row
-    flipped = merge_grid(
-        x.transpose(1, 2), sizes.transpose(1, 2), slots.transpose(1, 2), "height", 2, []
-    )
+    flipped = merge_grid(x.transpose(1, 2), sizes.transpose(1, 2), slots.transpose(1, 2), "height", 2, [])
     assert all(torch.equal(a, b.transpose(1, 2)) for a, b in zip(once, flipped, strict=True))
     half = merge_grid(x.bfloat16(), sizes, slots, "width", 3, [])
     assert half[0].dtype == torch.bfloat16

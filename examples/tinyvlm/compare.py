@@ -1,4 +1,4 @@
-"""Accuracy with a token budget, next to no budget and to controls that drop as many tokens at the same layers.
+"""Accuracy with a token budget, next to no budget and to controls with the same counts and layers.
 
 Every arm answers the same questions through `luvc_fx.compile` and `generate`. The inner compiler is
 "eager": the rewritten graph is the one that Inductor would get, and accuracy needs no speed.
@@ -132,9 +132,7 @@ def main() -> None:
     print(text)
     if args.out:
         (args.out / "BUDGET.md").write_text(text)
-        rows = [
-            {"arm": a.name, "budget": a.budget, "accuracy": a.accuracy, "tokens": a.tokens} for a in arms
-        ]
+        rows = [{"arm": a.name, "budget": a.budget, "accuracy": a.accuracy, "tokens": a.tokens} for a in arms]
         schedules_json = {name: json.loads(s.to_json()) for name, s in schedules.items()}
         content = {"facts": facts, "arms": rows, "schedules": schedules_json}
         (args.out / "budget.json").write_text(json.dumps(content, indent=1) + "\n")

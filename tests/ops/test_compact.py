@@ -42,9 +42,7 @@ def test_any_other_count_stays_in_range(case, count):
     assert got.shape == (batch, count)
     assert ((got >= 0) & (got < length)).all()
     sure = min(count, trues)
-    np.testing.assert_array_equal(
-        got.numpy()[:, :sure], reference.mask_to_index(mask.numpy(), sure)
-    )
+    np.testing.assert_array_equal(got.numpy()[:, :sure], reference.mask_to_index(mask.numpy(), sure))
 
 
 @given(

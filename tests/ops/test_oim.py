@@ -54,9 +54,7 @@ def assert_same(got, want):
 
 
 def twin(x, sizes, slots, axis, length, **options):
-    return reference.orthogonal_merge(
-        x.numpy(), sizes.numpy(), slots.numpy(), axis, length, **options
-    )
+    return reference.orthogonal_merge(x.numpy(), sizes.numpy(), slots.numpy(), axis, length, **options)
 
 
 @given(cases())
@@ -179,9 +177,7 @@ def test_one_odd_token_takes_both_neighbours():
 def test_full_length_gives_the_arguments_back():
     tensors = random_grid(3, 1, 1, 4, 2)
     for axis, length in (("width", 4), ("height", 1)):
-        assert all(
-            a is b for a, b in zip(orthogonal_merge(*tensors, axis, length), tensors, strict=True)
-        )
+        assert all(a is b for a, b in zip(orthogonal_merge(*tensors, axis, length), tensors, strict=True))
 
 
 def test_inputs_are_left_alone():
@@ -195,9 +191,7 @@ def test_inputs_are_left_alone():
 def test_gradient(axis, length):
     x, sizes, slots = random_grid(5, 1, 3, 4, 3, torch.float64)
     x.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda v: orthogonal_merge(v, sizes, slots, axis, length)[0], (x,)
-    )
+    assert torch.autograd.gradcheck(lambda v: orthogonal_merge(v, sizes, slots, axis, length)[0], (x,))
 
 
 def test_gradient_stays_finite_at_zero_tokens():

@@ -45,9 +45,7 @@ def test_registry_covers_the_schedule():
     st.integers(1, 4),
     st.integers(1, 4),
 )
-def test_positions_are_valid_whatever_the_values(
-    data, name, energy, coverage, batch, height, width
-):
+def test_positions_are_valid_whatever_the_values(data, name, energy, coverage, batch, height, width):
     length = height * width
     count = data.draw(st.integers(0, length))
     flat = data.draw(st.lists(VALUES, min_size=batch * length, max_size=batch * length))
@@ -92,9 +90,7 @@ def test_random_depends_on_seed_and_layer_only():
     x = torch.empty(1, 64, 1)
     select = SELECTORS["random"]
     first = select(x, prune(seed=1), 16, 2, None)
-    assert torch.equal(
-        first, select(torch.full((1, 64, 1), float("nan")), prune(seed=1), 16, 2, (8, 8))
-    )
+    assert torch.equal(first, select(torch.full((1, 64, 1), float("nan")), prune(seed=1), 16, 2, (8, 8)))
     assert not torch.equal(first, select(x, prune(seed=2), 16, 2, None))
     assert not torch.equal(first, select(x, prune(seed=1), 16, 3, None))
 
@@ -117,9 +113,7 @@ def test_refuses_count(name, count):
 @pytest.mark.parametrize("name", sorted(SELECTORS))
 @pytest.mark.parametrize("count", [0, 4, 16])
 def test_traces(traced_names, name, count):
-    names = traced_names(
-        lambda x: SELECTORS[name](x, prune(), count, 1, (4, 4)), tokens(2, 2, 16, 4)
-    )
+    names = traced_names(lambda x: SELECTORS[name](x, prune(), count, 1, (4, 4)), tokens(2, 2, 16, 4))
     if traced_names.device == "cuda":
         assert "sort" not in names
     if count in (0, 16):

@@ -74,9 +74,7 @@ def test_the_smallest_cutoff_passes_the_mean():
 
 def test_cutoff_is_rounded_half_up():
     x = tokens(3, 1, 8, 3)  # 5 bins: 0.5 of them is 2.5, which rounds to 3 bins as 0.6 does
-    torch.testing.assert_close(
-        spectral_energy(x, 0.5, "lowpass"), spectral_energy(x, 0.6, "lowpass")
-    )
+    torch.testing.assert_close(spectral_energy(x, 0.5, "lowpass"), spectral_energy(x, 0.6, "lowpass"))
 
 
 def test_zero_tokens_have_no_ratio():
