@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from luvc_fx import extents as ex
 from luvc_fx import markers
 from luvc_fx.fx_util import (
     ancestors,
@@ -27,7 +28,7 @@ from luvc_fx.fx_util import (
     value,
 )
 from luvc_fx.report import Reason, Refusal, Refused
-from luvc_fx.token_axes import ATTENTION, PROBE, TokenAxes, trace
+from luvc_fx.token_axes import ATTENTION, TokenAxes, trace
 
 MEND = (
     "the capture ended before the image features enter the text; run luvc_fx.prepare(model) or one "
@@ -44,6 +45,7 @@ class Encoder:
         features: what goes on to the text: `[images * N, dim]` at a fusion, `[images, N, dim]` at a marker.
         slots: the `markers.SLOTS` node, where the front door asked for representatives.
         grid: height and width of the patch grid, row-major along the token axis.
+        unit: height and width, in patches, of the block that becomes one feature (pixel shuffle).
         lead: rows in front of the grid (CLS).
     """
 
@@ -51,9 +53,15 @@ class Encoder:
     features: fx.Node
     slots: fx.Node | None
     grid: tuple[int, int]
+    unit: tuple[int, int]
     lead: int
     images: int
     axes: TokenAxes
+
+    @property
+    def feature_grid(self) -> tuple[int, int]:
+        """Height and width of one image's features."""
+        return self.grid[0] // self.unit[0], self.grid[1] // self.unit[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +233,8 @@ def _decoder(
     idom = _dominators(graph, fusion, [*sinks, *layers])
     entering = _sites(idom, _chain(idom, fusion, sinks), layers)
     batch, visual = _visual_tokens(fusion, features, encoder)
-    axes = trace(graph, {fusion: {1: PROBE}}, live & below)
+    rows = {ex.TOKENS: shape(fusion)[1]}
+    axes = trace(graph, {fusion: {1: ex.of(ex.TOKENS)}}, rows, live & below)
     for layer, (site, attention) in enumerate(zip(entering, layers, strict=True)):
         if axes.axis(site) != 1 or value(site).dim() != 3:
             raise Refused(Reason.RESIDUAL_STREAM, f"no [batch, rows, dim] value enters layer {layer}", site)
@@ -233,7 +242,7 @@ def _decoder(
         if any(extent.plus for extent in axes.extents.get(keys, {}).values()):  # type: ignore[arg-type]
             raise Refused(Reason.PAST_NOT_EMPTY, "the cache already holds rows before this prompt", attention)
     rows = tuple(n for n in graph.nodes if n in live and markers.is_call(n, markers.PROMPT_ROWS))
-    grid = encoder.grid if encoder is not None else _marked_grid(features)
+    grid = encoder.feature_grid if encoder is not None else _marked_grid(features)
     if grid is not None and visual % (grid[0] * grid[1]):
         grid = None
     return Decoder(entering, fusion, embeds, mask, features, batch, visual, grid, axes, rows)
@@ -287,9 +296,10 @@ def _encoder(
         images, _, height, width = shape(conv)
         flat = _flattened(conv)
         stop = {n for n in (fusion, slots) if n is not None}
-        axes = trace(graph, {flat: {2: PROBE}}, live & descendants(flat) - descendants(*stop), stop)
-        if not axes.extents.get(features):
-            raise Refused(Reason.NO_GRID, "the image features do not follow the patch grid", features)
+        patches, sides = ex.of(ex.HEIGHT, ex.WIDTH), {ex.HEIGHT: height, ex.WIDTH: width}
+        inside = live & descendants(flat) - descendants(*stop)
+        axes = trace(graph, {flat: {2: patches}}, sides, inside, stop)
+        unit = _unit(axes, features)
         idom = _dominators(graph, flat, [features])
         chain = _chain(idom, flat, [features])
         entering = _sites(idom, chain, blocks)
@@ -297,15 +307,44 @@ def _encoder(
         leads = set()
         for site in leaving:
             extent = axes.extents.get(site, {}).get(1)
-            if axes.axis(site) != 1 or value(site).dim() != 3 or extent is None or extent.times != 1:
+            if (
+                axes.axis(site) != 1
+                or value(site).dim() != 3
+                or extent is None
+                or extent.factors != patches.factors
+            ):
                 raise Refused(Reason.RESIDUAL_STREAM, "no [images, tokens, channels] value here", site)
             leads.add(extent.plus)
         if len(leads) != 1:
             raise Refused(Reason.RESIDUAL_STREAM, "the rows before the grid change between blocks", features)
-        return Encoder(leaving, features, slots, (height, width), leads.pop(), images, axes)
+        return Encoder(leaving, features, slots, (height, width), unit, leads.pop(), images, axes)
     except Refused as refused:
         anatomy.encoder_refusals.append(refused.refusal)
         return None
+
+
+def _unit(axes: TokenAxes, features: fx.Node) -> tuple[int, int]:
+    """How many rows and columns of patches make one feature."""
+    extents = axes.extents.get(features, {})
+    if not extents:
+        raise Refused(Reason.NO_GRID, "the image features do not follow the patch grid", features)
+    extent = next(iter(extents.values()))
+    unit = 1 / extent.scale_of(ex.HEIGHT), 1 / extent.scale_of(ex.WIDTH)
+    sides = tuple(f.symbol for f in extent.factors if f.symbol != ex.CONSTANT)
+    inside = extent.factors and extent.factors[-1].symbol == ex.CONSTANT
+    whole = all(side.denominator == 1 for side in unit)
+    if len(extents) > 1 or extent.plus or sides != (ex.HEIGHT, ex.WIDTH) or inside or not whole:
+        raise Refused(Reason.NO_GRID, "the image features are not one grid, row by row", features)
+    blocks = {
+        (1 / e.scale_of(ex.HEIGHT), 1 / e.scale_of(ex.WIDTH))
+        for found in axes.extents.values()
+        for e in found.values()
+    }
+    if any(unit[0] % height or unit[1] % width for height, width in blocks):
+        raise Refused(
+            Reason.NO_GRID, "the encoder reads larger blocks of the grid than features have", features
+        )
+    return int(unit[0]), int(unit[1])
 
 
 def _flattened(conv: fx.Node) -> fx.Node:

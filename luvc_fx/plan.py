@@ -91,8 +91,10 @@ def _merges(schedule: Schedule, encoder: Encoder, identity_sites: bool) -> tuple
     by_block: dict[int, list[tuple[str, int, int]]] = {}
     for block, merge in schedule.merges_at(len(encoder.leaving)):
         along = 0 if merge.axis == "height" else 1
-        before = grid[along]
-        after = merge.target(before)
+        before, unit = grid[along], encoder.unit[along]
+        # Whole blocks merge. A fraction is one of blocks; a length is of patches, and rounded up.
+        after = merge.target(before if merge.length is not None else before // unit)
+        after = -(-after // unit) * unit if merge.length is not None else after * unit
         if after == before and not identity_sites:
             continue
         by_block.setdefault(block, []).append((merge.axis, before, after))
@@ -114,8 +116,9 @@ def _plan_decoder(
     plan.original = plan.fused = decoder.visual
     grid = decoder.grid
     if encoder is not None and plan.merges:
-        height, width = encoder.grid
-        grid = plan.merges[-1].merged
+        height, width = encoder.feature_grid
+        merged = plan.merges[-1].merged
+        grid = merged[0] // encoder.unit[0], merged[1] // encoder.unit[1]
         plan.fused = decoder.visual // (height * width) * grid[0] * grid[1]
     left = plan.fused
     plan.tokens_per_layer = [left] * layers

@@ -12,20 +12,24 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from luvc_fx import extents as ex
 from luvc_fx._compat import FakeTensorMode
+from luvc_fx.extents import Counts, Extent
 from luvc_fx.fx_util import concrete, is_tensor, op_name, run, shape, value, writes
 from luvc_fx.report import Reason, Refused
 
-PROBE = 1_000_003
-"""The made-up token count: a prime above any size in a model."""
+PROBE: Counts = {ex.TOKENS: 1_000_003, ex.HEIGHT: 64 * 10_007, ex.WIDTH: 64 * 10_009}
+"""The made-up counts, above any size in a model: primes, sides times what a model may divide them by."""
 
-SIZED = {"view", "reshape", "_unsafe_view", "expand", "broadcast_to"}
+EXPANDING = {"expand", "broadcast_to"}
+SIZED = {"view", "reshape", "_unsafe_view", *EXPANDING}
+ALIGNED = {*SIZED, "flatten"}
 CUTTING = {"select", "narrow", "split", "chunk", "unbind", "index_select", "slice", "tensor_split"}
 ATTENTION = {"scaled_dot_product_attention"}
 ELEMENTWISE = {
@@ -33,17 +37,6 @@ ELEMENTWISE = {
     *("iadd", "isub", "imul", "itruediv", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_"),
     *("logical_and", "logical_or"),
 }
-
-
-class Extent(NamedTuple):
-    """An axis of length ``times * tokens + plus``."""
-
-    times: int
-    plus: int
-
-    def length(self, tokens: Any) -> Any:
-        """The length for a token count, an int or a SymInt."""
-        return self.times * tokens + self.plus
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +50,12 @@ class Join:
 
 @dataclass(slots=True)
 class TokenAxes:
-    """What `trace` found: per node its token axes, per foreign value where it joins."""
+    """What `trace` found: per node its token axes, per foreign value where it joins.
 
+    `counts` are the sizes of the symbols in the capture.
+    """
+
+    counts: Counts
     extents: dict[fx.Node, dict[int, Extent]] = field(default_factory=dict)
     joins: list[Join] = field(default_factory=list)
 
@@ -79,77 +76,6 @@ def sizes_of(node: fx.Node) -> list[Any]:
 def set_sizes(node: fx.Node, sizes: list[Any]) -> None:
     """Write the size arguments back in the one-tuple spelling, which every `SIZED` op takes."""
     node.args = (node.args[0], tuple(sizes))
-
-
-def align(
-    name: str, old: tuple[int, ...], extents: Mapping[int, Extent], new: tuple[int, ...], node: fx.Node
-) -> dict[int, Extent]:
-    """The token axes of a reshaped or expanded value, from those of its input.
-
-    Dimensions are matched from the left in groups of equal product, so equal sizes cannot be mixed up.
-    """
-    if name in ("expand", "broadcast_to"):
-        shift = len(new) - len(old)
-        return {axis + shift: extent for axis, extent in extents.items()}
-    found: dict[int, Extent] = {}
-    for group, into in _groups(old, new):
-        if any(axis in extents for axis in group):
-            found.update(_align_group(old, extents, new, group, into, node))
-    return found
-
-
-def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[range, range]]:
-    """Runs of old and new axes of equal product, from the left."""
-    groups: list[tuple[range, range]] = []
-    i = j = 0
-    while i < len(old) and j < len(new):
-        first_i, first_j, left, right = i, j, old[i], new[j]
-        i, j = i + 1, j + 1
-        while left != right:
-            if left < right:
-                left, i = left * old[i], i + 1
-            else:
-                right, j = right * new[j], j + 1
-        groups.append((range(first_i, i), range(first_j, j)))
-    if i < len(old) or j < len(new):
-        groups.append((range(i, len(old)), range(j, len(new))))
-    return groups
-
-
-def _align_group(
-    old: tuple[int, ...],
-    extents: Mapping[int, Extent],
-    new: tuple[int, ...],
-    group: range,
-    into: range,
-    node: fx.Node,
-) -> dict[int, Extent]:
-    tokens = [axis for axis in group if axis in extents]
-    if len(tokens) > 1:
-        raise Refused(Reason.TOKEN_AXIS, "a reshape joins two token axes", node)
-    times, plus = extents[tokens[0]]
-    others = 1
-    for axis in group:
-        if axis != tokens[0]:
-            others *= old[axis]
-    wide = [axis for axis in into if new[axis] != 1]
-    if not into:
-        raise Refused(Reason.TOKEN_AXIS, "a reshape loses the token axis", node)
-    if len(wide) <= 1:
-        axis = wide[0] if wide else into[0]
-        return {axis: Extent(times * others, plus * others)}
-    total = Extent(times * others, plus * others)
-    candidates = []
-    for axis in wide:
-        rest = 1
-        for other in wide:
-            if other != axis:
-                rest *= new[other]
-        if total.times % rest == 0 and total.plus % rest == 0:
-            candidates.append((axis, Extent(total.times // rest, total.plus // rest)))
-    if len(candidates) != 1:
-        raise Refused(Reason.TOKEN_AXIS, "a reshape splits the token axis in a way that is not clear", node)
-    return dict(candidates)
 
 
 def _index_axes(index: Any, rank: int) -> list[tuple[int, Any]] | None:
@@ -199,11 +125,11 @@ def _check_cut(node: fx.Node, source: fx.Node, extents: Mapping[int, Extent], le
 class _Probe:
     """One run of `trace`."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: Counts) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.base: dict[fx.Node, Any] = {}
         self.changed: dict[fx.Node, Any] = {}
-        self.result = TokenAxes()
+        self.result = TokenAxes(counts)
 
     def like(self, node: fx.Node, sizes: tuple[int, ...]) -> torch.Tensor:
         tensor = value(node)
@@ -234,27 +160,52 @@ class _Probe:
             if all(_same(a, b) for a, b in zip(before, after, strict=True)):
                 del self.changed[node]
             return
-        extents = {
-            axis: Extent(*divmod(new, PROBE))
-            for axis, (was, new) in enumerate(zip(shape(node), result.shape, strict=True))
-            if was != new
-        }
-        if any(extent.times < 1 for extent in extents.values()):
-            raise Refused(Reason.TOKEN_AXIS, "an axis changes without following the token count", node)
+        if op_name(node) in ALIGNED:
+            extents = self._aligned(node)
+        else:
+            extents = {
+                axis: self._recognised(new, node)
+                for axis, (was, new) in enumerate(zip(shape(node), result.shape, strict=True))
+                if was != new
+            }
         if extents:
             self.result.extents[node] = extents
         else:
             del self.changed[node]
 
+    def _aligned(self, node: fx.Node) -> dict[int, Extent]:
+        """The token axes that a reshaping op makes of its input's."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        old, new = self.result.extents.get(source, {}), shape(node)
+        if op_name(node) in EXPANDING:
+            shift = len(new) - value(source).dim()
+            return {axis + shift: extent for axis, extent in old.items()}
+        return ex.align(shape(source), old, new, self.result.counts, node)
+
+    def _recognised(self, length: int, node: fx.Node) -> Extent:
+        """What an axis of this probed length holds, from the token axes of the node's inputs."""
+        candidates = [e for n in node.all_input_nodes for e in self.result.extents.get(n, {}).values()]
+        # What comes out of a tuple has an input without a shape of its own.
+        candidates = candidates or [e for found in self.result.extents.values() for e in found.values()]
+        for extent in candidates:
+            if extent.length(PROBE) == length:
+                return extent
+        for extent in candidates:
+            core = Extent(extent.factors)
+            times, plus = divmod(length, core.length(PROBE))
+            if times >= 1 and plus < min(PROBE.values()):
+                return Extent(core.times(times, outer=True).factors, plus)
+        raise Refused(Reason.TOKEN_AXIS, "an axis changes without following the token count", node)
+
     def _sized(self, node: fx.Node) -> Any:
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        extents = align(op_name(node), shape(source), self.result.extents.get(source, {}), shape(node), node)
         sizes = list(shape(node))
-        for axis, extent in extents.items():
+        for axis, extent in self._aligned(node).items():
             sizes[axis] = extent.length(PROBE)
         tensor = self.of(source)
-        return tensor.expand(sizes) if op_name(node) in ("expand", "broadcast_to") else tensor.reshape(sizes)
+        return tensor.expand(sizes) if op_name(node) in EXPANDING else tensor.reshape(sizes)
 
     def _general(self, node: fx.Node) -> Any:
         name = op_name(node)
@@ -342,32 +293,28 @@ def _same(a: Any, b: Any) -> bool:
 
 def trace(
     graph: fx.Graph,
-    seeds: Mapping[fx.Node, Mapping[int, int]],
+    seeds: Mapping[fx.Node, Mapping[int, Extent]],
+    counts: Counts,
     live: set[fx.Node],
     stop: set[fx.Node] | None = None,
 ) -> TokenAxes:
-    """Follow the token axis from `seeds` through every live node after them.
+    """Follow the token axes from `seeds` through every live node after them.
 
     Args:
         graph: a Dynamo graph whose nodes carry fake values.
-        seeds: per node, the probe length of each token axis.
+        seeds: per node its token axes; `counts` are the sizes of their symbols in the capture.
         live: nodes to visit; others are ignored.
         stop: nodes at which to stop without looking.
 
     Raises:
         Refused: TOKEN_AXIS with the first node that cannot follow another token count.
     """
-    probe = _Probe()
+    probe = _Probe(counts)
     with probe.mode, torch.no_grad():
         for node in graph.nodes:
             if node in seeds:
-                sizes = list(shape(node))
-                for axis, length in seeds[node].items():
-                    sizes[axis] = length
-                probe.changed[node] = probe.like(node, tuple(sizes))
-                probe.result.extents[node] = {
-                    axis: Extent(*divmod(length, PROBE)) for axis, length in seeds[node].items()
-                }
+                probe.changed[node] = probe.resized(node, seeds[node])
+                probe.result.extents[node] = dict(seeds[node])
             elif (
                 node in live
                 and node.op.startswith("call_")
@@ -382,14 +329,14 @@ def follows(node: fx.Node, parent: fx.Node, axes: tuple[int, ...]) -> tuple[int,
     """The axes of `parent` that make up exactly `axes` of `node`, or None where that is not so."""
     if op_name(node) in SIZED:
         return None
-    probe = _Probe()
+    probe = _Probe({})
     found, covered = [], set()
     with probe.mode, torch.no_grad():
         plain = probe.run(node, {})
         for axis, size in enumerate(shape(parent)):
             if size == 1:
                 continue
-            moved = probe.run(node, {parent: probe.resized(parent, {axis: Extent(1, 0)})})
+            moved = probe.run(node, {parent: probe.resized(parent, {axis: ex.of(ex.TOKENS)})})
             changed = {i for i, (a, b) in enumerate(zip(plain.shape, moved.shape, strict=True)) if a != b}
             if changed and changed <= set(axes):
                 found.append(axis)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from luvc_fx.extents import HEIGHT, WIDTH
 from luvc_fx.fx_util import shape
 from luvc_fx.ops import orthogonal_merge
 from luvc_fx.passes.context import Context
@@ -23,31 +24,37 @@ def merge_tokens(context: Context) -> None:
         carried = () if sizes is None or context.slots is None else (sizes, context.slots)
         name = f"merge after encoder block {site.block}"
         merged, sizes, context.slots = emit(
-            context.graph, name, _merge_body(site, encoder.lead), site.node, *carried
+            context.graph, name, _merge_body(site, encoder.lead, encoder.unit), site.node, *carried
         )
-        context.retarget.replace(site.node, merged, site.merged[0] * site.merged[1])
+        sides = {HEIGHT: site.merged[0], WIDTH: site.merged[1]}
+        context.retarget.replace(site.node, merged, sides)
         steps = ", ".join(f"{axis} {before} -> {after}" for axis, before, after in site.steps)
         context.report.inserted.append(f"{name}: {steps}")
     if encoder.slots is not None:
-        _answer_slots(context, encoder.slots, encoder.grid)
+        _answer_slots(context, encoder.slots, encoder.feature_grid)
     context.report.merged_grid = context.plan.merged_grid
 
 
-def _merge_body(site: MergeSite, lead: int):  # type: ignore[no-untyped-def]
-    height, width = site.grid
+def _merge_body(site: MergeSite, lead: int, unit: tuple[int, int]):  # type: ignore[no-untyped-def]
+    high, wide = unit
+    height, width = site.grid[0] // high, site.grid[1] // wide
+    steps = [(axis, after // (high if axis == "height" else wide)) for axis, _, after in site.steps]
 
     def body(
         x: Tensor, sizes: Tensor | None = None, slots: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         images, rows, channels = x.shape
-        grid = x.narrow(1, lead, rows - lead).reshape(images, height, width, channels)
+        # Whole blocks of patches merge, so that what becomes one feature stays together.
+        blocks = x.narrow(1, lead, rows - lead).reshape(images, height, high, width, wide, channels)
+        grid = blocks.transpose(2, 3).reshape(images, height, width, high * wide * channels)
         if sizes is None or slots is None:
             sizes = torch.ones(images, height, width, dtype=torch.float32, device=x.device)
             slots = torch.arange(height * width, device=x.device).reshape(1, height, width)
             slots = slots.expand(images, height, width)
-        for axis, _, after in site.steps:
+        for axis, after in steps:
             grid, sizes, slots = orthogonal_merge(grid, sizes, slots, axis, after)
-        tokens = grid.flatten(1, 2)
+        blocks = grid.reshape(images, grid.shape[1], grid.shape[2], high, wide, channels)
+        tokens = blocks.transpose(2, 3).flatten(1, 4)
         return torch.cat([x.narrow(1, 0, lead), tokens], dim=1), sizes, slots
 
     return body

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from luvc_fx.extents import TOKENS
 from luvc_fx.fx_util import value
 from luvc_fx.ops import gather_rows, mask_to_index
 from luvc_fx.passes.compact_rows import compact_followers
@@ -25,7 +26,7 @@ def prune_tokens(context: Context) -> None:
         context.retarget.advance(site.node)
         name = f"prune before decoder layer {site.layer}"
         short, rows, context.visual = emit(context.graph, name, _prune_body(site), site.node, context.visual)
-        context.retarget.replace(site.node, short, value(short).shape[1])
+        context.retarget.replace(site.node, short, {TOKENS: value(short).shape[1]})
         compact_followers(context, name, site.node, rows, rows)
         context.report.inserted.append(f"{name}: {site.prune.selector} {site.left} -> {site.count}")
 

@@ -15,16 +15,17 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from luvc_fx._compat import FakeTensor, FakeTensorMode, fake_run, hint
+from luvc_fx.extents import TOKENS, Counts, Extent
 from luvc_fx.fx_util import concrete, op_name, run, value
 from luvc_fx.passes.emit import MARK, inserted
 from luvc_fx.report import Reason, Refused
-from luvc_fx.token_axes import SIZED, Extent, TokenAxes, set_sizes, sizes_of
+from luvc_fx.token_axes import SIZED, TokenAxes, set_sizes, sizes_of
 
 
 class Retarget:
     """A cursor that moves once over the graph, from front to back.
 
-    `place` declares the token count of an inserted value; `advance` brings everything up to a node
+    `place` declares the token counts of an inserted value; `advance` brings everything up to a node
     up to date, so that the next site sees true shapes.
     """
 
@@ -35,20 +36,20 @@ class Retarget:
         for number, found in enumerate(axes):
             self.extents.update(found.extents)
             self.space.update(dict.fromkeys(found.extents, number))
-        self.tokens: dict[fx.Node, int | torch.SymInt] = {}
+        self.counts: dict[fx.Node, Counts] = {}
         self.dirty: set[fx.Node] = set()
         self.cursor: fx.Node = next(iter(graph.nodes))
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def place(self, new: fx.Node, like: fx.Node, tokens: int | torch.SymInt) -> None:
-        """Declare that `new` has its token axes where `like` has them, and holds `tokens` tokens."""
+    def place(self, new: fx.Node, like: fx.Node, counts: Counts) -> None:
+        """Declare that `new` has its token axes where `like` has them, and holds `counts` tokens."""
         self.extents[new] = self.extents[like]
         self.space[new] = self.space[like]
-        self.tokens[new] = tokens
+        self.counts[new] = counts
 
-    def replace(self, old: fx.Node, new: fx.Node, tokens: int | torch.SymInt) -> None:
-        """Let every captured user of `old` read `new`, which holds `tokens` tokens."""
-        self.place(new, old, tokens)
+    def replace(self, old: fx.Node, new: fx.Node, counts: Counts) -> None:
+        """Let every captured user of `old` read `new`, which holds `counts` tokens."""
+        self.place(new, old, counts)
         for user in list(old.users):
             if not inserted(user):
                 self.rewire(user, old, new)
@@ -77,37 +78,38 @@ class Retarget:
             raise AssertionError(f"{until} lies behind the walk")
 
     def _update(self, node: fx.Node) -> None:
-        tokens, extents = self._tokens_of(node), self.extents.get(node)
-        if not extents or tokens is None:
+        counts, extents = self._counts_of(node), self.extents.get(node)
+        if not extents or counts is None:
             node.meta["example_value"] = _run(node)
             return
         old = value(node)
+        try:
+            lengths = {axis: extent.length(counts) for axis, extent in extents.items()}
+        except ValueError as error:
+            raise Refused(Reason.TOKEN_AXIS, str(error), node) from None
         if op_name(node) in SIZED:
-            self._resize(node, extents, tokens)
+            self._resize(node, extents, lengths)
         sizes = list(old.shape)
-        for axis, extent in extents.items():
-            sizes[axis] = extent.length(tokens)
+        for axis, length in lengths.items():
+            sizes[axis] = length
         self._check(node, [hint(size) for size in sizes])
-        self.tokens[node] = tokens
+        self.counts[node] = counts
         with fake_run([old]):
             node.meta["example_value"] = torch.empty(sizes, dtype=old.dtype, device=old.device)
 
-    def _tokens_of(self, node: fx.Node) -> int | torch.SymInt | None:
+    def _counts_of(self, node: fx.Node) -> Counts | None:
         space = self.space.get(node)
-        counts = [self.tokens[n] for n in node.all_input_nodes if n in self.tokens and self.space[n] == space]
-        if len({hint(count) for count in counts}) > 1:
+        counts = [self.counts[n] for n in node.all_input_nodes if n in self.counts and self.space[n] == space]
+        if len({tuple(sorted((k, hint(v)) for k, v in found.items())) for found in counts}) > 1:
             raise Refused(Reason.TOKEN_AXIS, "values with different token counts meet", node)
         return counts[0] if counts else None
 
-    def _resize(self, node: fx.Node, extents: dict[int, Extent], tokens: int | torch.SymInt) -> None:
+    def _resize(self, node: fx.Node, extents: dict[int, Extent], lengths: dict[int, Any]) -> None:
         sizes = sizes_of(node)
-        for axis, extent in extents.items():
+        for axis, length in lengths.items():
             if isinstance(sizes[axis], int) and sizes[axis] == -1:
                 continue
-            if isinstance(tokens, int):
-                sizes[axis] = extent.length(tokens)
-            else:
-                sizes[axis] = self._size_node(node, extent)
+            sizes[axis] = length if isinstance(length, int) else self._size_node(node, extents[axis])
         set_sizes(node, sizes)
 
     def _size_node(self, node: fx.Node, extent: Extent) -> fx.Node:
@@ -115,13 +117,15 @@ class Retarget:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         axis, known = next(iter(self.extents[source].items()))
+        # Only the count of a sequence is ever symbolic, so each length is a constant times it, plus one.
+        one = {TOKENS: 1}
         with self.graph.inserting_before(node):
             size = self._call(torch.ops.aten.sym_size.int, source, axis)
             if known != extent:
                 for op, number in (
                     (operator.sub, known.plus),
-                    (operator.floordiv, known.times),
-                    (operator.mul, extent.times),
+                    (operator.floordiv, known.length(one) - known.plus),
+                    (operator.mul, extent.length(one) - extent.plus),
                     (operator.add, extent.plus),
                 ):
                     size = self._call(op, size, number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from luvc_fx.extents import TOKENS
 from luvc_fx.fx_util import is_tensor, value
 from luvc_fx.ops import gather_rows, surviving_rows
 from luvc_fx.passes.compact_rows import compact_followers
@@ -22,7 +23,7 @@ def shrink_fusion(context: Context) -> None:
     if decoder is None or encoder is None or context.slots is None:
         return
     images = encoder.images // decoder.batch
-    patches = encoder.grid[0] * encoder.grid[1]
+    patches = encoder.feature_grid[0] * encoder.feature_grid[1]
     name = "shrink fusion"
 
     def body(embeds: Tensor, mask: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
@@ -43,7 +44,7 @@ def shrink_fusion(context: Context) -> None:
         context.graph, name, body, decoder.embeds, decoder.mask, context.slots, after=before
     )
     fusion: fx.Node = decoder.fusion
-    context.retarget.place(embeds, fusion, value(embeds).shape[1])
+    context.retarget.place(embeds, fusion, {TOKENS: value(embeds).shape[1]})
     context.retarget.rewire(fusion, decoder.embeds, embeds)
     context.retarget.rewire(fusion, decoder.mask, mask)
     compact_followers(context, name, fusion, places, ascending)

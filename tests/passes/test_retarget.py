@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from replay import Captured, capture, examples
 from torch import Tensor, fx
 
+from luvc_fx.extents import TOKENS, of
 from luvc_fx.fx_util import op_name, shape, value
 from luvc_fx.passes.emit import emit, inserted
 from luvc_fx.passes.retarget import Retarget
 from luvc_fx.report import Reason, Refused
-from luvc_fx.token_axes import PROBE, set_sizes, sizes_of, trace
+from luvc_fx.token_axes import set_sizes, sizes_of, trace
 
 LEFT = 5
 
@@ -61,11 +62,11 @@ def shorten(
     gm = captured.copy()
     graph = gm.graph
     site = next(n for n in graph.nodes if op_name(n) == "add")
-    axes = trace(graph, {site: {1: PROBE}}, set(graph.nodes))
+    axes = trace(graph, {site: {1: of(TOKENS)}}, {TOKENS: value(site).shape[1]}, set(graph.nodes))
     retarget = Retarget(graph, axes)
     retarget.advance(site)
     (short,) = emit(graph, "site", lambda a: a.narrow(1, 0, left).contiguous(), site)
-    retarget.replace(site, short, left)
+    retarget.replace(site, short, {TOKENS: left})
     retarget.advance()
     graph.eliminate_dead_code()
     graph.lint()
@@ -116,13 +117,13 @@ def test_values_with_different_counts_do_not_meet() -> None:
     captured = capture(lambda x: (x + 0.0).sin() + (x + 0.0).cos(), x=torch.randn(2, 12, 8))
     graph = captured.copy().graph
     sums = [n for n in graph.nodes if op_name(n) == "add"][:2]
-    axes = trace(graph, {n: {1: PROBE} for n in sums}, set(graph.nodes))
+    axes = trace(graph, {n: {1: of(TOKENS)} for n in sums}, {TOKENS: 8}, set(graph.nodes))
     retarget = Retarget(graph, axes)
     with pytest.raises(Refused) as caught:
         for node, left in zip(sums, (5, 7), strict=True):
             retarget.advance(node)
             (short,) = emit(graph, "site", lambda a, left=left: a.narrow(1, 0, left), node)
-            retarget.replace(node, short, left)
+            retarget.replace(node, short, {TOKENS: left})
         retarget.advance()
     assert caught.value.refusal.reason is Reason.TOKEN_AXIS
 
@@ -131,7 +132,8 @@ def test_the_walk_does_not_turn_back() -> None:
     captured = capture(lambda x: (x + 0.0).sin(), x=torch.randn(2, 12, 8))
     graph = captured.copy().graph
     site = next(n for n in graph.nodes if op_name(n) == "add")
-    retarget = Retarget(graph, trace(graph, {site: {1: PROBE}}, set(graph.nodes)))
+    axes = trace(graph, {site: {1: of(TOKENS)}}, {TOKENS: value(site).shape[1]}, set(graph.nodes))
+    retarget = Retarget(graph, axes)
     retarget.advance()
     with pytest.raises(AssertionError, match="lies behind the walk"):
         retarget.advance(site)

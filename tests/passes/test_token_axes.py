@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -13,11 +14,22 @@ from hypothesis import strategies as st
 from replay import capture
 from torch import Tensor, fx
 
+from luvc_fx.extents import CONSTANT, HEIGHT, TOKENS, WIDTH, Extent, Factor, align, of
 from luvc_fx.fx_util import op_name, output_node
 from luvc_fx.report import Reason, Refused
-from luvc_fx.token_axes import PROBE, Extent, Join, align, trace
+from luvc_fx.token_axes import Join, trace
 
 NODE = fx.Graph().placeholder("x")
+ROWS = of(TOKENS)
+GRID = of(HEIGHT, WIDTH)
+
+
+def part(symbol: str, scale: float) -> Factor:
+    return Factor(symbol, Fraction(scale))
+
+
+def times(number: int, extent: Extent = ROWS) -> Extent:
+    return extent.times(number, outer=True)
 
 
 def axes_that_follow(old: tuple[int, ...], axis: int, new: tuple[int, ...]) -> set[int]:
@@ -55,14 +67,14 @@ def test_align_finds_axes_that_a_real_view_follows(
     old, axis, new = case
     tokens = old[axis] - lead
     try:
-        found = align("view", old, {axis: Extent(1, lead)}, new, NODE)
+        found = align(old, {axis: of(TOKENS, plus=lead)}, new, {TOKENS: tokens}, NODE)
     except Refused as refused:
         assert refused.refusal.reason is Reason.TOKEN_AXIS
         # A whole axis that stays whole is never unclear.
         assert not (old[axis] in new and old == new)
         return
     (only,) = found
-    assert found[only].length(tokens) == new[only]
+    assert found[only].length({TOKENS: tokens}) == new[only]
     assert only in axes_that_follow(old, axis, new)
 
 
@@ -73,11 +85,11 @@ def test_align_makes_a_view_of_any_other_count(
     """With the resized axis, a real view of labelled rows keeps each row's label in its place."""
     old, axis, new = case
     try:
-        found = align("view", old, {axis: Extent(1, 0)}, new, NODE)
+        found = align(old, {axis: ROWS}, new, {TOKENS: old[axis]}, NODE)
     except Refused:
         assume(False)
     longer = [tokens if i == axis else size for i, size in enumerate(old)]
-    sizes = [found[i].length(tokens) if i in found else size for i, size in enumerate(new)]
+    sizes = [found[i].length({TOKENS: tokens}) if i in found else size for i, size in enumerate(new)]
     labels = torch.arange(tokens).reshape([-1 if i == axis else 1 for i in range(len(old))]).expand(longer)
     view = labels.reshape(sizes)  # raises where the sizes do not fit
     for other in range(len(sizes)):
@@ -86,39 +98,100 @@ def test_align_makes_a_view_of_any_other_count(
             assert (view.diff(dim=other) == 0).all()
 
 
-EXACT: dict[str, tuple[str, tuple[int, ...], dict[int, Extent], tuple[int, ...], dict[int, Extent]]] = {
-    "heads out of hidden": ("view", (2, 16, 16), {1: Extent(1, 0)}, (2, 16, 4, 4), {1: Extent(1, 0)}),
-    "hidden out of heads": ("reshape", (2, 16, 4, 4), {1: Extent(1, 0)}, (2, 16, 16), {1: Extent(1, 0)}),
-    "all sizes equal": ("view", (4, 4, 4), {1: Extent(1, 0)}, (4, 4, 2, 2), {1: Extent(1, 0)}),
-    "flattened with the batch": ("view", (2, 9, 5), {1: Extent(1, 0)}, (18, 5), {0: Extent(2, 0)}),
-    "with a lead": ("view", (3, 17, 8), {1: Extent(1, 1)}, (3, 17, 2, 4), {1: Extent(1, 1)}),
-    "lead flattened with the batch": ("view", (3, 17, 8), {1: Extent(1, 1)}, (51, 8), {0: Extent(3, 3)}),
-    "expand adds axes": ("expand", (1, 7, 1), {1: Extent(1, 0)}, (2, 3, 7, 4), {2: Extent(1, 0)}),
-    "ones come and go": ("view", (1, 6, 1, 8), {1: Extent(1, 0)}, (6, 1, 8), {0: Extent(1, 0)}),
-    "no token axis": ("view", (2, 6), {}, (12,), {}),
-    "group out of tokens": ("view", (1, 12, 8), {1: Extent(4, 0)}, (1, 3, 32), {1: Extent(1, 0)}),
+Case = tuple[tuple[int, ...], dict[int, Extent], tuple[int, ...], dict[int, Extent]]
+
+EXACT: dict[str, Case] = {
+    "heads out of hidden": ((2, 16, 16), {1: ROWS}, (2, 16, 4, 4), {1: ROWS}),
+    "hidden out of heads": ((2, 16, 4, 4), {1: ROWS}, (2, 16, 16), {1: ROWS}),
+    "all sizes equal": ((4, 4, 4), {1: ROWS}, (4, 4, 2, 2), {1: ROWS}),
+    "flattened with the batch": ((2, 9, 5), {1: ROWS}, (18, 5), {0: times(2)}),
+    "with a lead": ((3, 17, 8), {1: of(TOKENS, plus=1)}, (3, 17, 2, 4), {1: of(TOKENS, plus=1)}),
+    "lead flattened with the batch": (
+        (3, 17, 8),
+        {1: of(TOKENS, plus=1)},
+        (51, 8),
+        {0: times(3, of(TOKENS, plus=1))},
+    ),
+    "ones come and go": ((1, 6, 1, 8), {1: ROWS}, (6, 1, 8), {0: ROWS}),
+    "no token axis": ((2, 6), {}, (12,), {}),
+    "group out of tokens": ((1, 12, 8), {1: ROWS.times(4, outer=False)}, (1, 3, 32), {1: ROWS}),
+    "into a grid": ((2, 12, 5), {1: GRID}, (2, 3, 4, 5), {1: of(HEIGHT), 2: of(WIDTH)}),
+    "into a square grid": ((4, 16, 4), {1: GRID}, (4, 4, 4, 4), {1: of(HEIGHT), 2: of(WIDTH)}),
+    "out of a grid": ((2, 3, 4, 5), {1: of(HEIGHT), 2: of(WIDTH)}, (2, 12, 5), {1: GRID}),
+    "half a side to the channels": (
+        (1, 8, 8, 64),
+        {1: of(HEIGHT), 2: of(WIDTH)},
+        (1, 8, 4, 128),
+        {1: of(HEIGHT), 2: Extent((part(WIDTH, 0.5),))},
+    ),
+    "half a side, sizes equal": (
+        (1, 4, 4, 4),
+        {1: of(HEIGHT), 2: of(WIDTH)},
+        (1, 4, 2, 8),
+        {1: of(HEIGHT), 2: Extent((part(WIDTH, 0.5),))},
+    ),
+    "blocks": (
+        (1, 12, 8),
+        {1: GRID},
+        (1, 3, 2, 2, 8),
+        {1: of(HEIGHT), 2: Extent((part(WIDTH, 0.5),))},
+    ),
+    "blocks joined": (
+        (1, 3, 2, 4, 8),
+        {1: of(HEIGHT), 2: Extent((part(WIDTH, 0.5),))},
+        (1, 6, 32),
+        {1: Extent((part(HEIGHT, 1), part(WIDTH, 0.5)))},
+    ),
+    "a grid flattened with its images": (
+        (3, 6, 8),
+        {1: GRID},
+        (18, 8),
+        {0: Extent((part(CONSTANT, 3), *GRID.factors))},
+    ),
+}
+SIDES = {
+    "into a square grid": (4, 4),
+    "half a side to the channels": (8, 8),
+    "half a side, sizes equal": (4, 4),
+    "a grid flattened with its images": (2, 3),
 }
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_align_exactly(name: str) -> None:
-    op, old, extents, new, want = EXACT[name]
-    assert align(op, old, extents, new, NODE) == want
+    old, extents, new, want = EXACT[name]
+    height, width = SIDES.get(name, (3, 4))
+    counts = {HEIGHT: height, WIDTH: width}
+    for axis, extent in extents.items():
+        if extent.symbols() == [TOKENS]:
+            counts[TOKENS] = (old[axis] - extent.plus) // (extent.length({TOKENS: 1}) - extent.plus)
+        assert extent.length(counts) == old[axis]
+    assert align(old, extents, new, counts, NODE) == want
 
 
 REFUSED: dict[str, tuple[tuple[int, ...], dict[int, Extent], tuple[int, ...], str]] = {
-    "split into a grid": ((2, 16, 8), {1: Extent(1, 0)}, (2, 4, 4, 8), "splits the token axis"),
-    "two token axes joined": ((6, 6), {0: Extent(1, 0), 1: Extent(1, 0)}, (36,), "joins two token axes"),
+    "split into a grid": ((2, 16, 8), {1: ROWS}, (2, 4, 4, 8), "splits the token axis"),
+    "two token axes joined": ((6, 6), {0: ROWS, 1: ROWS}, (36,), "joins two token axes"),
+    "a lead in a grid": ((1, 16, 8), {1: of(HEIGHT, WIDTH, plus=1)}, (1, 4, 4, 8), "splits the token axis"),
+    "across the rows": ((1, 15, 8), {1: GRID}, (1, 5, 3, 8), "splits the token axis"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_align_refuses_what_is_not_clear(name: str) -> None:
     old, extents, new, words = REFUSED[name]
+    counts = {HEIGHT: 3, WIDTH: 5, TOKENS: old[1]}
     with pytest.raises(Refused) as caught:
-        align("view", old, extents, new, NODE)
+        align(old, extents, new, counts, NODE)
     assert caught.value.refusal.reason is Reason.TOKEN_AXIS
     assert words in caught.value.refusal.text
+
+
+def test_a_length_that_does_not_divide_raises() -> None:
+    half = Extent((part(WIDTH, 0.5),))
+    assert half.length({WIDTH: 6}) == 3
+    with pytest.raises(ValueError, match="do not divide"):
+        half.length({WIDTH: 5})
 
 
 # ------------------------------------------------------------------------------------------- tracing
@@ -134,26 +207,27 @@ def traced(body: Callable[..., Any], x: Tensor, *others: Tensor, axis: int = 1, 
     captured = capture(call, x=x, **dict(zip(names, others, strict=True)))
     graph = captured.gm.graph
     seed = next(n for n in graph.nodes if op_name(n) == "add")
-    axes = trace(graph, {seed: {axis: PROBE + lead}}, set(graph.nodes))
+    counts = {TOKENS: x.shape[axis] - lead}
+    axes = trace(graph, {seed: {axis: of(TOKENS, plus=lead)}}, counts, set(graph.nodes))
     return axes, output_node(graph).args[0]
 
 
 FOLLOWED: dict[str, tuple[Callable[..., Any], tuple[int, ...], list[dict[int, Extent]]]] = {
-    "transpose": (lambda x: x.transpose(1, 2), (4, 4, 4), [{2: Extent(1, 0)}]),
-    "heads": (lambda x: x.view(2, 16, 4, 4).transpose(1, 2), (2, 16, 16), [{2: Extent(1, 0)}]),
-    "scores": (lambda x: x @ x.mT, (2, 8, 8), [{1: Extent(1, 0), 2: Extent(1, 0)}]),
+    "transpose": (lambda x: x.transpose(1, 2), (4, 4, 4), [{2: ROWS}]),
+    "heads": (lambda x: x.view(2, 16, 4, 4).transpose(1, 2), (2, 16, 16), [{2: ROWS}]),
+    "scores": (lambda x: x @ x.mT, (2, 8, 8), [{1: ROWS, 2: ROWS}]),
     "mean over tokens": (lambda x: x.mean(1), (2, 8, 8), [{}]),
-    "channel chunk": (lambda x: x.chunk(2, dim=-1)[1], (2, 8, 8), [{1: Extent(1, 0)}]),
-    "doubled": (lambda x: torch.cat([x, x], dim=1), (2, 8, 8), [{1: Extent(2, 0)}]),
+    "channel chunk": (lambda x: x.chunk(2, dim=-1)[1], (2, 8, 8), [{1: ROWS}]),
+    "doubled": (lambda x: torch.cat([x, x], dim=1), (2, 8, 8), [{1: times(2)}]),
     "a row in front": (
         lambda x: torch.cat([x.new_zeros(2, 1, 8), x], dim=1),
         (2, 8, 8),
-        [{1: Extent(1, 1)}],
+        [{1: of(TOKENS, plus=1)}],
     ),
     "repeat of heads": (
         lambda x: x[:, :, None, :].expand(2, 8, 3, 8).reshape(2, 8, 24),
         (2, 8, 8),
-        [{1: Extent(1, 0)}],
+        [{1: ROWS}],
     ),
 }
 
@@ -187,7 +261,7 @@ def test_the_mask_of_an_attention_call_is_a_join_on_both_axes() -> None:
     axes, outputs = traced(body, torch.randn(2, 8, 8), torch.ones(2, 1, 8, 8, dtype=torch.bool))
     (join,) = axes.joins
     assert join.axes == (2, 3)
-    assert axes.extents[outputs[0]] == {2: Extent(1, 0)}
+    assert axes.extents[outputs[0]] == {2: ROWS}
 
 
 def drops_in_place(x: Tensor) -> Tensor:
@@ -222,4 +296,4 @@ def test_what_another_count_would_break_is_refused(name: str) -> None:
 
 def test_rows_in_front_may_be_cut_off() -> None:
     axes, outputs = traced(lambda x: (x[:, 1:], x[:, :1]), torch.randn(2, 9, 8), lead=1)
-    assert [axes.extents.get(node, {}) for node in outputs] == [{1: Extent(1, 0)}, {}]
+    assert [axes.extents.get(node, {}) for node in outputs] == [{1: ROWS}, {}]

@@ -1,0 +1,220 @@
+"""How the length of an axis follows the token count, and what a reshape makes of it.
+
+An axis is an ordered product of factors, outermost first: sizes that stay, and sides of the token grid
+(or the count of a sequence), each times a fraction. ``view(B, H, W / 2, 2 C)`` of ``[B, H, W, C]`` gives
+half the width and a constant 2 that joins the channels, whatever sizes happen to be equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from luvc_fx.report import Reason, Refused
+
+TOKENS, HEIGHT, WIDTH = "tokens", "height", "width"
+CONSTANT = ""
+
+Counts = Mapping[str, Any]
+"""Symbol -> its size, an int or a SymInt."""
+
+
+class Factor(NamedTuple):
+    """`scale` times the size of `symbol`; `CONSTANT` has the size 1."""
+
+    symbol: str
+    scale: Fraction = Fraction(1)
+
+    def size(self, counts: Counts) -> Any:
+        """The size for these counts, exactly: a Fraction where it does not divide."""
+        if self.symbol == CONSTANT:
+            return self.scale
+        count = counts[self.symbol]
+        if self.scale == 1:
+            return count
+        if not isinstance(count, int):
+            return self.scale.numerator * count // self.scale.denominator
+        return self.scale * count
+
+
+class Extent(NamedTuple):
+    """An axis of length ``product of factors + plus``."""
+
+    factors: tuple[Factor, ...]
+    plus: int = 0
+
+    def length(self, counts: Counts) -> Any:
+        """The length for these counts, an int or a SymInt.
+
+        Raises:
+            ValueError: a count that the factors do not divide.
+        """
+        length: Any = 1
+        for factor in self.factors:
+            length = length * factor.size(counts)
+        if isinstance(length, Fraction):
+            if length.denominator != 1:
+                raise ValueError(f"{dict(counts)} do not divide into whole rows")
+            length = int(length)
+        return length + self.plus
+
+    def symbols(self) -> list[str]:
+        """The symbols in order, outermost first."""
+        return [factor.symbol for factor in self.factors if factor.symbol != CONSTANT]
+
+    def scale_of(self, symbol: str) -> Fraction:
+        """The fraction of `symbol` that this axis holds; 1 where it has none."""
+        return next((factor.scale for factor in self.factors if factor.symbol == symbol), Fraction(1))
+
+    def times(self, number: int | Fraction, outer: bool) -> Extent:
+        """This axis with a constant factor more, outermost or innermost."""
+        constant = (Factor(CONSTANT, Fraction(number)),)
+        factors = constant + self.factors if outer else self.factors + constant
+        return Extent(_tidy(factors), int(self.plus * number))
+
+
+def of(*symbols: str, plus: int = 0) -> Extent:
+    """The axis that holds these symbols, each once."""
+    return Extent(tuple(Factor(symbol) for symbol in symbols), plus)
+
+
+def _tidy(factors: Sequence[Factor]) -> tuple[Factor, ...]:
+    """Neighbouring constants as one, ones dropped."""
+    tidy: list[Factor] = []
+    for factor in factors:
+        if factor.symbol == CONSTANT and tidy and tidy[-1].symbol == CONSTANT:
+            tidy[-1] = Factor(CONSTANT, tidy[-1].scale * factor.scale)
+        else:
+            tidy.append(factor)
+    return tuple(f for f in tidy if f.symbol != CONSTANT or f.scale != 1)
+
+
+class _Piece(NamedTuple):
+    """Part of an axis on its way through a reshape; `whole` holds an axis that cannot be split."""
+
+    size: int
+    factor: Factor
+    whole: Extent | None = None
+
+    @property
+    def constant(self) -> bool:
+        return self.whole is None and self.factor.symbol == CONSTANT
+
+
+def align(
+    old: tuple[int, ...],
+    extents: Mapping[int, Extent],
+    new: tuple[int, ...],
+    counts: Counts,
+    node: fx.Node,
+) -> dict[int, Extent]:
+    """The token axes of a reshaped value, from those of its input.
+
+    Dimensions are matched from the left in groups of equal product, and inside a group factor by
+    factor, so equal sizes cannot be mixed up.
+
+    Args:
+        counts: the sizes of the symbols in the capture.
+
+    Raises:
+        Refused: TOKEN_AXIS where the capture does not tell how another count would be reshaped.
+    """
+    found: dict[int, Extent] = {}
+    for group, into in _groups(old, new):
+        if any(axis in extents for axis in group):
+            found.update(_distribute(_pieces(old, extents, group, counts), new, into, node))
+    return found
+
+
+def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[range, range]]:
+    """Runs of old and new axes of equal product, from the left."""
+    groups: list[tuple[range, range]] = []
+    i = j = 0
+    while i < len(old) and j < len(new):
+        first_i, first_j, left, right = i, j, old[i], new[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * old[i], i + 1
+            else:
+                right, j = right * new[j], j + 1
+        groups.append((range(first_i, i), range(first_j, j)))
+    if i < len(old) or j < len(new):
+        groups.append((range(i, len(old)), range(j, len(new))))
+    return groups
+
+
+def _pieces(
+    old: tuple[int, ...], extents: Mapping[int, Extent], group: range, counts: Counts
+) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    for axis in group:
+        extent = extents.get(axis)
+        if extent is None:
+            if old[axis] != 1:
+                pieces.append(_Piece(old[axis], Factor(CONSTANT, Fraction(old[axis]))))
+        elif extent.plus:
+            pieces.append(_Piece(old[axis], Factor(CONSTANT), extent))
+        else:
+            pieces += [_Piece(int(factor.size(counts)), factor) for factor in extent.factors]
+    return pieces
+
+
+def _distribute(pieces: list[_Piece], new: tuple[int, ...], into: range, node: fx.Node) -> dict[int, Extent]:
+    """Fill the new axes with the pieces, from the left."""
+    if not into:
+        raise Refused(Reason.TOKEN_AXIS, "a reshape loses the token axis", node)
+    taken: dict[int, list[_Piece]] = {axis: [] for axis in into}
+    rest = list(pieces)
+    for axis in into:
+        filled = 1
+        while filled < new[axis] and rest:
+            piece = rest.pop(0)
+            room, odd = divmod(new[axis], filled)
+            if odd or (room % piece.size and piece.size % room):
+                raise Refused(Reason.TOKEN_AXIS, _UNCLEAR, node)
+            if room % piece.size:
+                piece, inner = _split(piece, room, node)
+                rest.insert(0, inner)
+            taken[axis].append(piece)
+            filled *= piece.size
+    # Only pieces of size 1 are left: a count of one row. They stay where the last ones went.
+    taken[into[-1]] += rest
+    found = {axis: _joined(parts, node) for axis, parts in taken.items()}
+    return {axis: extent for axis, extent in found.items() if extent is not None}
+
+
+_UNCLEAR = "a reshape splits the token axis in a way that is not clear"
+
+
+def _split(piece: _Piece, outer: int, node: fx.Node) -> tuple[_Piece, _Piece]:
+    """`outer` of a piece, and the constant that is left inside."""
+    inner = piece.size // outer
+    constant = _Piece(inner, Factor(CONSTANT, Fraction(inner)))
+    if piece.constant:
+        return _Piece(outer, Factor(CONSTANT, Fraction(outer))), constant
+    if piece.whole is not None or piece.factor.symbol == TOKENS:
+        raise Refused(Reason.TOKEN_AXIS, _UNCLEAR, node)
+    return _Piece(outer, Factor(piece.factor.symbol, piece.factor.scale / inner)), constant
+
+
+def _joined(parts: list[_Piece], node: fx.Node) -> Extent | None:
+    """The axis that these pieces make up, or None where it is constant."""
+    tokens = [part for part in parts if not part.constant]
+    if not tokens:
+        return None
+    symbols = [part.factor.symbol for part in tokens]
+    whole = next((part.whole for part in tokens if part.whole is not None), None)
+    if len(set(symbols)) < len(symbols) or (whole is not None and len(tokens) > 1):
+        raise Refused(Reason.TOKEN_AXIS, "a reshape joins two token axes", node)
+    if whole is None:
+        return Extent(_tidy([part.factor for part in parts]))
+    place = next(i for i, part in enumerate(parts) if part.whole is not None)
+    for part in parts[place - 1 :: -1] if place else []:
+        whole = whole.times(part.factor.scale, outer=True)
+    for part in parts[place + 1 :]:
+        whole = whole.times(part.factor.scale, outer=False)
+    return whole
