@@ -86,8 +86,8 @@ def with_own_code(body: Callable[..., Any]) -> Callable[..., Any]:
     return own
 
 
-def encoder_output(features: list[torch.Tensor]) -> Any:
-    """Image features `[N, dim]` as transformers passes them from `generate` to `forward`."""
+def encoder_output(features: list[torch.Tensor] | torch.Tensor) -> Any:
+    """Image features, `[N, dim]` each or `[images, N, dim]`, as `generate` passes them to `forward`."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]

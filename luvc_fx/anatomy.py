@@ -28,7 +28,7 @@ from luvc_fx.fx_util import (
     value,
 )
 from luvc_fx.report import Reason, Refusal, Refused
-from luvc_fx.token_axes import ATTENTION, TokenAxes, trace
+from luvc_fx.token_axes import ATTENTION, Join, TokenAxes, trace
 
 MEND = (
     "the capture ended before the image features enter the text; run luvc_fx.prepare(model) or one "
@@ -234,7 +234,10 @@ def _decoder(
     entering = _sites(idom, _chain(idom, fusion, sinks), layers)
     batch, visual = _visual_tokens(fusion, features, encoder)
     rows = {ex.TOKENS: shape(fusion)[1]}
-    axes = trace(graph, {fusion: {1: ex.of(ex.TOKENS)}}, rows, live & below)
+    labels = _labels(graph, live & below, fusion)
+    seeds = {node: {1: ex.of(ex.TOKENS)} for node in (fusion, *labels)}
+    axes = trace(graph, seeds, rows, live & (below | descendants(*labels)))
+    axes.joins += [Join(user, node, (1,)) for node in labels for user in node.users if user in live]
     for layer, (site, attention) in enumerate(zip(entering, layers, strict=True)):
         if axes.axis(site) != 1 or value(site).dim() != 3:
             raise Refused(Reason.RESIDUAL_STREAM, f"no [batch, rows, dim] value enters layer {layer}", site)
@@ -246,6 +249,24 @@ def _decoder(
     if grid is not None and visual % (grid[0] * grid[1]):
         grid = None
     return Decoder(entering, fusion, embeds, mask, features, batch, visual, grid, axes, rows)
+
+
+def _labels(graph: fx.Graph, inside: set[fx.Node], fusion: fx.Node) -> list[fx.Node]:
+    """The `[batch, rows]` values that a loss compares the rows with, before they are shifted."""
+    found = []
+    for loss in graph.nodes:
+        if loss not in inside or op_name(loss) != "cross_entropy":
+            continue
+        node = loss.args[1] if len(loss.args) > 1 else loss.kwargs.get("target")
+        labels = None
+        while isinstance(node, fx.Node):
+            if shape(node) == shape(fusion)[:2]:
+                labels = node
+            above = [n for n in node.all_input_nodes if is_tensor(n)]
+            node = above[0] if len(above) == 1 else None
+        if labels is not None and labels not in found:
+            found.append(labels)
+    return found
 
 
 def _visual_tokens(fusion: fx.Node, features: fx.Node, encoder: Encoder | None) -> tuple[int, int]:

@@ -298,4 +298,11 @@ def _warn_when_generating(model: torch.nn.Module) -> None:
         warnings.warn(GENERATE_HINT, LuvcWarning, stacklevel=2)
         return generate(*args, **kwargs)
 
+    warning_generate.warns_for_luvc_fx = True  # type: ignore[attr-defined]
     model.generate = warning_generate  # type: ignore[assignment]
+
+
+def take_generate_warning_off(model: torch.nn.Module) -> None:
+    """Undo what `torch.compile` with a backend of ours did to `generate`, for a front door that wires it."""
+    if hasattr(vars(model).get("generate"), "warns_for_luvc_fx"):
+        del model.generate

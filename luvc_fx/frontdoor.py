@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from luvc_fx import _compat, markers
-from luvc_fx.backend import LuvcBackend, LuvcWarning, NotRewritten, backend, prepare
+from luvc_fx.backend import (
+    LuvcBackend,
+    LuvcWarning,
+    NotRewritten,
+    backend,
+    prepare,
+    take_generate_warning_off,
+)
 from luvc_fx.cache import PrunedCache, adopt, unsupported
 from luvc_fx.model_check import check_schedule, check_supported
 from luvc_fx.ops import gather_rows, surviving_rows
@@ -68,6 +75,7 @@ class FrontDoor:
         self.dynamic = dynamic
         self.schedule: Schedule = settings["schedule"]
         self.report = Report()
+        self.stacked = False  # whether this model's encoder gives one tensor for all images, not a list
         self.local = threading.local()
         self.originals = {
             (owner, name): getattr(owner, name)
@@ -128,11 +136,11 @@ class FrontDoor:
     def _encode_body(self) -> Callable[..., Any]:
         encode = self.original("get_image_features")
 
-        def body(pixel_values: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+        def body(pixel_values: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, int, bool]:
             features = encode(pixel_values=pixel_values, return_dict=True, **options).pooler_output
             stacked = torch.stack(list(features))
             # Dynamo takes this size for a constant, so a merge does not change it: the placeholders.
-            return stacked, markers.SLOTS(stacked), stacked.shape[1]
+            return stacked, markers.SLOTS(stacked), stacked.shape[1], isinstance(features, Tensor)
 
         return _compat.with_own_code(body)
 
@@ -144,6 +152,7 @@ class FrontDoor:
             kwargs: dict[str, Any],
             padding: Tensor | None = None,
             features: list[Tensor] | None = None,
+            stacked: bool = False,
             grid: tuple[int, int] | None = None,
             rows: bool = False,
         ) -> tuple[Any, Tensor | None]:
@@ -154,7 +163,8 @@ class FrontDoor:
                 if grid is not None:
                     features = [markers.IMAGE_GRID(feature, grid[0], grid[1]) for feature in features]
                 if takes_features:
-                    kwargs = {**kwargs, "mm_encoder_outputs": {"image": _compat.encoder_output(features)}}
+                    found = _compat.encoder_output(torch.stack(features) if stacked else features)
+                    kwargs = {**kwargs, "mm_encoder_outputs": {"image": found}}
                 else:
                     kwargs = {**kwargs, "pixel_values": features}
             places = markers.PROMPT_ROWS(kwargs["input_ids"]) if rows else None
@@ -176,7 +186,8 @@ class FrontDoor:
         if isinstance(kwargs.get("pixel_values"), list):
             # Before transformers 5.2x a forward takes no features: it gets them in the place of pixels,
             # asks here, and (this is being traced) has them back.
-            return _compat.encoder_output(kwargs["pixel_values"])
+            features = kwargs["pixel_values"]
+            return _compat.encoder_output(torch.stack(features) if self.stacked else features)
         call: _Call | None = getattr(self.local, "call", None)
         if call is None or not call.shorten or len(args) > 1:
             return self.original("get_image_features")(*args, **kwargs)
@@ -187,8 +198,8 @@ class FrontDoor:
     def _encode(self, pixel_values: Tensor, options: dict[str, Any], merge: bool) -> Any:
         """The encoder's output with one feature tensor an image, and what the prefill must know."""
         run = self.vision if merge and self.schedule.merge else self.vision_unmerged
-        stacked, slots, patches = run(pixel_values, options)
-        output = _compat.encoder_output(list(stacked))
+        features, slots, patches, self.stacked = run(pixel_values, options)
+        output = _compat.encoder_output(features if self.stacked else list(features))
         output.luvc_slots, output.luvc_patches = slots, patches
         return output
 
@@ -229,7 +240,8 @@ class FrontDoor:
                 grid = (slots.shape[1], slots.shape[2])
             if slots.shape[1] * slots.shape[2] < output.luvc_patches:
                 kwargs, places = self._compact_prompt(kwargs, slots, output.luvc_patches)
-        out, final = self.prefill(kwargs, None, features, grid, tell_rows)
+        stacked = isinstance(output.pooler_output, Tensor)
+        out, final = self.prefill(kwargs, None, features, stacked, grid, tell_rows)
         adopt(out.past_key_values, rows)
         if final is not None:
             out.row_index = final if places is None else places.gather(1, final)
@@ -250,6 +262,8 @@ class FrontDoor:
             "input_ids": ids.gather(1, ascending),
             "position_ids": gather_rows(positions, places, 1),
         }
+        if kwargs.get("labels") is not None:
+            short["labels"] = kwargs["labels"].gather(1, places)
         mask = kwargs.get("attention_mask")
         if mask is not None:
             short["attention_mask"] = mask.gather(1, ascending)
@@ -347,8 +361,6 @@ class FrontDoor:
             return refused
         if self.model.training:
             return Refusal(Reason.TRAINING, "the model is in training mode; call model.eval()")
-        if kwargs.get("labels") is not None:
-            return Refusal(Reason.INPUTS, "labels: the loss is computed on all rows, so all tokens stay")
         return None
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -389,6 +401,7 @@ def compile(
     >>> model.generate(**processor(images=image, text=prompt, return_tensors="pt"))  # doctest: +SKIP
     """
     parsed = Schedule.of(schedule)
+    given, model = model, _wired(model)
     check_supported(model)
     check_schedule(model, parsed)
     settings: dict[str, Any] = {
@@ -402,18 +415,25 @@ def compile(
     backend(**settings, capture_scalars=False)  # so that a wrong argument raises before anything changes
     door: FrontDoor | None = vars(model).get(_STATE)
     if door is not None and (door.settings, door.dynamic) == (settings, dynamic):
-        return model
+        return given
     restore(model)
+    for instance in (given, model):
+        take_generate_warning_off(instance)
     prepare(model)
     door = FrontDoor(model, settings, dynamic)
     door.install()
     vars(model)[_STATE] = door
-    return model
+    return given
+
+
+def _wired(model: Any) -> Any:
+    """The instance that gets the hooks: a PEFT model passes all calls on to the one it adapts."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def restore(model: Any) -> Any:
     """Take `compile` off a model instance; returns it. Without effect on one that was not compiled."""
-    door: FrontDoor | None = vars(model).pop(_STATE, None)
+    door: FrontDoor | None = vars(_wired(model)).pop(_STATE, None)
     if door is not None:
         door.remove()
     return model
@@ -422,16 +442,17 @@ def restore(model: Any) -> Any:
 @contextlib.contextmanager
 def applied(model: Any, schedule: Schedule | str = "image", **settings: Any) -> Iterator[Any]:
     """`compile` for the length of a ``with`` block; what held before holds again afterwards."""
-    before: FrontDoor | None = vars(model).get(_STATE)
+    state = vars(_wired(model))
+    before: FrontDoor | None = state.get(_STATE)
     compile(model, schedule, **settings)
     try:
         yield model
     finally:
-        if vars(model).get(_STATE) is not before:
+        if state.get(_STATE) is not before:
             restore(model)
             if before is not None:
                 before.install()
-                vars(model)[_STATE] = before
+                state[_STATE] = before
 
 
 def report_of(model: Any) -> Report:
@@ -440,7 +461,7 @@ def report_of(model: Any) -> Report:
     Raises:
         ValueError: the model is not compiled by luvc_fx.
     """
-    door: FrontDoor | None = vars(model).get(_STATE)
+    door: FrontDoor | None = vars(_wired(model)).get(_STATE)
     if door is None:
         raise ValueError("this model is not compiled by luvc_fx; call luvc_fx.compile(model) first")
     return door.report

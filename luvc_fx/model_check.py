@@ -26,6 +26,12 @@ def check_supported(model: Any) -> None:
             f"luvc_fx.compile cannot wire {type(model).__name__}: it has no {', '.join(missing)}. "
             "For forward calls use torch.compile(model, backend=luvc_fx.backend(schedule))."
         )
+    hooked = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+    if hooked:
+        raise ValueError(
+            f"{hooked[0] or type(model).__name__} was dispatched by accelerate (device_map over several "
+            "devices, or offloading); its hooks end Dynamo's graphs in every layer. Load it on one device."
+        )
 
 
 def _takes_images(model: Any) -> bool:
@@ -46,10 +52,24 @@ def check_schedule(model: Any, schedule: Schedule) -> None:
         return
     blocks = vision.num_hidden_layers + 1 + tap if tap < 0 else tap
     sites = schedule.merges_at(blocks)
-    if not isinstance(vision.image_size, int) or not isinstance(vision.patch_size, int):
+    grid = _patch_grid(vision)
+    if grid is None:
         return
-    side = vision.image_size // vision.patch_size
-    grid = {"height": side, "width": side}
+    whole = grid["height"] * grid["width"]
+    features = getattr(config, "image_seq_length", None) or whole
     for _, merge in sites:
         grid[merge.axis] = merge.target(grid[merge.axis])
-    schedule.prunes_at(text.num_hidden_layers, grid["height"] * grid["width"])
+    if features == whole:  # else blocks of patches become one feature, and the graph will tell
+        schedule.prunes_at(text.num_hidden_layers, grid["height"] * grid["width"])
+
+
+def _patch_grid(vision: Any) -> dict[str, int] | None:
+    """Patches along each axis, where the config states both sizes."""
+    sizes = []
+    for size in (getattr(vision, "image_size", None), getattr(vision, "patch_size", None)):
+        pair = (size, size) if isinstance(size, int) else size
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            return None
+        sizes.append(pair)
+    (height, width), (high, wide) = sizes
+    return {"height": height // high, "width": width // wide}

@@ -72,7 +72,7 @@ def make_plan(schedule: Schedule, anatomy: Anatomy, identity_sites: bool = False
         plan.merged_grid = encoder.grid
     if encoder is not None and (decoder is not None or encoder.slots is not None):
         try:
-            plan.merges = _merges(schedule, encoder, identity_sites)
+            plan.merges = _merges(plan, schedule, encoder, identity_sites)
         except ValueError as error:
             plan.refusals.append(Refusal(Reason.SCHEDULE, str(error)))
         if plan.merges:
@@ -85,16 +85,21 @@ def make_plan(schedule: Schedule, anatomy: Anatomy, identity_sites: bool = False
     return plan
 
 
-def _merges(schedule: Schedule, encoder: Encoder, identity_sites: bool) -> tuple[MergeSite, ...]:
+def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bool) -> tuple[MergeSite, ...]:
     grid = encoder.grid
     sites: list[MergeSite] = []
     by_block: dict[int, list[tuple[str, int, int]]] = {}
     for block, merge in schedule.merges_at(len(encoder.leaving)):
         along = 0 if merge.axis == "height" else 1
         before, unit = grid[along], encoder.unit[along]
-        # Whole blocks merge. A fraction is one of blocks; a length is of patches, and rounded up.
-        after = merge.target(before if merge.length is not None else before // unit)
-        after = -(-after // unit) * unit if merge.length is not None else after * unit
+        if merge.length is None:
+            after = merge.target(before // unit) * unit  # whole blocks merge, so a fraction is one of blocks
+        else:
+            asked = merge.target(before)
+            after = -(-asked // unit) * unit
+            if after != asked:
+                text = f"Merge.length {asked} became {after}, as {unit} patches make one feature"
+                plan.refusals.append(Refusal(Reason.SCHEDULE, text))
         if after == before and not identity_sites:
             continue
         by_block.setdefault(block, []).append((merge.axis, before, after))

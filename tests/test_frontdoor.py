@@ -320,14 +320,6 @@ def test_training_mode_runs_whole(model: Any) -> None:
     torch.testing.assert_close(out.logits, stock, atol=1e-5, rtol=1e-5)
 
 
-def test_labels_give_the_loss_of_the_whole_prompt(model: Any) -> None:
-    prompt = inputs(model)
-    stock = model(**prompt, labels=prompt["input_ids"]).loss
-    luvc_fx.compile(model, CASCADE, inner="eager")
-    with pytest.warns(LuvcWarning, match="labels"):
-        torch.testing.assert_close(model(**prompt, labels=prompt["input_ids"]).loss, stock)
-
-
 def test_compile_is_idempotent_and_restore_leaves_nothing(model: Any) -> None:
     before = set(vars(model)), set(vars(model.base_model))
     prompt = inputs(model)
