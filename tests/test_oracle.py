@@ -1,4 +1,4 @@
-"""The oracle against the stock model, against masks in place of drops, and hand-made cases."""
+"""The oracle against the stock model and against masks in place of drops, for every family."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import math
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import IMAGE, inputs, rename_everything, tiny_llava
+from models import (
+    IMAGE,
+    inputs,
+    patch_grid,
+    patches_per_side,
+    rename_everything,
+    tiny_internvl,
+    tiny_llava,
+    visual_tokens,
+)
 from oracle import (
     OracleResult,
     encode,
     encoder_blocks,
-    energies,
     generate_positions,
-    merge_grid,
-    merge_line,
     oracle_continue,
     oracle_forward,
     oracle_generate,
     oracle_greedy,
-    random_scores,
     schedules,
     score_gap,
-    select,
 )
 from torch import Tensor, nn
 
@@ -49,9 +52,26 @@ CASES = [
 ]
 
 
+INTERNVL_CASES = [
+    *CASES,
+    {"batch": 1, "tiles": 3},
+    {"batch": 2, "tiles": 2, "padding": (0, 3)},
+    {"batch": 2, "images": 2, "tiles": (1, 3), "padding": (2, 0)},
+]
+FAMILY_CASES = [("llava", case) for case in CASES] + [("internvl", case) for case in INTERNVL_CASES]
+FAMILIES = ["llava", "internvl"]
+
+
 @cache
-def llava(**options: Any) -> nn.Module:
-    return tiny_llava(**options)
+def build(family: str, **options: Any) -> nn.Module:
+    """A tiny model; do not change it."""
+    return {"llava": tiny_llava, "internvl": tiny_internvl}[family](**options)
+
+
+def tiles_a_row(case: dict[str, Any]) -> int:
+    """How many grids of `inputs(**case)` belong to one row."""
+    images, tiles = case.get("images", 1), case.get("tiles", 1)
+    return images * tiles if isinstance(tiles, int) else sum(tiles)
 
 
 def relative_gap(first: Tensor, second: Tensor, mask: Tensor | None = None) -> float:
@@ -60,13 +80,18 @@ def relative_gap(first: Tensor, second: Tensor, mask: Tensor | None = None) -> f
     return float(difference[mask.bool()].max() if mask is not None else difference.max())
 
 
+def stock_features(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """[I, N, D] of the stock model."""
+    return torch.stack(list(model.get_image_features(batch["pixel_values"]).pooler_output))
+
+
 # ----------------------------------------------------------------------- nothing to do: stock model
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("family", "case"), FAMILY_CASES)
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_without_sites_it_is_the_stock_forward(case: dict[str, Any], attn: str) -> None:
-    model = llava(attn=attn)
+def test_without_sites_it_is_the_stock_forward(family: str, case: dict[str, Any], attn: str) -> None:
+    model = build(family, attn=attn)
     batch = inputs(model, **case)
     result = oracle_forward(model, Schedule(), **batch)
     stock = model(**batch)
@@ -80,26 +105,28 @@ def test_without_sites_it_is_the_stock_forward(case: dict[str, Any], attn: str) 
     assert torch.equal(result.mask, batch["attention_mask"].bool())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layer", [-1, -2, -4, 2])
-def test_the_feature_layer_is_the_stock_one(layer: int) -> None:
-    model = llava(vision_feature_layer=layer)
+def test_the_feature_layer_is_the_stock_one(family: str, layer: int) -> None:
+    model = build(family, vision_feature_layer=layer)
     assert encoder_blocks(model) == {-1: 4, -2: 3, -4: 1, 2: 2}[layer]
     batch = inputs(model)
     result = oracle_forward(model, Schedule(), **batch)
-    stock = model.get_image_features(batch["pixel_values"]).pooler_output[0]
+    stock = stock_features(model, batch)[0]
     assert relative_gap(result.features[0], stock) < 1e-5
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_without_sites_it_is_the_stock_generate(case: dict[str, Any]) -> None:
-    model = llava()
+@pytest.mark.parametrize(("family", "case"), FAMILY_CASES)
+def test_without_sites_it_is_the_stock_generate(family: str, case: dict[str, Any]) -> None:
+    model = build(family)
     batch = inputs(model, **case)
     stock = model.generate(**batch, max_new_tokens=12, do_sample=False)
     assert torch.equal(oracle_generate(model, Schedule(), 12, **batch), stock)
 
 
-def test_explicit_positions_reach_the_stock_model_too() -> None:
-    model = llava()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_explicit_positions_reach_the_stock_model_too(family: str) -> None:
+    model = build(family)
     batch = inputs(model, 2)
     positions = torch.arange(batch["input_ids"].shape[1]) * 2 + 7
     result = oracle_forward(model, Schedule(), **batch, position_ids=positions[None])
@@ -110,8 +137,9 @@ def test_explicit_positions_reach_the_stock_model_too() -> None:
     assert result.state.next_position.tolist() == [int(positions[-1]) + 1] * 2
 
 
-def test_renamed_classes_change_nothing() -> None:
-    model, renamed = llava(), rename_everything(tiny_llava())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_renamed_classes_change_nothing(family: str) -> None:
+    model, renamed = build(family), rename_everything(build.__wrapped__(family))
     assert {type(m).__module__ for m in renamed.modules()} == {"nowhere"}
     batch = inputs(model, 2, padding=(0, 2))
     assert torch.equal(model(**batch).logits, renamed(**batch).logits)
@@ -122,13 +150,19 @@ def test_renamed_classes_change_nothing() -> None:
 # ---------------------------------------------------------------------------------- what is counted
 
 
-def expected_counts(model: nn.Module, schedule: Schedule, images: int) -> list[int]:
-    """Visual tokens per decoder layer, from the schedule alone."""
-    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
-    size = {"width": side, "height": side}
+def expected_counts(model: nn.Module, schedule: Schedule, grids: int) -> list[int]:
+    """Visual tokens per decoder layer, from the schedule alone, for `grids` images or tiles a row."""
+    unit = patches_per_side(model)
+    size = dict(zip(("height", "width"), (side // unit for side in patch_grid(model)), strict=True))
     for _, merge in schedule.merges_at(encoder_blocks(model)):
-        size[merge.axis] = merge.target(size[merge.axis])
-    fused = images * size["width"] * size["height"]
+        before = size[merge.axis]
+        size[merge.axis] = (
+            math.ceil(merge.length / unit)
+            if merge.keep is None
+            else max(1, math.floor(merge.keep * before + 0.5))
+        )
+        assert size[merge.axis] <= before
+    fused = grids * size["width"] * size["height"]
     counts = [fused] * model.config.text_config.num_hidden_layers
     for layer, prune in schedule.prunes_at(len(counts), fused):
         counts[layer:] = [prune.count(fused)] * (len(counts) - layer)
@@ -147,16 +181,23 @@ def check_rows(batch: dict[str, Tensor], result: OracleResult) -> None:
         assert torch.equal(result.mask[b], batch["attention_mask"][b, result.rows[b]].bool())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_counts_and_rows_follow_the_schedule(data: st.DataObject) -> None:
-    images = data.draw(st.integers(1, 2))
-    model = llava(grid=6)
-    schedule = data.draw(schedules(3, (6, 6), 4, images=images))
-    batch = inputs(model, 2, padding=(0, 2), images=images)
+@given(data=st.data())
+def test_counts_and_rows_follow_the_schedule(family: str, data: st.DataObject) -> None:
+    side = {"llava": 6, "internvl": 8}[family]
+    model = build(family, grid=side)
+    case: dict[str, Any] = {"images": data.draw(st.integers(1, 2)), "padding": (0, 2)}
+    if family == "internvl":
+        case["tiles"] = data.draw(st.integers(1, 2))
+    grids, unit = tiles_a_row(case), patches_per_side(model)
+    schedule = data.draw(
+        schedules(encoder_blocks(model), (side, side), 4, images=grids, unit=unit, ragged=True)
+    )
+    batch = inputs(model, 2, **case)
     result = oracle_forward(model, schedule, **batch)
-    counts = expected_counts(model, schedule, images)
-    text = batch["input_ids"].shape[1] - images * 36
+    counts = expected_counts(model, schedule, grids)
+    text = batch["input_ids"].shape[1] - grids * visual_tokens(model)
     assert result.tokens_per_layer == counts
     assert result.kv_lengths == [text + count for count in counts]
     assert [rows.shape[1] for rows in result.layer_rows] == result.kv_lengths
@@ -169,41 +210,54 @@ def test_counts_and_rows_follow_the_schedule(data: st.DataObject) -> None:
     assert score_gap(model, schedule, **batch) == result.gap
 
 
-def test_a_token_that_did_not_merge_is_the_stock_one_and_sits_at_its_slot() -> None:
-    model = llava()
-    batch = inputs(model, 2, padding=(0, 3), images=2)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_that_did_not_merge_is_the_stock_one_and_sits_at_its_slot(family: str) -> None:
+    model = build(family)
+    case: dict[str, Any] = {"images": 2, "padding": (0, 3)}
+    if family == "internvl":
+        case["tiles"] = (2, 1)
+    batch = inputs(model, 2, **case)
     schedule = Schedule(merge=(Merge("height", keep=0.75, layer=-1), Merge("width", 0.5, layer=-1)))
     tokens = encode(model, schedule, batch["pixel_values"], [])
-    stock = torch.stack(model.get_image_features(batch["pixel_values"]).pooler_output)
-    assert tokens.grid == (6, 4) and torch.equal(tokens.sizes.sum(dim=1), torch.full((4,), 64.0))
+    stock = stock_features(model, batch)
+    each, grids = visual_tokens(model), tiles_a_row(case)
+    count = tokens.grid[0] * tokens.grid[1]
+    assert tokens.grid == {"llava": (6, 4), "internvl": (3, 2)}[family]
+    assert torch.equal(tokens.sizes.sum(dim=1), torch.full((2 * grids,), float(each)))
     alone = tokens.sizes == 1
-    at = torch.arange(4)[:, None]
+    at = torch.arange(2 * grids)[:, None]
     assert 0 < int(alone.sum()) < alone.numel()
     assert relative_gap(tokens.features[alone][None], stock[at, tokens.slots][alone][None]) < 1e-5
     assert relative_gap(tokens.features[~alone][None], stock[at, tokens.slots][~alone][None]) > 0.1
 
     result = oracle_forward(model, schedule, **batch)
-    assert torch.equal(result.features.reshape(4, 24, -1), tokens.features)
+    assert torch.equal(result.features.reshape(2 * grids, count, -1), tokens.features)
     for b in range(2):
         places = (batch["input_ids"][b] == IMAGE).nonzero()[:, 0]
-        slots = torch.cat([tokens.slots[2 * b], 64 + tokens.slots[2 * b + 1]])
+        slots = torch.cat([each * i + tokens.slots[grids * b + i] for i in range(grids)])
         assert torch.equal(result.slots[b], slots)
         assert torch.equal(result.rows[b][result.visual[b]], places[slots])
 
 
-def test_gaps_are_comfortable_for_ordinary_schedules() -> None:
-    model = llava()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gaps_are_comfortable_for_ordinary_schedules(family: str) -> None:
+    model = build(family)
     found = [score_gap(model, MIXED, **inputs(model, 2, seed=seed)) for seed in range(20)]
     assert sum(gap > 1e-5 for gap in found) >= 18
 
 
-def test_colliding_sizes() -> None:
-    model = llava(collide=True)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_colliding_sizes(family: str) -> None:
+    model = build(family, collide=True)
     batch = inputs(model, 4)
-    text = model.config.text_config
-    heads = text.num_attention_heads * text.head_dim
-    assert heads == text.hidden_size == int((batch["input_ids"][0] == IMAGE).sum()) == 16
+    text, vision = model.config.text_config, model.config.vision_config
+    heads = text.num_attention_heads * model.model.language_model.layers[0].self_attn.head_dim
+    assert (
+        heads == text.hidden_size == vision.hidden_size == int((batch["input_ids"][0] == IMAGE).sum()) == 16
+    )
     assert text.vocab_size == text.intermediate_size == batch["input_ids"].shape[1] == 24
+    if family == "internvl":
+        assert math.prod(patch_grid(model)) == patches_per_side(model) ** 2 * vision.hidden_size == 64
     result = oracle_forward(model, MIXED_SMALL, **batch)
     assert result.tokens_per_layer == [8, 4, 3, 0]
     check_rows(batch, result)
@@ -218,8 +272,9 @@ MIXED_SMALL = Schedule(
 # ------------------------------------------------------------------------------------- independence
 
 
-def test_dropping_all_before_layer_0_is_the_text_alone() -> None:
-    model = llava()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropping_all_before_layer_0_is_the_text_alone(family: str) -> None:
+    model = build(family)
     batch = inputs(model, 2, padding=(0, 3))
     schedule = Schedule(merge=(Merge("width", keep=0.5, layer=0),), prune=(Prune(0.0, layer=0),))
     result = oracle_forward(model, schedule, **batch)
@@ -237,9 +292,10 @@ def test_dropping_all_before_layer_0_is_the_text_alone() -> None:
     assert torch.equal(oracle_forward(model, schedule, **other).logits, result.logits)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("selector", ["uniform", "random"])
-def test_a_nan_in_a_dropped_row_cannot_reach_the_logits(selector: str) -> None:
-    model = llava()
+def test_a_nan_in_a_dropped_row_cannot_reach_the_logits(family: str, selector: str) -> None:
+    model = build(family)
     batch = inputs(model, 2, padding=(0, 3))
     schedule = Schedule(prune=(Prune(0.5, layer=2, selector=selector),))
     result = oracle_forward(model, schedule, **batch)
@@ -258,7 +314,7 @@ def test_a_nan_in_a_dropped_row_cannot_reach_the_logits(selector: str) -> None:
         poisoned = oracle_forward(model, schedule, **batch)
     finally:
         hook.remove()
-    assert planted == [32, 32]
+    assert planted == [visual_tokens(model) // 2] * 2
     assert torch.equal(poisoned.logits, result.logits)
 
 
@@ -295,9 +351,9 @@ def cache_free(model: nn.Module, prompt: dict[str, Tensor], result: OracleResult
     return model.lm_head(decoder.norm(hidden))[:, short:]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_turns_equal_a_cache_free_pass_with_masks(case: dict[str, Any]) -> None:
-    model = llava()
+@pytest.mark.parametrize(("family", "case"), FAMILY_CASES)
+def test_two_turns_equal_a_cache_free_pass_with_masks(family: str, case: dict[str, Any]) -> None:
+    model = build(family)
     batch = inputs(model, **case)
     result = oracle_forward(model, MIXED, **batch)
     before = result.state.clone()
@@ -315,8 +371,9 @@ def test_two_turns_equal_a_cache_free_pass_with_masks(case: dict[str, Any]) -> N
     assert relative_gap(oracle_continue(model, before, new), reference) < 2e-5
 
 
-def test_a_text_turn_by_forward_and_an_image_in_the_second_turn() -> None:
-    model = llava()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_turn_by_forward_and_an_image_in_the_second_turn(family: str) -> None:
+    model = build(family)
     batch = inputs(model, 2)
     result = oracle_forward(model, MIXED, **batch)
     lengths = list(result.kv_lengths)
@@ -334,9 +391,9 @@ def test_a_text_turn_by_forward_and_an_image_in_the_second_turn() -> None:
     assert pruned.kv_lengths == [length + 4 for length in lengths]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_generate_is_forward_and_continue(case: dict[str, Any]) -> None:
-    model = llava()
+@pytest.mark.parametrize(("family", "case"), FAMILY_CASES)
+def test_generate_is_forward_and_continue(family: str, case: dict[str, Any]) -> None:
+    model = build(family)
     batch = inputs(model, **case)
     tokens = oracle_generate(model, MIXED, 6, **batch)
     positions = generate_positions(batch["attention_mask"])
@@ -351,130 +408,9 @@ def test_generate_is_forward_and_continue(case: dict[str, Any]) -> None:
     assert torch.equal(tokens[:, length + 1 :], logits.argmax(dim=-1))
 
 
-# ------------------------------------------------------------------------------- the rules, by hand
-
-
-def angles(*degrees: float) -> np.ndarray:
-    """Unit vectors [n, 2] float32: the similarity of two is the cosine of their angle."""
-    radians = np.radians(np.array(degrees))
-    return np.stack([np.cos(radians), np.sin(radians)], axis=-1).astype(np.float32)
-
-
-def line(n: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.ones(n, dtype=np.float32), np.arange(n)
-
-
-def test_a_line_merges_its_best_proposals() -> None:
-    # neighbours are 40, 10, 50, 20 degrees apart: 0 -> 1 (40), 2 -> 1 (10), 4 -> 3 (20)
-    tokens = angles(0, 40, 50, 100, 120)
-    gaps: list[float] = []
-    out, sizes, slots = merge_line(tokens, *line(5), 2, gaps)
-    assert slots.tolist() == [0, 1, 3]
-    assert sizes.tolist() == [1, 2, 2]
-    np.testing.assert_allclose(out[1], (tokens[1] + tokens[2]) / 2, rtol=1e-6)
-    np.testing.assert_allclose(out[2], (tokens[3] + tokens[4]) / 2, rtol=1e-6)
-    cos = {d: math.cos(math.radians(d)) for d in (10, 20, 40, 50)}
-    assert min(gaps) == pytest.approx(min(cos[20] - cos[40], cos[10] - cos[50]), abs=1e-6)
-
-
-def test_two_proposals_to_one_token_and_weights() -> None:
-    tokens = angles(0, 10, 20, 90)
-    out, sizes, slots = merge_line(tokens, np.array([3, 1, 2, 1], dtype=np.float32), np.arange(4) + 7, 2, [])
-    assert slots.tolist() == [8, 10]
-    assert sizes.tolist() == [6, 1]
-    mean = (3 * tokens[0] + tokens[1] + 2 * tokens[2]) / 6
-    np.testing.assert_allclose(out, np.stack([mean, tokens[3]]), rtol=1e-6)
-
-
-def test_ties_go_right_and_to_the_lower_index() -> None:
-    same = np.ones((6, 2), dtype=np.float32)
-    _, sizes, slots = merge_line(same, *line(6), 2, [])
-    assert slots.tolist() == [1, 3, 4, 5]  # 0 -> 1 and 2 -> 3
-    assert sizes.tolist() == [2, 2, 1, 1]
-    _, sizes, slots = merge_line(same[:3], *line(3), 1, [])
-    assert slots.tolist() == [1, 2]
-
-
-def test_rounds_axes_and_carried_sizes() -> None:
-    x = torch.randn(2, 5, 7, 3, generator=torch.Generator().manual_seed(0))
-    slots = torch.arange(35).reshape(1, 5, 7).repeat(2, 1, 1)
-    sizes = torch.ones(2, 5, 7)
-    once = merge_grid(x, sizes, slots, "width", 2, [])
-    steps = merge_grid(*merge_grid(x, sizes, slots, "width", 4, []), "width", 2, [])
-    assert all(torch.equal(a, b) for a, b in zip(once, steps, strict=True))
-    assert once[0].shape == (2, 5, 2, 3)
-    assert torch.allclose(once[1].sum(dim=2), torch.full((2, 5), 7.0))
-    weighted = (once[0] * once[1][..., None]).sum(dim=2)
-    assert torch.allclose(weighted, x.sum(dim=2), atol=1e-5)
-    assert (once[2] // 7 == torch.arange(5)[None, :, None]).all()  # a slot stays in its row
-    flipped = merge_grid(x.transpose(1, 2), sizes.transpose(1, 2), slots.transpose(1, 2), "height", 2, [])
-    assert all(torch.equal(a, b.transpose(1, 2)) for a, b in zip(once, flipped, strict=True))
-    half = merge_grid(x.bfloat16(), sizes, slots, "width", 3, [])
-    assert half[0].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 24])
-@pytest.mark.parametrize("cutoff", [0.01, 0.25, 1.0])
-def test_energies_are_those_of_a_float32_fft(count: int, cutoff: float) -> None:
-    x = torch.randn(2, count, 5, generator=torch.Generator().manual_seed(1))
-    spectrum = torch.fft.rfft(x, dim=1)
-    bins = spectrum.shape[1]
-    passing = max(1, math.floor(cutoff * bins + 0.5))
-    f = torch.arange(bins)
-    window = torch.where(f < passing, 0.54 + 0.46 * torch.cos(math.pi * f / passing), 0.0)
-    low = torch.fft.irfft(spectrum * window[None, :, None], n=count, dim=1)
-    expected = {
-        "lowpass": low.square().sum(-1),
-        "residual": (x - low).square().sum(-1),
-        "ratio": low.square().sum(-1) / x.square().sum(-1),
-    }
-    for energy, value in expected.items():
-        got = torch.from_numpy(energies(x, energy, cutoff)).float()
-        assert torch.allclose(got, value, rtol=1e-4, atol=1e-5)
-
-
-def test_murmur_finaliser_and_streams() -> None:
-    from oracle import mix32
-
-    assert [mix32(i) for i in (0, 1, 2)] == [0, 0x514E28B7, 0x30F4C306]
-    scores = random_scores(64, 0, 2)
-    assert len(set(scores)) == 64 and all(0 <= s < 1 << 32 for s in scores)
-    assert scores[0] == mix32(3 * 0x9E3779B9 % (1 << 32))
-    assert scores != random_scores(64, 1, 2) != random_scores(64, 0, 3)
-
-
-def test_uniform_and_blocks() -> None:
-    x = torch.zeros(1, 16, 4)
-    x[0, [5, 2, 8, 15], [0, 1, 2, 3]] = 1.0
-    uniform = Prune(tokens=3, layer=0, selector="uniform")
-    assert select(x, uniform, 3, 0, None, []).tolist() == [[2, 8, 13]]
-    # the widest low-pass spreads each of them to its neighbours but leaves it the largest
-    wide = {"energy": "lowpass", "cutoff": 1.0, "layer": 0}
-    squares = select(x, Prune(tokens=4, **wide), 4, 0, (4, 4), [])
-    assert squares.tolist() == [[2, 5, 8, 15]]  # one in each 2 x 2 corner, ascending
-    runs = select(x, Prune(tokens=4, **wide), 4, 0, None, [])
-    assert runs.tolist() == [[2, 5, 8, 15]]  # and one in each run of four
-    crowd = torch.zeros(1, 16, 4)
-    crowd[0, [1, 5, 10, 13], [0, 1, 2, 3]] = torch.tensor([1.0, 1.1, 1.2, 1.3])
-    best = Prune(tokens=2, coverage="global", **wide)
-    assert select(crowd, best, 2, 0, (4, 4), []).tolist() == [[10, 13]]
-    assert select(crowd, Prune(tokens=2, **wide), 2, 0, None, []).tolist() == [[5, 13]]
-    assert select(x, Prune(tokens=0, **wide), 0, 0, None, []).shape == (1, 0)
-    assert select(x, Prune(tokens=16, **wide), 16, 0, None, []).tolist() == [list(range(16))]
-
-
-def test_block_grids_of_two_images_are_stacked() -> None:
-    x = torch.randn(1, 32, 3, generator=torch.Generator().manual_seed(2))
-    prune = Prune(tokens=8, layer=0)
-    chosen = select(x, prune, 8, 0, (4, 4), [])
-    corners = [(int(i) // 4 // 2, int(i) % 4 // 2) for i in chosen[0]]
-    assert sorted(corners) == [(row, column) for row in range(4) for column in range(2)]
-    odd = select(x[:, :20], Prune(tokens=5, layer=0), 5, 0, (5, 4), [])
-    assert [int(i) // 4 for i in odd[0]] == list(range(5))
-
-
-def test_text_only_prompts_ignore_the_schedule() -> None:
-    model = llava()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_only_prompts_ignore_the_schedule(family: str) -> None:
+    model = build(family)
     ids = torch.randint(2, 90, (2, 6), generator=torch.Generator().manual_seed(3))
     result = oracle_forward(model, MIXED, input_ids=ids)
     assert relative_gap(result.logits, model(input_ids=ids).logits) < 1e-5

@@ -1,0 +1,102 @@
+"""Schedules for property tests: anything valid for a model, and no luck about sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+from oracle_vision import target_blocks
+
+from luvc_fx.schedule import AXES, COVERAGES, ENERGIES, SELECTORS, Merge, Prune, Schedule, round_half_up
+
+_FRACTIONS = st.one_of(st.sampled_from([0.1, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0]), st.floats(0.02, 1.0))
+
+
+@st.composite
+def _merge_items(
+    draw: st.DrawFn, blocks: int, grid: tuple[int, int], most: int, unit: int, ragged: bool
+) -> tuple[tuple[Merge, ...], tuple[int, int]]:
+    place = st.tuples(st.integers(0, blocks - 1), st.sampled_from(AXES))
+    places = draw(st.lists(place, unique=True, max_size=most)) if blocks else []
+    sides = {"height": grid[0], "width": grid[1]}
+    items: dict[int, Merge] = {}
+    for i in sorted(range(len(places)), key=lambda i: places[i][0]):
+        block, axis = places[i]
+        if draw(st.booleans()):
+            amount: dict[str, Any] = {"keep": draw(_FRACTIONS)}
+        else:
+            step = 1 if ragged else unit
+            amount = {"length": step * draw(st.integers(1, sides[axis] // step))}
+        depth = (block + 1 + draw(st.sampled_from([-0.25, 0.0, 0.25]))) / blocks
+        how = draw(st.sampled_from(["layer", "negative", "depth"]))
+        if how == "depth" and 0 < depth < 1 and Merge(axis, keep=1.0, depth=depth).block(blocks) == block:
+            where: dict[str, Any] = {"depth": depth}
+        else:
+            where = {"layer": block - blocks if how == "negative" else block}
+        items[i] = Merge(axis=axis, **amount, **where)
+        sides[axis] = unit * target_blocks(items[i], sides[axis] // unit, unit)
+    return tuple(items[i] for i in range(len(places))), (sides["height"], sides["width"])
+
+
+@st.composite
+def _prune_items(draw: st.DrawFn, layers: int, fused: int, most: int) -> tuple[Prune, ...]:
+    places = draw(st.lists(st.integers(0, layers - 1), unique=True, max_size=most))
+    items: dict[int, Prune] = {}
+    left, most_keep = fused, 1.0
+    for layer in sorted(places):
+        # one fraction decides both, so that nothing left is an option and not the rule
+        fraction = 0.0 if draw(st.integers(0, 7)) == 7 else draw(_FRACTIONS)
+        keep = fraction * most_keep
+        amount: dict[str, Any] = {"keep": keep}
+        if draw(st.booleans()) or Prune(keep=keep, layer=0).count(fused) > left:
+            amount = {"tokens": round_half_up(fraction * left)}
+        depth = (layer + draw(st.sampled_from([-0.25, 0.0, 0.25]))) / layers
+        how = draw(st.sampled_from(["layer", "negative", "depth"]))
+        if how == "depth" and 0 < depth < 1 and Prune(1.0, depth=depth).decoder_layer(layers) == layer:
+            where: dict[str, Any] = {"depth": depth}
+        else:
+            where = {"layer": layer - layers if how == "negative" else layer}
+        items[layer] = Prune(
+            **amount,
+            **where,
+            selector=draw(st.sampled_from((SELECTORS[0], *SELECTORS))),
+            energy=draw(st.sampled_from(ENERGIES)),
+            coverage=draw(st.sampled_from(COVERAGES)),
+            cutoff=draw(st.one_of(st.sampled_from([0.1, 0.25, 0.5, 1.0]), st.floats(0.01, 1.0))),
+            seed=draw(st.integers(0, 5)),
+        )
+        left = items[layer].count(fused)
+        most_keep = keep if "keep" in amount else most_keep
+    return tuple(items[layer] for layer in places)
+
+
+@st.composite
+def schedules(
+    draw: st.DrawFn,
+    blocks: int = 3,
+    grid: tuple[int, int] = (8, 8),
+    layers: int = 4,
+    *,
+    images: int = 1,
+    merges: int = 3,
+    prunes: int = 3,
+    unit: int = 1,
+    ragged: bool = False,
+) -> Schedule:
+    """Valid schedules for a model.
+
+    Args:
+        blocks: encoder blocks that feed the features (`encoder_blocks`); layers: of the decoder.
+        grid: patches (height, width) of one image; images: images (tiles) in each row.
+        merges, prunes: how many of each at most.
+        unit: `unit` x `unit` patches become one feature: 1 for LLaVA, 2 for InternVL.
+        ragged: also draw lengths that are not whole blocks, which have to be rounded up.
+    """
+    merge, (height, width) = draw(_merge_items(blocks, grid, merges, unit, ragged))
+    fused = images * (height // unit) * (width // unit)
+    prune = draw(_prune_items(layers, fused, prunes))
+    schedule = Schedule(merge=merge, prune=prune)
+    schedule.merges_at(blocks)
+    schedule.prunes_at(layers)
+    schedule.prunes_at(layers, fused)
+    return schedule
