@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 import luvc_fx
 from luvc_fx.backend import LuvcBackend
 from luvc_fx.report import GraphReport, Refusal
+from luvc_fx.schedule import Schedule
 
 BACKEND = importlib.import_module("luvc_fx.backend")
 """The module; the package has a function of that name."""
@@ -236,9 +237,12 @@ class Outputs:
 
     @classmethod
     def of(cls, flat: Sequence[Any]) -> Outputs:
-        """Sort a graph's flat outputs: caches have four axes, values before keys; logits have three."""
+        """Sort a graph's flat outputs: caches have four axes, values before keys; logits have three.
+
+        InternVL's image features have three too, but the vocabulary is larger than any width here.
+        """
         caches = [x for x in flat if isinstance(x, Tensor) and x.dim() == 4]
-        (logits,) = (x for x in flat if isinstance(x, Tensor) and x.dim() == 3)
+        logits = max((x for x in flat if isinstance(x, Tensor) and x.dim() == 3), key=lambda x: x.shape[-1])
         return cls(logits, caches[1::2], caches[::2])
 
     @classmethod
@@ -294,3 +298,17 @@ def quietly(schedule: luvc_fx.Schedule | str, inner: Any = "eager", **options: A
 def code(graph: fx.Graph) -> str:
     """The graph as printed Python."""
     return graph.python_code("self").src
+
+
+def compare(captured: Captured, schedule: Schedule, want: OracleResult) -> Outputs:
+    """Rewrite a copy of a whole graph; assert that report and outputs are the oracle's."""
+    backend = luvc_fx.backend(schedule, inner="eager", strict=True)
+    flat, gm, report = captured.rewritten(backend)
+    got = Outputs.of(flat)
+    assert report.kind == "whole"
+    assert report.refusals == []
+    assert report.tokens_per_layer == want.tokens_per_layer
+    assert backend.report.tokens_per_layer() == want.tokens_per_layer
+    assert report.nodes_after == len(gm.graph.nodes)
+    assert_is_oracle(got, want)
+    return got

@@ -10,15 +10,15 @@ import torch
 from cases import GAP, INDUCTOR, PRESET, SMALL, size_for
 from hypothesis import HealthCheck, assume, given, settings
 from models import inputs
-from oracle import OracleResult, oracle_forward, schedules
+from oracle import oracle_forward, schedules
 from replay import (
     BACKEND,
-    Captured,
     Outputs,
     assert_close,
     assert_is_oracle,
     capture,
     code,
+    compare,
     examples,
     llava,
     prompt,
@@ -55,19 +55,6 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "colliding sizes": (16, {"model": (("collide", True),)}),
     "symbolic length": (16, {"dynamic": True, "batch": 2, "padding": (0, 4)}),
 }
-
-
-def compare(captured: Captured, schedule: Schedule, want: OracleResult) -> Outputs:
-    backend = luvc_fx.backend(schedule, inner="eager", strict=True)
-    flat, gm, report = captured.rewritten(backend)
-    got = Outputs.of(flat)
-    assert report.kind == "whole"
-    assert report.refusals == []
-    assert report.tokens_per_layer == want.tokens_per_layer
-    assert backend.report.tokens_per_layer() == want.tokens_per_layer
-    assert report.nodes_after == len(gm.graph.nodes)
-    assert_is_oracle(got, want)
-    return got
 
 
 @pytest.mark.parametrize("case", CASES)
