@@ -8,16 +8,20 @@ from torch import fx
 
 from luvc_fx.anatomy import Anatomy, Decoder, Encoder
 from luvc_fx.report import Reason, Refusal
-from luvc_fx.schedule import Prune, Schedule
+from luvc_fx.schedule import Merge, Prune, Schedule
 
 
 @dataclass(frozen=True, slots=True)
 class MergeSite:
-    """OIM steps after one encoder block: ``(axis, length before, length after)`` each."""
+    """OIM steps after one encoder block: ``(axis, length before, length after)`` each.
+
+    `asked` holds the schedule item of each step.
+    """
 
     block: int
     node: fx.Node
     steps: tuple[tuple[str, int, int], ...]
+    asked: tuple[Merge, ...]
     grid: tuple[int, int]
     merged: tuple[int, int]
 
@@ -89,6 +93,7 @@ def _merges(schedule: Schedule, encoder: Encoder, identity_sites: bool) -> tuple
     grid = encoder.grid
     sites: list[MergeSite] = []
     by_block: dict[int, list[tuple[str, int, int]]] = {}
+    asked: dict[int, list[Merge]] = {}
     for block, merge in schedule.merges_at(len(encoder.leaving)):
         along = 0 if merge.axis == "height" else 1
         before = grid[along]
@@ -96,13 +101,16 @@ def _merges(schedule: Schedule, encoder: Encoder, identity_sites: bool) -> tuple
         if after == before and not identity_sites:
             continue
         by_block.setdefault(block, []).append((merge.axis, before, after))
+        asked.setdefault(block, []).append(merge)
         grid = (after, grid[1]) if along == 0 else (grid[0], after)
     grid = encoder.grid
     for block, steps in by_block.items():
         merged = grid
         for axis, _, after in steps:
             merged = (after, merged[1]) if axis == "height" else (merged[0], after)
-        sites.append(MergeSite(block, encoder.leaving[block], tuple(steps), grid, merged))
+        sites.append(
+            MergeSite(block, encoder.leaving[block], tuple(steps), tuple(asked[block]), grid, merged)
+        )
         grid = merged
     return tuple(sites)
 

@@ -45,8 +45,8 @@ def _merge_body(site: MergeSite, lead: int):  # type: ignore[no-untyped-def]
             sizes = torch.ones(images, height, width, dtype=torch.float32, device=x.device)
             slots = torch.arange(height * width, device=x.device).reshape(1, height, width)
             slots = slots.expand(images, height, width)
-        for axis, _, after in site.steps:
-            grid, sizes, slots = orthogonal_merge(grid, sizes, slots, axis, after)
+        for (axis, _, after), merge in zip(site.steps, site.asked, strict=True):
+            grid, sizes, slots = orthogonal_merge(grid, sizes, slots, axis, after, merge.pairing)
         tokens = grid.flatten(1, 2)
         return torch.cat([x.narrow(1, 0, lead), tokens], dim=1), sizes, slots
 
