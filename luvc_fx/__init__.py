@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from luvc_fx.backend import LuvcBackend, LuvcWarning, NotRewritten, backend, prepare
 from luvc_fx.report import Reason, Refusal, Report
 from luvc_fx.schedule import Merge, Prune, Schedule
+from luvc_fx.selectors import register as register_selector
 
 if TYPE_CHECKING:
     from luvc_fx.frontdoor import applied, compile, report_of, restore
@@ -23,6 +24,7 @@ __all__ = [
     "backend",
     "compile",
     "prepare",
+    "register_selector",
     "report_of",
     "restore",
 ]

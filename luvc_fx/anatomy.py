@@ -42,6 +42,7 @@ class Encoder:
 
     Attributes:
         leaving: per block, the residual value `[images, lead + height * width, channels]` leaving it.
+        keys: per block, the keys of its attention, `[images, heads, lead + height * width, dim]`.
         features: what goes on to the text: `[images * N, dim]` at a fusion, `[images, N, dim]` at a marker.
         slots: the `markers.SLOTS` node, where the front door asked for representatives.
         grid: height and width of the patch grid, row-major along the token axis.
@@ -50,6 +51,7 @@ class Encoder:
     """
 
     leaving: tuple[fx.Node, ...]
+    keys: tuple[fx.Node, ...]
     features: fx.Node
     slots: fx.Node | None
     grid: tuple[int, int]
@@ -338,7 +340,8 @@ def _encoder(
             leads.add(extent.plus)
         if len(leads) != 1:
             raise Refused(Reason.RESIDUAL_STREAM, "the rows before the grid change between blocks", features)
-        return Encoder(leaving, features, slots, (height, width), unit, leads.pop(), images, axes)
+        keys = tuple(block.args[1] for block in blocks)
+        return Encoder(leaving, keys, features, slots, (height, width), unit, leads.pop(), images, axes)  # type: ignore[arg-type]
     except Refused as refused:
         anatomy.encoder_refusals.append(refused.refusal)
         return None

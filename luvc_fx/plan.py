@@ -8,16 +8,20 @@ from torch import fx
 
 from luvc_fx.anatomy import Anatomy, Decoder, Encoder
 from luvc_fx.report import Reason, Refusal
-from luvc_fx.schedule import Prune, Schedule
+from luvc_fx.schedule import Merge, Prune, Schedule
 
 
 @dataclass(frozen=True, slots=True)
 class MergeSite:
-    """OIM steps after one encoder block: ``(axis, length before, length after)`` each."""
+    """OIM steps after one encoder block: ``(merge, length of its axis before, and after)`` each.
+
+    `keys` are those of the block's attention, `[images, heads, lead + tokens, dim]`.
+    """
 
     block: int
     node: fx.Node
-    steps: tuple[tuple[str, int, int], ...]
+    keys: fx.Node
+    steps: tuple[tuple[Merge, int, int], ...]
     grid: tuple[int, int]
     merged: tuple[int, int]
 
@@ -88,7 +92,7 @@ def make_plan(schedule: Schedule, anatomy: Anatomy, identity_sites: bool = False
 def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bool) -> tuple[MergeSite, ...]:
     grid = encoder.grid
     sites: list[MergeSite] = []
-    by_block: dict[int, list[tuple[str, int, int]]] = {}
+    by_block: dict[int, list[tuple[Merge, int, int]]] = {}
     for block, merge in schedule.merges_at(len(encoder.leaving)):
         along = 0 if merge.axis == "height" else 1
         before, unit = grid[along], encoder.unit[along]
@@ -102,14 +106,15 @@ def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bo
                 plan.refusals.append(Refusal(Reason.SCHEDULE, text))
         if after == before and not identity_sites:
             continue
-        by_block.setdefault(block, []).append((merge.axis, before, after))
+        by_block.setdefault(block, []).append((merge, before, after))
         grid = (after, grid[1]) if along == 0 else (grid[0], after)
     grid = encoder.grid
     for block, steps in by_block.items():
         merged = grid
-        for axis, _, after in steps:
-            merged = (after, merged[1]) if axis == "height" else (merged[0], after)
-        sites.append(MergeSite(block, encoder.leaving[block], tuple(steps), grid, merged))
+        for merge, _, after in steps:
+            merged = (after, merged[1]) if merge.axis == "height" else (merged[0], after)
+        node, keys = encoder.leaving[block], encoder.keys[block]
+        sites.append(MergeSite(block, node, keys, tuple(steps), grid, merged))
         grid = merged
     return tuple(sites)
 

@@ -12,61 +12,35 @@ import dataclasses
 import itertools
 import json
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from luvc_fx.checks import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    check_choice,
+    check_either,
+    check_flag,
+    refuse,
+    set_integer,
+    set_number,
+)
+from luvc_fx.registry import registered
+
 JSON_VERSION = 1
 
 AXES = ("width", "height")
-SELECTORS = ("spectrum", "random", "uniform")
+PAIRINGS = ("line", "shared")
+FEATURES = ("hidden", "keys")
+SELECTORS = ("spectrum", "random", "uniform", "norm")
+"""Those that come with luvc_fx; `luvc_fx.selectors.register` adds to them."""
 ENERGIES = ("residual", "lowpass", "ratio")
 COVERAGES = ("block", "global")
+NORMALIZATIONS = ("none", "mean", "rms")
+REALIZATIONS = ("auto", "fft", "fir", "basis")
 KINDS = ("image", "video", "document")
-
-
-def _refuse(owner: str, field: str, value: object, allowed: str) -> None:
-    raise ValueError(f"{owner}.{field} is {value!r}; allowed: {allowed}")
-
-
-def _check_choice(owner: str, field: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        _refuse(owner, field, value, ", ".join(repr(c) for c in choices))
-
-
-def _check_int(owner: str, field: str, value: object, low: int, allowed: str) -> int:
-    if isinstance(value, bool):
-        _refuse(owner, field, value, allowed)
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        _refuse(owner, field, value, allowed)
-    if number < low:
-        _refuse(owner, field, value, allowed)
-    return number
-
-
-def _check_float(owner: str, field: str, value: object, low: float, high: float, allowed: str) -> float:
-    """`low` and `high` are inclusive; callers exclude an end by passing the next float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        _refuse(owner, field, value, allowed)
-    if not low <= value <= high:  # type: ignore[operator]
-        _refuse(owner, field, value, allowed)
-    return float(value)  # type: ignore[arg-type]
-
-
-def _check_either(owner: str, first: tuple[str, object], second: tuple[str, object]) -> None:
-    if (first[1] is None) == (second[1] is None):
-        raise ValueError(
-            f"{owner} needs exactly one of {first[0]} and {second[0]}; "
-            f"got {first[0]}={first[1]!r}, {second[0]}={second[1]!r}"
-        )
-
-
-_ABOVE_ZERO = math.nextafter(0.0, 1.0)
-_BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
 def round_half_up(value: float) -> int:
@@ -84,6 +58,9 @@ class Merge:
         length: number of positions left on that axis, at least 1.
         layer: the encoder block after which tokens merge; negative counts from the end. Or `depth`.
         depth: fraction in (0, 1) of the encoder blocks that run before the merge.
+        pairing: ``"line"`` lets each line along the axis choose its own pairs; ``"shared"`` chooses
+            on the similarity averaged over an image's lines, so that whole columns (or rows) merge.
+        feature: what similarity compares, ``"hidden"`` states or the ``"keys"`` of the same block.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -94,15 +71,19 @@ class Merge:
     length: int | None = None
     layer: int | None = None
     depth: float | None = None
+    pairing: str = "line"
+    feature: str = "hidden"
 
     def __post_init__(self) -> None:
-        _check_choice("Merge", "axis", self.axis, AXES)
-        _check_either("Merge", ("keep", self.keep), ("length", self.length))
-        _check_either("Merge", ("layer", self.layer), ("depth", self.depth))
-        _set_number(self, "Merge", "keep", _ABOVE_ZERO, 1.0, "a number in (0, 1]")
-        _set_number(self, "Merge", "depth", _ABOVE_ZERO, _BELOW_ONE, "a number in (0, 1)")
-        _set_integer(self, "Merge", "length", 1, "a whole number of at least 1")
-        _set_integer(self, "Merge", "layer", -(1 << 31), "a whole number")
+        check_choice("Merge", "axis", self.axis, AXES)
+        check_choice("Merge", "pairing", self.pairing, PAIRINGS)
+        check_choice("Merge", "feature", self.feature, FEATURES)
+        check_either("Merge", ("keep", self.keep), ("length", self.length))
+        check_either("Merge", ("layer", self.layer), ("depth", self.depth))
+        set_number(self, "keep", ABOVE_ZERO, 1.0, "a number in (0, 1]", optional=True)
+        set_number(self, "depth", ABOVE_ZERO, BELOW_ONE, "a number in (0, 1)", optional=True)
+        set_integer(self, "length", 1, "a whole number of at least 1", optional=True)
+        set_integer(self, "layer", -(1 << 31), "a whole number", optional=True)
 
     def block(self, blocks: int) -> int:
         """The index of the encoder block after which this merge happens, out of `blocks`."""
@@ -117,7 +98,7 @@ class Merge:
             assert self.keep is not None
             return max(1, round_half_up(self.keep * length))
         if self.length > length:
-            _refuse("Merge", "length", self.length, f"at most {length}, the {self.axis} of the grid there")
+            refuse("Merge", "length", self.length, f"at most {length}, the {self.axis} of the grid there")
         return self.length
 
 
@@ -130,12 +111,19 @@ class Prune:
         tokens: number of visual tokens left in each row, at least 0.
         layer: the decoder layer before which tokens go; negative counts from the end. Or `depth`.
         depth: fraction in (0, 1) of the decoder layers that run before the prune.
-        selector: ``"spectrum"`` (SPU), ``"random"`` or ``"uniform"``.
+        selector: ``"spectrum"`` (SPU), ``"random"``, ``"uniform"``, ``"norm"`` (the largest sum of
+            squares), or a name given to `luvc_fx.selectors.register`.
         energy: what the spectrum ranks by: ``"residual"`` (what the low-pass cannot rebuild),
             ``"lowpass"`` or ``"ratio"`` (lowpass over total).
         coverage: ``"block"`` keeps the best of each block of neighbours, ``"global"`` the best of all.
         cutoff: sigma in (0, 1], the fraction of the frequency bins that the low-pass lets through.
         seed: of the random selector.
+        normalize: what happens to the tokens before the spectrum's filter. ``"mean"`` subtracts each
+            channel's mean over the tokens that are filtered together, ``"rms"`` divides each token by
+            the root of its mean square over the channels.
+        per_image: the spectrum filters each image's tokens by themselves while all of them are there.
+        realization: how the spectrum's filter is computed: ``"fft"``, ``"basis"`` (the same as two
+            thin matrix products), ``"fir"`` (a short convolution) or ``"auto"``.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -150,19 +138,26 @@ class Prune:
     coverage: str = "block"
     cutoff: float = 0.25
     seed: int = 0
+    normalize: str = "none"
+    per_image: bool = False
+    realization: str = "auto"
 
     def __post_init__(self) -> None:
-        _check_either("Prune", ("keep", self.keep), ("tokens", self.tokens))
-        _check_either("Prune", ("layer", self.layer), ("depth", self.depth))
-        _set_number(self, "Prune", "keep", 0.0, 1.0, "a number in [0, 1]")
-        _set_number(self, "Prune", "depth", _ABOVE_ZERO, _BELOW_ONE, "a number in (0, 1)")
-        _set_integer(self, "Prune", "tokens", 0, "a whole number of at least 0")
-        _set_integer(self, "Prune", "layer", -(1 << 31), "a whole number")
-        _check_choice("Prune", "selector", self.selector, SELECTORS)
-        _check_choice("Prune", "energy", self.energy, ENERGIES)
-        _check_choice("Prune", "coverage", self.coverage, COVERAGES)
-        _set_number(self, "Prune", "cutoff", _ABOVE_ZERO, 1.0, "a number in (0, 1]")
-        _set_integer(self, "Prune", "seed", 0, "a whole number of at least 0")
+        check_either("Prune", ("keep", self.keep), ("tokens", self.tokens))
+        check_either("Prune", ("layer", self.layer), ("depth", self.depth))
+        set_number(self, "keep", 0.0, 1.0, "a number in [0, 1]", optional=True)
+        set_number(self, "depth", ABOVE_ZERO, BELOW_ONE, "a number in (0, 1)", optional=True)
+        set_integer(self, "tokens", 0, "a whole number of at least 0", optional=True)
+        set_integer(self, "layer", -(1 << 31), "a whole number", optional=True)
+        names = dict.fromkeys((*SELECTORS, *registered()))  # ours first, and before they are registered
+        check_choice("Prune", "selector", self.selector, tuple(names))
+        check_choice("Prune", "energy", self.energy, ENERGIES)
+        check_choice("Prune", "coverage", self.coverage, COVERAGES)
+        set_number(self, "cutoff", ABOVE_ZERO, 1.0, "a number in (0, 1]")
+        set_integer(self, "seed", 0, "a whole number of at least 0")
+        check_choice("Prune", "normalize", self.normalize, NORMALIZATIONS)
+        check_flag(self, "per_image")
+        check_choice("Prune", "realization", self.realization, REALIZATIONS)
 
     def decoder_layer(self, layers: int) -> int:
         """The index of the decoder layer before which this prune happens, out of `layers`."""
@@ -177,25 +172,13 @@ class Prune:
             assert self.keep is not None
             return 0 if self.keep == 0.0 else max(1, round_half_up(self.keep * fused))
         if self.tokens > fused:
-            _refuse("Prune", "tokens", self.tokens, f"at most {fused}, the visual tokens at the fusion")
+            refuse("Prune", "tokens", self.tokens, f"at most {fused}, the visual tokens at the fusion")
         return self.tokens
-
-
-def _set_number(item: Merge | Prune, owner: str, field: str, low: float, high: float, allowed: str) -> None:
-    value = getattr(item, field)
-    if value is not None:
-        object.__setattr__(item, field, _check_float(owner, field, value, low, high, allowed))
-
-
-def _set_integer(item: Merge | Prune, owner: str, field: str, low: int, allowed: str) -> None:
-    value = getattr(item, field)
-    if value is not None:
-        object.__setattr__(item, field, _check_int(owner, field, value, low, allowed))
 
 
 def _resolve(owner: str, layer: int, count: int, what: str) -> int:
     if not -count <= layer < count:
-        _refuse(owner, "layer", layer, f"{-count} to {count - 1}, as the model has {count} {what}")
+        refuse(owner, "layer", layer, f"{-count} to {count - 1}, as the model has {count} {what}")
     return layer % count
 
 
@@ -219,7 +202,7 @@ class Schedule:
             if isinstance(items, kind):
                 items = (items,)
             if not isinstance(items, (tuple, list)) or not all(isinstance(i, kind) for i in items):
-                _refuse("Schedule", field, items, f"a tuple of {kind.__name__}")
+                refuse("Schedule", field, items, f"a tuple of {kind.__name__}")
             object.__setattr__(self, field, tuple(items))
 
     def merges_at(self, blocks: int) -> tuple[tuple[int, Merge], ...]:
@@ -266,8 +249,10 @@ class Schedule:
     @classmethod
     def preset(cls, name: str) -> Schedule:
         """Our own schedule for ``"image"``, ``"video"`` or ``"document"`` input."""
-        _check_choice("Schedule", "preset", name, KINDS)
-        return _PRESETS[name]
+        check_choice("Schedule", "preset", name, KINDS)
+        from luvc_fx.presets import PRESETS  # they are schedules themselves
+
+        return PRESETS[name]
 
     @classmethod
     def luvc(cls, name: str) -> Schedule:
@@ -275,8 +260,10 @@ class Schedule:
 
         Layers and ratios are not given by the abstract; these are our guesses, kept for comparison.
         """
-        _check_choice("Schedule", "luvc", name, KINDS)
-        return _LUVC[name]
+        check_choice("Schedule", "luvc", name, KINDS)
+        from luvc_fx.presets import LUVC
+
+        return LUVC[name]
 
     @classmethod
     def of(cls, value: Schedule | str) -> Schedule:
@@ -288,7 +275,7 @@ class Schedule:
         if isinstance(value, cls):
             return value
         if not isinstance(value, str):
-            _refuse("luvc_fx", "schedule", value, "a Schedule or the name of a preset")
+            refuse("luvc_fx", "schedule", value, "a Schedule or the name of a preset")
         return cls.preset(value)  # type: ignore[arg-type]
 
     def to_json(self) -> str:
@@ -313,10 +300,10 @@ class Schedule:
         except json.JSONDecodeError as error:
             raise ValueError(f"a schedule must be JSON: {error}") from None
         if not isinstance(body, Mapping):
-            _refuse("Schedule", "JSON", body, "an object with version, merge and prune")
+            refuse("Schedule", "JSON", body, "an object with version, merge and prune")
         version = body.get("version")
         if type(version) is not int or version != JSON_VERSION:
-            _refuse("Schedule", "version", version, str(JSON_VERSION))
+            refuse("Schedule", "version", version, str(JSON_VERSION))
         _check_keys("Schedule", body, {"version", "merge", "prune"})
         return cls(
             merge=_read_items("merge", Merge, body.get("merge", [])),
@@ -341,53 +328,9 @@ def _check_keys(owner: str, body: Mapping[str, Any], allowed: set[str]) -> None:
 
 def _read_items(field: str, kind: type, items: object) -> tuple[Any, ...]:
     if not isinstance(items, list) or not all(isinstance(i, Mapping) for i in items):
-        _refuse("Schedule", field, items, "a list of objects")
+        refuse("Schedule", field, items, "a list of objects")
     for item in items:  # type: ignore[attr-defined]
         _check_keys(kind.__name__, item, {f.name for f in dataclasses.fields(kind)})
         if kind is Merge and "axis" not in item:
-            _refuse("Merge", "axis", None, ", ".join(repr(a) for a in AXES))
+            refuse("Merge", "axis", None, ", ".join(repr(a) for a in AXES))
     return tuple(kind(**item) for item in items)  # type: ignore[attr-defined]
-
-
-_PRESETS = {
-    "image": Schedule(
-        merge=(Merge(axis="width", keep=0.75, depth=0.5),),
-        prune=(
-            Prune(keep=0.5, depth=0.125),
-            Prune(keep=0.25, depth=0.375),
-            Prune(keep=0.0, layer=-1),
-        ),
-    ),
-    "video": Schedule(
-        merge=(
-            Merge(axis="width", keep=0.75, depth=0.5),
-            Merge(axis="height", keep=0.75, depth=0.75),
-        ),
-        prune=(
-            Prune(keep=0.5, depth=0.25),
-            Prune(keep=0.25, depth=0.5),
-            Prune(keep=0.0, layer=-1),
-        ),
-    ),
-    "document": Schedule(prune=(Prune(keep=0.5, depth=0.5), Prune(keep=0.0, layer=-1))),
-}
-
-
-def _literal(keep: float, **place: Any) -> Prune:
-    return Prune(keep=keep, energy="lowpass", coverage="global", **place)
-
-
-_LUVC = {
-    "image": Schedule(
-        merge=(Merge(axis="width", keep=0.75, depth=0.5),),
-        prune=(_literal(0.5, depth=0.25), _literal(0.25, depth=0.5), _literal(0.0, layer=-1)),
-    ),
-    "video": Schedule(
-        merge=(
-            Merge(axis="width", keep=0.5, depth=0.25),
-            Merge(axis="height", keep=0.5, depth=0.5),
-        ),
-        prune=(_literal(0.5, depth=0.25), _literal(0.25, depth=0.5), _literal(0.0, layer=-1)),
-    ),
-    "document": Schedule(prune=(_literal(0.5, depth=0.5), _literal(0.0, layer=-1))),
-}

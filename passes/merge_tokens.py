@@ -23,12 +23,11 @@ def merge_tokens(context: Context) -> None:
         context.retarget.advance(site.node)
         carried = () if sizes is None or context.slots is None else (sizes, context.slots)
         name = f"merge after encoder block {site.block}"
-        merged, sizes, context.slots = emit(
-            context.graph, name, _merge_body(site, encoder.lead, encoder.unit), site.node, *carried
-        )
+        body = _merge_body(site, encoder.lead, encoder.unit)
+        merged, sizes, context.slots = emit(context.graph, name, body, site.node, site.keys, *carried)
         sides = {HEIGHT: site.merged[0], WIDTH: site.merged[1]}
         context.retarget.replace(site.node, merged, sides)
-        steps = ", ".join(f"{axis} {before} -> {after}" for axis, before, after in site.steps)
+        steps = ", ".join(f"{merge.axis} {before} -> {after}" for merge, before, after in site.steps)
         context.report.inserted.append(f"{name}: {steps}")
     if encoder.slots is not None:
         _answer_slots(context, encoder.slots, encoder.feature_grid)
@@ -36,28 +35,48 @@ def merge_tokens(context: Context) -> None:
 
 
 def _merge_body(site: MergeSite, lead: int, unit: tuple[int, int]):  # type: ignore[no-untyped-def]
-    high, wide = unit
-    height, width = site.grid[0] // high, site.grid[1] // wide
-    steps = [(axis, after // (high if axis == "height" else wide)) for axis, _, after in site.steps]
+    height, width = site.grid[0] // unit[0], site.grid[1] // unit[1]
+    by_keys = any(merge.feature == "keys" for merge, _, _ in site.steps)
 
     def body(
-        x: Tensor, sizes: Tensor | None = None, slots: Tensor | None = None
+        x: Tensor, keys: Tensor, sizes: Tensor | None = None, slots: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        images, rows, channels = x.shape
-        # Whole blocks of patches merge, so that what becomes one feature stays together.
-        blocks = x.narrow(1, lead, rows - lead).reshape(images, height, high, width, wide, channels)
-        grid = blocks.transpose(2, 3).reshape(images, height, width, high * wide * channels)
+        images, rows = x.shape[:2]
+        grid = _to_blocks(x.narrow(1, lead, rows - lead), site.grid, unit)
         if sizes is None or slots is None:
             sizes = torch.ones(images, height, width, dtype=torch.float32, device=x.device)
             slots = torch.arange(height * width, device=x.device).reshape(1, height, width)
             slots = slots.expand(images, height, width)
-        for axis, after in steps:
-            grid, sizes, slots = orthogonal_merge(grid, sizes, slots, axis, after)
-        blocks = grid.reshape(images, grid.shape[1], grid.shape[2], high, wide, channels)
-        tokens = blocks.transpose(2, 3).flatten(1, 4)
+        channels = grid.shape[-1]
+        if by_keys:
+            # Keys merge along, so that a further step at this site compares what the tokens have become.
+            seen = keys.transpose(1, 2).flatten(2).narrow(1, lead, rows - lead)
+            grid = torch.cat([grid, _to_blocks(seen, site.grid, unit).to(grid.dtype)], dim=-1)
+        for merge, _, after in site.steps:
+            length = after // unit[0 if merge.axis == "height" else 1]
+            start, end = (channels, grid.shape[-1]) if merge.feature == "keys" else (0, channels)
+            feature = grid.narrow(-1, start, end - start) if by_keys else None
+            grid, sizes, slots, *_ = orthogonal_merge(
+                grid, sizes, slots, merge.axis, length, merge.pairing, feature
+            )
+        tokens = _to_rows(grid.narrow(-1, 0, channels), unit)
         return torch.cat([x.narrow(1, 0, lead), tokens], dim=1), sizes, slots
 
     return body
+
+
+def _to_blocks(rows: Tensor, grid: tuple[int, int], unit: tuple[int, int]) -> Tensor:
+    """``[n, H * W, C]`` -> ``[n, H / h, W / w, h * w * C]``: what becomes one feature stays together."""
+    images, _, channels = rows.shape
+    height, width = grid[0] // unit[0], grid[1] // unit[1]
+    blocks = rows.reshape(images, height, unit[0], width, unit[1], channels).transpose(2, 3)
+    return blocks.reshape(images, height, width, unit[0] * unit[1] * channels)
+
+
+def _to_rows(blocks: Tensor, unit: tuple[int, int]) -> Tensor:
+    """``[n, H / h, W / w, h * w * C]`` -> ``[n, H * W, C]``."""
+    images, height, width, _ = blocks.shape
+    return blocks.reshape(images, height, width, unit[0], unit[1], -1).transpose(2, 3).flatten(1, 4)
 
 
 def _answer_slots(context: Context, marker: fx.Node, grid: tuple[int, int]) -> None:

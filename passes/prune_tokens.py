@@ -12,7 +12,7 @@ from luvc_fx.passes.compact_rows import compact_followers
 from luvc_fx.passes.context import Context
 from luvc_fx.passes.emit import emit
 from luvc_fx.plan import PruneSite
-from luvc_fx.selectors import SELECTORS
+from luvc_fx.selectors import Site, choose
 
 
 def prune_tokens(context: Context) -> None:
@@ -25,7 +25,8 @@ def prune_tokens(context: Context) -> None:
     for site in context.plan.prunes:
         context.retarget.advance(site.node)
         name = f"prune before decoder layer {site.layer}"
-        short, rows, context.visual = emit(context.graph, name, _prune_body(site), site.node, context.visual)
+        body = _prune_body(site, _place(context, site))
+        short, rows, context.visual = emit(context.graph, name, body, site.node, context.visual)
         context.retarget.replace(site.node, short, {TOKENS: value(short).shape[1]})
         compact_followers(context, name, site.node, rows, rows)
         context.report.inserted.append(f"{name}: {site.prune.selector} {site.left} -> {site.count}")
@@ -50,16 +51,27 @@ def _visual_rows(context: Context) -> fx.Node:
     return visual
 
 
-def _prune_body(site: PruneSite):  # type: ignore[no-untyped-def]
-    select = SELECTORS[site.prune.selector]
+def _place(context: Context, site: PruneSite) -> Site:
+    """What a selector is told about `site`."""
+    decoder = context.anatomy.decoder
+    assert decoder is not None
+    images = 1 if site.grid is None else site.left // (site.grid[0] * site.grid[1])
+    if site.prune.per_image and site.grid is None and site.left == context.plan.fused:
+        context.report.notes.append(
+            f"before decoder layer {site.layer} the images of a row cannot be told apart, as the token grid "
+            "is not known: per_image filters over the whole row"
+        )
+    return Site(site.layer, len(decoder.entering), site.grid, images)
 
+
+def _prune_body(site: PruneSite, place: Site):  # type: ignore[no-untyped-def]
     def body(x: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         length = x.shape[1] - site.left + site.count
         stays = visual.logical_not()
         if site.count:
             places = mask_to_index(visual, site.left)
             tokens = gather_rows(x, places, 1)
-            kept = places.gather(1, select(tokens, site.prune, site.count, site.layer, site.grid))
+            kept = places.gather(1, choose(tokens, site.prune, site.count, place))
             stays = stays.scatter(1, kept, True)
         rows = mask_to_index(stays, length)
         return gather_rows(x, rows, 1), rows, visual.gather(1, rows)

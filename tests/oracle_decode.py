@@ -64,7 +64,8 @@ class OracleResult:
         grid: (h, w) of one image at the fusion.
         state: for `oracle_continue`. `cache` is its DynamicCache.
         gap: the smallest relative distance of any decision from its runner-up: cosines as they are,
-            energies over the largest of their row. Infinite where nothing was decided by a score.
+            energies over the scale at which float32 rounds them (the geometric mean of the largest
+            score and the largest token's energy). Infinite where nothing was decided by a score.
     """
 
     logits: Tensor

@@ -14,13 +14,26 @@ from luvc_fx.schedule import Prune, round_half_up
 _MOD = 1 << 32
 
 
-def energies(x: Tensor, energy: str, cutoff: float) -> np.ndarray:
-    """The spectrum's score of each token, [B, N] float64. `x` is [B, N, D], N >= 1.
+def normalised(values: np.ndarray, normalize: str) -> np.ndarray:
+    """Tokens [B, N, D] as the filter takes them."""
+    if normalize == "mean":
+        return values - values.mean(axis=1, keepdims=True)
+    if normalize == "rms":
+        return values / np.sqrt((values**2).mean(axis=-1, keepdims=True) + 1e-6)
+    return values
 
-    The rules say float32; double precision is their exact value, so whoever computes in float32 may
-    differ where `OracleResult.gap` is at rounding level, and nowhere else.
+
+def _spectrum(
+    values: np.ndarray, energy: str, cutoff: float, normalize: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The scores and their units, each [B, N], of tokens [B, N, D] that are filtered together.
+
+    A unit times a few roundings is how wrong float32 may be about a score: the filter sums numbers as
+    large as the tokens, however little is left of them.
     """
-    values = x.detach().double().cpu().numpy()
+    plain = values if normalize == "mean" else normalised(values, normalize)
+    largest = (plain**2).sum(axis=-1).max(axis=1, keepdims=True)
+    values = normalised(values, normalize)
     count = values.shape[1]
     bins = count // 2 + 1
     passing = max(1, round_half_up(cutoff * bins))
@@ -29,11 +42,35 @@ def energies(x: Tensor, energy: str, cutoff: float) -> np.ndarray:
         window[f] = 0.54 + 0.46 * math.cos(math.pi * f / passing)
     low = np.fft.irfft(np.fft.rfft(values, axis=1) * window[None, :, None], n=count, axis=1)
     lowpass = (low**2).sum(axis=-1)
-    if energy == "lowpass":
-        return lowpass
-    if energy == "residual":
-        return ((values - low) ** 2).sum(axis=-1)
-    return lowpass / np.maximum((values**2).sum(axis=-1), 1e-12)
+    if energy == "ratio":
+        total = np.maximum((values**2).sum(axis=-1), 1e-12)
+        return lowpass / total, np.sqrt(lowpass / total * np.maximum(largest / total, 1.0))
+    score = lowpass if energy == "lowpass" else ((values - low) ** 2).sum(axis=-1)
+    return score, np.sqrt(score * np.maximum(score, largest))
+
+
+def energies(x: Tensor, energy: str, cutoff: float, normalize: str = "none") -> np.ndarray:
+    """The spectrum's score of each token, [B, N] float64. `x` is [B, N, D], N >= 1, filtered together.
+
+    The rules say float32; double precision is their exact value, so whoever computes in float32 may
+    differ where `OracleResult.gap` is at rounding level, and nowhere else.
+    """
+    return _spectrum(x.detach().double().cpu().numpy(), energy, cutoff, normalize)[0]
+
+
+def _scores(x: Tensor, prune: Prune, grid: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
+    """What `prune` ranks the tokens [B, N, D] by, and the units, each [B, N]."""
+    values = x.detach().double().cpu().numpy()
+    batch, count, channels = values.shape
+    if prune.selector == "norm":
+        score = (values**2).sum(axis=-1)
+        return score, score
+    if prune.selector != "spectrum":
+        raise NotImplementedError(f"the oracle does not know the selector {prune.selector!r}")
+    if prune.per_image and grid is not None:
+        values = values.reshape(-1, grid[0] * grid[1], channels)
+    score, unit = _spectrum(values, prune.energy, prune.cutoff, prune.normalize)
+    return score.reshape(batch, count), unit.reshape(batch, count)
 
 
 def mix32(x: int) -> int:
@@ -49,11 +86,10 @@ def random_scores(count: int, seed: int, layer: int) -> list[int]:
     return [mix32((i + stream) % _MOD) for i in range(count)]
 
 
-def _largest(scores: np.ndarray, keep: int, gaps: list[float]) -> list[int]:
-    """The `keep` largest, ties to the lower index, as ascending positions; notes the gap."""
+def _largest(scores: np.ndarray, keep: int, scale: float, gaps: list[float]) -> list[int]:
+    """The `keep` largest, ties to the lower index, as ascending positions; notes the gap over `scale`."""
     order = np.argsort(-scores, kind="stable")
     if 0 < keep < len(scores):
-        scale = max(float(np.abs(scores).max()), 1e-300)
         note(gaps, float(scores[order[keep - 1]] - scores[order[keep]]) / scale)
     return sorted(int(i) for i in order[:keep])
 
@@ -97,11 +133,11 @@ def select(
         chosen = [sorted(order[:keep])] * batch
     else:
         chosen = []
-        for row in energies(x, prune.energy, prune.cutoff):
+        for row, units in zip(*_scores(x, prune, grid), strict=True):
+            scale = max(float(units.max()), 1e-300)
             if prune.coverage == "global":
-                chosen.append(_largest(row, keep, gaps))
+                chosen.append(_largest(row, keep, scale, gaps))
                 continue
-            scale = max(float(np.abs(row).max()), 1e-300)
             winners = []
             for block in _blocks(count, keep, grid):
                 ranked = sorted(block, key=lambda i: (-row[i], i))

@@ -7,7 +7,22 @@ from typing import Any
 from hypothesis import strategies as st
 from oracle_vision import target_blocks
 
-from luvc_fx.schedule import AXES, COVERAGES, ENERGIES, SELECTORS, Merge, Prune, Schedule, round_half_up
+from luvc_fx.schedule import (
+    AXES,
+    COVERAGES,
+    ENERGIES,
+    FEATURES,
+    NORMALIZATIONS,
+    PAIRINGS,
+    Merge,
+    Prune,
+    Schedule,
+    round_half_up,
+)
+
+_SELECTORS = ("spectrum", "random", "uniform", "norm")
+_EXACT = ("auto", "fft", "basis")
+"""Realizations that keep what the definition keeps; a short window may differ in close cases."""
 
 _FRACTIONS = st.one_of(st.sampled_from([0.1, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0]), st.floats(0.02, 1.0))
 
@@ -33,7 +48,13 @@ def _merge_items(
             where: dict[str, Any] = {"depth": depth}
         else:
             where = {"layer": block - blocks if how == "negative" else block}
-        items[i] = Merge(axis=axis, **amount, **where)
+        items[i] = Merge(
+            axis=axis,
+            **amount,
+            **where,
+            pairing=draw(st.sampled_from(PAIRINGS)),
+            feature=draw(st.sampled_from(FEATURES)),
+        )
         sides[axis] = unit * target_blocks(items[i], sides[axis] // unit, unit)
     return tuple(items[i] for i in range(len(places))), (sides["height"], sides["width"])
 
@@ -59,11 +80,14 @@ def _prune_items(draw: st.DrawFn, layers: int, fused: int, most: int) -> tuple[P
         items[layer] = Prune(
             **amount,
             **where,
-            selector=draw(st.sampled_from((SELECTORS[0], *SELECTORS))),
+            selector=draw(st.sampled_from((*_SELECTORS[:1] * 3, *_SELECTORS))),
             energy=draw(st.sampled_from(ENERGIES)),
             coverage=draw(st.sampled_from(COVERAGES)),
             cutoff=draw(st.one_of(st.sampled_from([0.1, 0.25, 0.5, 1.0]), st.floats(0.01, 1.0))),
             seed=draw(st.integers(0, 5)),
+            normalize=draw(st.sampled_from(NORMALIZATIONS)),
+            per_image=draw(st.booleans()),
+            realization=draw(st.sampled_from(_EXACT)),
         )
         left = items[layer].count(fused)
         most_keep = keep if "keep" in amount else most_keep

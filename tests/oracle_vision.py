@@ -171,7 +171,7 @@ def encode(
     for index, block in enumerate(family.blocks[:count]):
         here = [merge for at, merge in merges if at == index]
         keys = None
-        if any(getattr(merge, "feature", "hidden") == "keys" for merge in here):
+        if any(merge.feature == "keys" for merge in here):
             keys = to_blocks(family.keys(block, hidden)[:, 1:], height, width, unit)
         hidden = family.run(block, hidden)
         if not here:
@@ -184,8 +184,8 @@ def encode(
                 merge.axis,
                 target_blocks(merge, blocks, unit),
                 gaps,
-                getattr(merge, "pairing", "line"),
-                getattr(merge, "feature", "hidden"),
+                merge.pairing,
+                merge.feature,
             )
             height, width = (unit * side for side in grid.sizes.shape[1:])
         hidden = torch.cat([hidden[:, :1], from_blocks(grid.x, unit)], dim=1)

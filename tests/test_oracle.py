@@ -22,7 +22,6 @@ from models import (
 )
 from oracle import (
     OracleResult,
-    encode,
     encoder_blocks,
     generate_positions,
     oracle_continue,
@@ -80,11 +79,6 @@ def relative_gap(first: Tensor, second: Tensor, mask: Tensor | None = None) -> f
     return float(difference[mask.bool()].max() if mask is not None else difference.max())
 
 
-def stock_features(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """[I, N, D] of the stock model."""
-    return torch.stack(list(model.get_image_features(batch["pixel_values"]).pooler_output))
-
-
 # ----------------------------------------------------------------------- nothing to do: stock model
 
 
@@ -103,17 +97,6 @@ def test_without_sites_it_is_the_stock_forward(family: str, case: dict[str, Any]
     assert result.gap == math.inf
     assert torch.equal(result.rows, torch.arange(result.rows.shape[1]).expand_as(result.rows))
     assert torch.equal(result.mask, batch["attention_mask"].bool())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layer", [-1, -2, -4, 2])
-def test_the_feature_layer_is_the_stock_one(family: str, layer: int) -> None:
-    model = build(family, vision_feature_layer=layer)
-    assert encoder_blocks(model) == {-1: 4, -2: 3, -4: 1, 2: 2}[layer]
-    batch = inputs(model)
-    result = oracle_forward(model, Schedule(), **batch)
-    stock = stock_features(model, batch)[0]
-    assert relative_gap(result.features[0], stock) < 1e-5
 
 
 @pytest.mark.parametrize(("family", "case"), FAMILY_CASES)
@@ -208,35 +191,6 @@ def test_counts_and_rows_follow_the_schedule(family: str, data: st.DataObject) -
         assert (kept.diff(dim=1) > 0).all()
     assert result.logits[result.mask].isfinite().all()
     assert score_gap(model, schedule, **batch) == result.gap
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_token_that_did_not_merge_is_the_stock_one_and_sits_at_its_slot(family: str) -> None:
-    model = build(family)
-    case: dict[str, Any] = {"images": 2, "padding": (0, 3)}
-    if family == "internvl":
-        case["tiles"] = (2, 1)
-    batch = inputs(model, 2, **case)
-    schedule = Schedule(merge=(Merge("height", keep=0.75, layer=-1), Merge("width", 0.5, layer=-1)))
-    tokens = encode(model, schedule, batch["pixel_values"], [])
-    stock = stock_features(model, batch)
-    each, grids = visual_tokens(model), tiles_a_row(case)
-    count = tokens.grid[0] * tokens.grid[1]
-    assert tokens.grid == {"llava": (6, 4), "internvl": (3, 2)}[family]
-    assert torch.equal(tokens.sizes.sum(dim=1), torch.full((2 * grids,), float(each)))
-    alone = tokens.sizes == 1
-    at = torch.arange(2 * grids)[:, None]
-    assert 0 < int(alone.sum()) < alone.numel()
-    assert relative_gap(tokens.features[alone][None], stock[at, tokens.slots][alone][None]) < 1e-5
-    assert relative_gap(tokens.features[~alone][None], stock[at, tokens.slots][~alone][None]) > 0.1
-
-    result = oracle_forward(model, schedule, **batch)
-    assert torch.equal(result.features.reshape(2 * grids, count, -1), tokens.features)
-    for b in range(2):
-        places = (batch["input_ids"][b] == IMAGE).nonzero()[:, 0]
-        slots = torch.cat([each * i + tokens.slots[grids * b + i] for i in range(grids)])
-        assert torch.equal(result.slots[b], slots)
-        assert torch.equal(result.rows[b][result.visual[b]], places[slots])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

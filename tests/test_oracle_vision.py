@@ -7,17 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from models import inputs, patch_grid, tiny_internvl, tiny_llava, visual_tokens
-from oracle import encode, from_blocks, oracle_forward, target_blocks, to_blocks
-from torch import nn
+from models import IMAGE, inputs, patch_grid, tiny_internvl, tiny_llava, visual_tokens
+from oracle import encode, encoder_blocks, from_blocks, oracle_forward, target_blocks, to_blocks
+from torch import Tensor, nn
 
 from luvc_fx.schedule import Merge, Schedule
 
 
 @cache
+def build(family: str, **options: Any) -> nn.Module:
+    """A tiny model; do not change it."""
+    return {"llava": tiny_llava, "internvl": tiny_internvl}[family](**options)
+
+
 def internvl(**options: Any) -> nn.Module:
     """A tiny InternVL; do not change it."""
-    return tiny_internvl(**options)
+    return build("internvl", **options)
+
+
+def stock_features(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """[I, N, D] of the stock model."""
+    return torch.stack(list(model.get_image_features(batch["pixel_values"]).pooler_output))
 
 
 def test_blocks_are_those_of_the_stock_pixel_shuffle() -> None:
@@ -64,6 +74,46 @@ def test_without_sites_every_kind_of_internvl_is_the_stock_one(options: dict[str
     assert float(stock.std()) > 0.1
 
 
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+@pytest.mark.parametrize("layer", [-1, -2, -4, 2])
+def test_the_feature_layer_is_the_stock_one(family: str, layer: int) -> None:
+    model = build(family, vision_feature_layer=layer)
+    assert encoder_blocks(model) == {-1: 4, -2: 3, -4: 1, 2: 2}[layer]
+    batch = inputs(model)
+    result = oracle_forward(model, Schedule(), **batch)
+    stock = stock_features(model, batch)[0]
+    assert torch.allclose(result.features[0], stock, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl"])
+def test_a_token_that_did_not_merge_is_the_stock_one_and_sits_at_its_slot(family: str) -> None:
+    model = build(family)
+    case: dict[str, Any] = {"images": 2, "padding": (0, 3)}
+    if family == "internvl":
+        case["tiles"] = (2, 1)
+    batch = inputs(model, 2, **case)
+    schedule = Schedule(merge=(Merge("height", keep=0.75, layer=-1), Merge("width", 0.5, layer=-1)))
+    tokens = encode(model, schedule, batch["pixel_values"], [])
+    stock = stock_features(model, batch)
+    each, grids = visual_tokens(model), {"llava": 2, "internvl": 3}[family]
+    count = tokens.grid[0] * tokens.grid[1]
+    assert tokens.grid == {"llava": (6, 4), "internvl": (3, 2)}[family]
+    assert torch.equal(tokens.sizes.sum(dim=1), torch.full((2 * grids,), float(each)))
+    alone = tokens.sizes == 1
+    at = torch.arange(2 * grids)[:, None]
+    assert 0 < int(alone.sum()) < alone.numel()
+    apart = (tokens.features - stock[at, tokens.slots]).abs().amax(dim=-1)
+    assert float(apart[alone].max()) < 1e-5 and float(apart[~alone].max()) > 0.1
+
+    result = oracle_forward(model, schedule, **batch)
+    assert torch.equal(result.features.reshape(2 * grids, count, -1), tokens.features)
+    for b in range(2):
+        places = (batch["input_ids"][b] == IMAGE).nonzero()[:, 0]
+        slots = torch.cat([each * i + tokens.slots[grids * b + i] for i in range(grids)])
+        assert torch.equal(result.slots[b], slots)
+        assert torch.equal(result.rows[b][result.visual[b]], places[slots])
+
+
 def test_a_tile_is_a_run_of_placeholders_of_its_own() -> None:
     model = internvl()
     one = inputs(model, 2, images=2, tiles=(3, 1))
@@ -102,4 +152,4 @@ def test_whole_blocks_merge() -> None:
 
 def test_sizes_of_the_models() -> None:
     assert patch_grid(internvl(grid=12)) == (12, 12) and visual_tokens(internvl(grid=12)) == 36
-    assert patch_grid(tiny_llava(grid=6)) == (6, 6) and visual_tokens(tiny_llava(grid=6)) == 36
+    assert patch_grid(build("llava", grid=6)) == (6, 6) and visual_tokens(build("llava", grid=6)) == 36

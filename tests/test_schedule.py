@@ -1,21 +1,18 @@
-"""A schedule is data: checked when it is made, equal by value, the same after JSON."""
+"""A schedule is data: checked when it is made, and equal by value."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import schedules
 
 import luvc_fx
-from luvc_fx.schedule import COVERAGES, ENERGIES, KINDS, SELECTORS, Merge, Prune, Schedule, round_half_up
+from luvc_fx.schedule import KINDS, Merge, Prune, Schedule, round_half_up
 
 MERGE = {"axis": "width", "keep": 0.5, "layer": 0}
 PRUNE = {"keep": 0.5, "layer": 0}
@@ -42,13 +39,20 @@ BAD_VALUES: dict[str, tuple[type, dict[str, Any], str, Any, str]] = {
     "prune to more": (Prune, PRUNE, "keep", 1.1, "[0, 1]"),
     "prune nan": (Prune, PRUNE, "keep", math.nan, "[0, 1]"),
     "prune layer text": (Prune, PRUNE, "layer", "1", "a whole number"),
-    "selector": (Prune, PRUNE, "selector", "best", "'spectrum', 'random', 'uniform'"),
+    "pairing": (Merge, MERGE, "pairing", "column", "'line', 'shared'"),
+    "feature": (Merge, MERGE, "feature", "values", "'hidden', 'keys'"),
+    "selector": (Prune, PRUNE, "selector", "best", "'spectrum', 'random', 'uniform', 'norm'"),
     "energy": (Prune, PRUNE, "energy", "high", "'residual', 'lowpass', 'ratio'"),
     "coverage": (Prune, PRUNE, "coverage", "local", "'block', 'global'"),
     "no cutoff": (Prune, PRUNE, "cutoff", 0.0, "(0, 1]"),
     "cutoff above one": (Prune, PRUNE, "cutoff", 1.01, "(0, 1]"),
     "seed below zero": (Prune, PRUNE, "seed", -1, "at least 0"),
     "seed fraction": (Prune, PRUNE, "seed", 1.5, "at least 0"),
+    "normalize": (Prune, PRUNE, "normalize", "l2", "'none', 'mean', 'rms'"),
+    "normalize by nothing": (Prune, PRUNE, "normalize", False, "'none', 'mean', 'rms'"),
+    "per image as a number": (Prune, PRUNE, "per_image", 1, "True or False"),
+    "per image as text": (Prune, PRUNE, "per_image", "yes", "True or False"),
+    "realization": (Prune, PRUNE, "realization", "dct", "'auto', 'fft', 'fir', 'basis'"),
 }
 
 
@@ -60,6 +64,12 @@ def test_a_bad_value_is_named_with_what_is_allowed(name: str) -> None:
     text = str(caught.value)
     assert text.startswith(f"{kind.__name__}.{field} is {value!r}; allowed: ")
     assert allowed in text
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Prune) if f.default is not None])
+def test_only_what_has_an_alternative_may_be_none(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"Prune\.{field} is None; allowed: "):
+        Prune(**{**PRUNE, field: None})
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.0, "3", False])
@@ -279,14 +289,17 @@ def test_equal_by_value_and_hashable() -> None:
     assert one is not other
     assert hash(one) == hash(other)
     assert {one: 1}[other] == 1
-    for field in dataclasses.fields(Prune):
-        changed = {"keep": 0.25, "tokens": 3, "layer": 2, "depth": 0.5, "selector": "random", "seed": 7}
-        changed |= {"energy": "ratio", "coverage": "global", "cutoff": 0.75}
-        values = {**dataclasses.asdict(Prune(**PRUNE)), field.name: changed[field.name]}
-        for a, b in (("keep", "tokens"), ("tokens", "keep"), ("layer", "depth"), ("depth", "layer")):
-            if field.name == a:
-                values[b] = None
-        assert dataclasses.replace(one, prune=(Prune(**values),)) != one, field.name
+    changed: dict[str, Any] = {"keep": 0.25, "tokens": 3, "layer": 2, "depth": 0.5, "selector": "random"}
+    changed |= {"energy": "ratio", "coverage": "global", "cutoff": 0.75, "seed": 7, "normalize": "rms"}
+    changed |= {"per_image": True, "realization": "fir"}
+    changed |= {"axis": "height", "length": 3, "pairing": "shared", "feature": "keys"}
+    instead = {"keep": ("tokens", "length"), "tokens": ("keep",), "length": ("keep",)}
+    instead |= {"layer": ("depth",), "depth": ("layer",)}
+    for where, item in (("merge", Merge(**MERGE)), ("prune", Prune(**PRUNE))):
+        for name in (field.name for field in dataclasses.fields(item)):
+            none = {other: None for other in instead.get(name, ()) if hasattr(item, other)}
+            with_it = dataclasses.replace(item, **{**none, name: changed[name]})
+            assert dataclasses.replace(one, **{where: (with_it,)}) != one, name
 
 
 def test_whole_numbers_are_numbers() -> None:
@@ -337,75 +350,3 @@ def test_of() -> None:
         luvc_fx.backend("photo")
     with pytest.raises(ValueError, match=r"Schedule\.luvc is 'photo'; allowed: "):
         Schedule.luvc("photo")
-
-
-# ----------------------------------------------------------------------------------------------- JSON
-
-
-@given(schedules(blocks=5, grid=(7, 9), layers=6))
-def test_json_round_trip(schedule: Schedule) -> None:
-    text = schedule.to_json()
-    again = Schedule.from_json(text)
-    assert again == schedule
-    assert hash(again) == hash(schedule)
-    assert again.to_json() == text
-    assert json.loads(text)["version"] == 1
-
-
-@given(
-    st.sampled_from(SELECTORS),
-    st.sampled_from(ENERGIES),
-    st.sampled_from(COVERAGES),
-    st.floats(0.0, 1.0),
-    st.floats(0.001, 1.0),
-    st.integers(0, 2**40),
-)
-def test_json_keeps_every_field(
-    selector: str, energy: str, coverage: str, keep: float, cutoff: float, seed: int
-) -> None:
-    prune = Prune(
-        keep, layer=-3, selector=selector, energy=energy, coverage=coverage, cutoff=cutoff, seed=seed
-    )
-    assert Schedule.from_json(Schedule(prune=prune).to_json()).prune == (prune,)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "a schedule must be JSON"),
-        ("[]", "Schedule.JSON is []; allowed: an object"),
-        ("{}", "Schedule.version is None; allowed: 1"),
-        ('{"version": 2}', "Schedule.version is 2; allowed: 1"),
-        ('{"version": 1, "prunes": []}', "Schedule has unknown keys ['prunes']; allowed: ['merge', 'prune',"),
-        ('{"version": 1, "merge": {}}', "Schedule.merge is {}; allowed: a list of objects"),
-        ('{"version": 1, "prune": [3]}', "Schedule.prune is [3]; allowed: a list of objects"),
-        (
-            '{"version": 1, "prune": [{"keep": 0.5, "layer": 0, "ratio": 1}]}',
-            "Prune has unknown keys ['ratio']",
-        ),
-        ('{"version": 1, "merge": [{"keep": 0.5, "layer": 0}]}', "Merge.axis is None; allowed: 'width'"),
-        (
-            '{"version": 1, "prune": [{"keep": 2, "layer": 0}]}',
-            "Prune.keep is 2; allowed: a number in [0, 1]",
-        ),
-        ('{"version": 1, "prune": [{"keep": NaN, "layer": 0}]}', "Prune.keep is nan; allowed"),
-    ],
-)
-def test_bad_json_is_a_value_error_that_says_why(text: str, message: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        Schedule.from_json(text)
-    assert message in str(caught.value)
-
-
-def test_version_true_is_not_version_one() -> None:
-    with pytest.raises(ValueError, match=r"Schedule\.version is True"):
-        Schedule.from_json('{"version": true}')
-
-
-def test_load(tmp_path: Path) -> None:
-    path = tmp_path / "schedule.json"
-    schedule = Schedule.preset("video")
-    path.write_text(schedule.to_json(), encoding="utf-8")
-    assert Schedule.load(path) == Schedule.load(str(path)) == schedule
-    with pytest.raises(OSError):
-        Schedule.load(tmp_path / "none.json")

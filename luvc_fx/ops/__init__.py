@@ -6,6 +6,7 @@ CUDA graph.
 """
 
 from luvc_fx.ops.compact import compact, gather_rows, mask_to_index
+from luvc_fx.ops.lowpass import lowpass
 from luvc_fx.ops.oim import orthogonal_merge
 from luvc_fx.ops.placeholders import surviving_rows
 from luvc_fx.ops.select import select_blocks, select_global
@@ -14,6 +15,7 @@ from luvc_fx.ops.spu import spectral_energy
 __all__ = [
     "compact",
     "gather_rows",
+    "lowpass",
     "mask_to_index",
     "orthogonal_merge",
     "select_blocks",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luvc_fx.ops.select import descending_rank
-from luvc_fx.schedule import AXES
+from luvc_fx.schedule import AXES, PAIRINGS
 
 _SMALLEST_NORM = 1e-12
 # Below every cosine, above the -inf of a neighbour that is not there.
@@ -20,15 +20,20 @@ _COSINE_OF_NAN = -2.0
 
 
 def orthogonal_merge(
-    x: Tensor, sizes: Tensor, slots: Tensor, axis: str, length: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    sizes: Tensor,
+    slots: Tensor,
+    axis: str,
+    length: int,
+    pairing: str = "line",
+    feature: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """Shorten one axis of a token grid to `length` by merging similar neighbours.
 
-    Each line along the axis chooses for itself and loses the same number of tokens, so the grid
-    stays rectangular and in raster order. A token at an even place proposes to its more similar
-    neighbour; the best proposals happen, and the neighbour becomes the mean weighted by size. At
-    most half of the axis goes in one round; further rounds follow as needed. Gradients reach `x`
-    through the means.
+    Every line along the axis loses the same number of tokens, so the grid stays rectangular and in
+    raster order. A token at an even place proposes to its more similar neighbour; the best proposals
+    happen, and the neighbour becomes the mean weighted by size. At most half of the axis goes in one
+    round; further rounds follow as needed. Gradients reach `x` through the means.
 
     Args:
         x: ``[B, H, W, C]``, any floating dtype; float64 is computed in float64, all else in
@@ -37,30 +42,39 @@ def orthogonal_merge(
         slots: int64 ``[B, H, W]``, the original raster index of each token's representative.
         axis: ``"width"`` (each row is a line) or ``"height"`` (each column is).
         length: of the axis after the merge, at least 1 and at most what it is.
+        pairing: ``"line"``: each line chooses for itself; ``"shared"``: all lines of a grid merge at
+            the places that the mean of their cosines chooses.
+        feature: ``[B, H, W, F]``, compared in place of `x` and merged as `x` is.
 
     Returns:
-        `x`, `sizes` and `slots` with the axis shortened: contiguous, or the arguments themselves
-        when the axis has that length already.
+        `x`, `sizes` and `slots`, and `feature` where it was given, with the axis shortened:
+        contiguous, or the arguments themselves when the axis has that length already.
 
     Raises:
-        ValueError: for an axis or length that is not allowed.
+        ValueError: for an axis, length or pairing that is not allowed, or a feature of another grid.
     """
     if axis not in AXES:
         raise ValueError(f"axis is {axis!r}; allowed: {', '.join(map(repr, AXES))}")
+    if pairing not in PAIRINGS:
+        raise ValueError(f"pairing is {pairing!r}; allowed: {', '.join(map(repr, PAIRINGS))}")
     before = x.shape[2 if axis == "width" else 1]
     if not 1 <= length <= before:
         raise ValueError(f"length is {length!r}; allowed: 1 to {before}, the {axis} of the grid")
-    if length == before:
-        return x, sizes, slots
-    if axis == "height":
-        x, sizes, slots = (t.transpose(1, 2) for t in (x, sizes, slots))
-    while x.shape[2] > length:
-        x, sizes, slots = _merge_round(x, sizes, slots, min(x.shape[2] // 2, x.shape[2] - length))
-    if axis == "height":
-        x, sizes, slots = (
-            t.transpose(1, 2).clone(memory_format=torch.contiguous_format) for t in (x, sizes, slots)
+    if feature is not None and (feature.dim() != 4 or feature.shape[:3] != x.shape[:3]):
+        raise ValueError(
+            f"feature has shape {list(feature.shape)}; allowed: {list(x.shape[:3])} and channels, as x has"
         )
-    return x, sizes, slots
+    parts = (x, sizes, slots) if feature is None else (x, sizes, slots, feature)
+    if length == before:
+        return parts
+    if axis == "height":
+        parts = tuple(t.transpose(1, 2) for t in parts)
+    while parts[0].shape[2] > length:
+        now = parts[0].shape[2]
+        parts = _merge_round(parts, min(now // 2, now - length), pairing == "shared")
+    if axis == "height":
+        parts = tuple(t.transpose(1, 2).clone(memory_format=torch.contiguous_format) for t in parts)
+    return parts
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -77,10 +91,11 @@ def _neighbour_cosine(x: Tensor) -> Tensor:
     return torch.nan_to_num(cosine, nan=_COSINE_OF_NAN)
 
 
-def _merge_round(x: Tensor, sizes: Tensor, slots: Tensor, merges: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``[B, L, n, ...]`` -> ``[B, L, n - merges, ...]``; `merges` is at most n // 2."""
+def _merge_round(parts: tuple[Tensor, ...], merges: int, shared: bool) -> tuple[Tensor, ...]:
+    """``[B, L, n, ...]`` -> ``[B, L, n - merges, ...]`` each; `merges` is at most n // 2."""
+    x, sizes, slots, *feature = parts
     length = x.shape[2]
-    goes_left, goes_right = _proposals(x, merges)
+    goes_left, goes_right = _proposals(feature[0] if feature else x, merges, shared)
 
     # Output place j holds the token that has j survivors before it.
     survivors = torch.logical_not(goes_left | goes_right).cumsum(-1)
@@ -95,26 +110,31 @@ def _merge_round(x: Tensor, sizes: Tensor, slots: Tensor, merges: int) -> tuple[
     size_left = torch.where(from_left, sizes.gather(2, left), 0.0)
     size_right = torch.where(from_right, sizes.gather(2, right), 0.0)
     total = size_left + size + size_right
-
-    own = _tokens(x, here)
-    weighted = _weighted(_tokens(x, left), size_left) + _wide(own) * size.unsqueeze(-1)
-    weighted = weighted + _weighted(_tokens(x, right), size_right)
-    mean = (weighted / total.unsqueeze(-1)).to(x.dtype)
     # A token that nobody joined stays as it is to the last bit.
     joined = (from_left | from_right).unsqueeze(-1)
-    return torch.where(joined, mean, own), total, slots.gather(2, here)
+
+    def merged(tokens: Tensor) -> Tensor:
+        own = _tokens(tokens, here)
+        weighted = _weighted(_tokens(tokens, left), size_left) + _wide(own) * size.unsqueeze(-1)
+        weighted = weighted + _weighted(_tokens(tokens, right), size_right)
+        return torch.where(joined, (weighted / total.unsqueeze(-1)).to(tokens.dtype), own)
+
+    return merged(x), total, slots.gather(2, here), *map(merged, feature)
 
 
-def _proposals(x: Tensor, merges: int) -> tuple[Tensor, Tensor]:
+def _proposals(compared: Tensor, merges: int, shared: bool) -> tuple[Tensor, Tensor]:
     """Which tokens merge into their left, which into their right neighbour: bool ``[B, L, n]``."""
-    cosine = _neighbour_cosine(x)
+    lines = compared.shape[:3]
+    cosine = _neighbour_cosine(compared)
+    if shared:
+        cosine = cosine.mean(1, keepdim=True)
     left = F.pad(cosine, (1, 0), value=float("-inf"))
     right = F.pad(cosine, (0, 1), value=float("-inf"))
-    even = torch.arange(x.shape[2], device=x.device) % 2 == 0
+    even = torch.arange(lines[2], device=compared.device) % 2 == 0
     # Odd places never propose: their -inf ranks behind all n // 2 or more even ones.
     score = torch.where(even, torch.maximum(left, right), float("-inf"))
     goes = descending_rank(score) < merges
-    return goes & (right < left), goes & (right >= left)
+    return (goes & (right < left)).expand(lines), (goes & (right >= left)).expand(lines)
 
 
 def _tokens(x: Tensor, index: Tensor) -> Tensor:

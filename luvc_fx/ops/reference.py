@@ -20,53 +20,71 @@ def orthogonal_merge(
     slots: Array,
     axis: str,
     length: int,
+    pairing: str = "line",
+    feature: Array | None = None,
     cast: Callable[[Array], Array] = lambda token: token,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """Twin of `luvc_fx.ops.orthogonal_merge` for float32 or float64 `x` ``[B, H, W, C]``.
 
     `cast` rounds one token ``[C]`` to the values that a narrower dtype can hold.
     """
+    parts = [x, sizes, slots] if feature is None else [x, sizes, slots, feature]
     if axis == "height":
-        x, sizes, slots = (np.swapaxes(a, 1, 2) for a in (x, sizes, slots))
-        x, sizes, slots = orthogonal_merge(x, sizes, slots, "width", length, cast)
-        return np.swapaxes(x, 1, 2), np.swapaxes(sizes, 1, 2), np.swapaxes(slots, 1, 2)
-    batch, rows = x.shape[:2]
-    out_x = np.empty((batch, rows, length, x.shape[3]), x.dtype)
-    out_sizes = np.empty((batch, rows, length), np.float32)
-    out_slots = np.empty((batch, rows, length), np.int64)
-    for b in range(batch):
-        for row in range(rows):
-            line = [(x[b, row, i], sizes[b, row, i], slots[b, row, i]) for i in range(x.shape[2])]
-            while len(line) > length:
-                line = _merge_line(line, min(len(line) // 2, len(line) - length), cast)
-            for i, (token, size, slot) in enumerate(line):
-                out_x[b, row, i], out_sizes[b, row, i], out_slots[b, row, i] = token, size, slot
-    return out_x, out_sizes, out_slots
+        turned = [np.swapaxes(part, 1, 2) for part in parts]
+        merged = orthogonal_merge(*turned[:3], "width", length, pairing, *turned[3:], cast=cast)
+        return tuple(np.swapaxes(part, 1, 2) for part in merged)
+    out = [np.empty((*part.shape[:2], length, *part.shape[3:]), part.dtype) for part in parts]
+    compared = x if feature is None else feature
+    for b in range(len(x)):
+        lines = [
+            list(zip(x[b, row], sizes[b, row], slots[b, row], compared[b, row], strict=True))
+            for row in range(x.shape[1])
+        ]
+        while len(lines[0]) > length:
+            merges = min(len(lines[0]) // 2, len(lines[0]) - length)
+            cosines = [[_cosine(a[3], b[3]) for a, b in itertools.pairwise(line)] for line in lines]
+            if pairing == "shared":
+                mean = [float(np.mean(np.array(column, x.dtype))) for column in zip(*cosines, strict=True)]
+                cosines = [mean] * len(lines)
+            lines = [
+                _merge_line(line, _targets(cosine, merges), cast)
+                for line, cosine in zip(lines, cosines, strict=True)
+            ]
+        for row, line in enumerate(lines):
+            for i, token in enumerate(line):
+                for part, value in zip(out, token, strict=False):
+                    part[b, row, i] = value
+    return tuple(out)
 
 
-def _merge_line(line: list, merges: int, cast: Callable[[Array], Array]) -> list:
-    cosine = [_cosine(a[0], b[0]) for a, b in itertools.pairwise(line)]
+def _targets(cosine: list[float], merges: int) -> dict[int, int]:
+    """Which even place goes to which neighbour, from the cosine of each place with the next."""
     proposals = []
-    for i in range(0, len(line), 2):
+    for i in range(0, len(cosine) + 1, 2):
         options = []
-        if i + 1 < len(line):
+        if i < len(cosine):
             options.append((cosine[i], i + 1))
         if i > 0:
             options.append((cosine[i - 1], i - 1))
         score, to = max(options, key=lambda option: option[0])  # the first of equals: right
         proposals.append((score, i, to))
     best = sorted(proposals, key=lambda proposal: (-proposal[0], proposal[1]))[:merges]
-    target_of = {i: to for _, i, to in best}
+    return {i: to for _, i, to in best}
+
+
+def _merge_line(line: list, target_of: dict[int, int], cast: Callable[[Array], Array]) -> list:
     out = []
-    for i, (token, size, slot) in enumerate(line):
+    for i, (token, size, slot, compared) in enumerate(line):
         if i in target_of:
             continue
         joined = [j for j in (i - 1, i, i + 1) if j == i or target_of.get(j) == i]
         if len(joined) > 1:
             size = sum((line[j][1] for j in joined), np.float32(0))
-            total = sum((line[j][0] * line[j][1] for j in joined), np.zeros_like(token))
-            token = cast(total / size)
-        out.append((token, size, slot))
+            token, compared = (
+                cast(sum((line[j][k] * line[j][1] for j in joined), np.zeros_like(line[i][k])) / size)
+                for k in (0, 3)
+            )
+        out.append((token, size, slot, compared))
     return out
 
 
@@ -79,8 +97,8 @@ def _cosine(a: Array, b: Array) -> float:
     return -2.0 if math.isnan(cosine) else cosine
 
 
-def spectral_energy(x: Array, cutoff: float, energy: str) -> Array:
-    """Twin of `luvc_fx.ops.spectral_energy`, a Fourier sum in float64: ``[B, N]``."""
+def lowpass(x: Array, cutoff: float) -> Array:
+    """Twin of `luvc_fx.ops.lowpass`, a Fourier sum in float64: ``[B, N, D]``."""
     x = x.astype(np.float64)
     tokens = x.shape[1]
     bins = tokens // 2 + 1
@@ -96,10 +114,24 @@ def spectral_energy(x: Array, cutoff: float, energy: str) -> Array:
             basis = wave(2 * math.pi * f * time / tokens)
             amplitude = np.einsum("t,btd->bd", basis, x) * (twice / tokens)
             low += weight * basis[None, :, None] * amplitude[:, None, :]
+    return low
+
+
+def spectral_energy(x: Array, cutoff: float, energy: str, normalize: str = "none", images: int = 1) -> Array:
+    """Twin of `luvc_fx.ops.spectral_energy`, in float64: ``[B, N]``."""
+    if images > 1:
+        parts = np.split(x, images, axis=1)
+        return np.concatenate([spectral_energy(p, cutoff, energy, normalize) for p in parts], axis=1)
+    x = x.astype(np.float64)
+    if normalize == "mean":
+        x = x - x.mean(axis=1)[:, None, :]
+    if normalize == "rms":
+        x = np.stack([[token / math.sqrt((token**2).mean() + 1e-6) for token in row] for row in x])
+    low = lowpass(x, cutoff)
     if energy == "residual":
         return ((x - low) ** 2).sum(-1)
-    lowpass = (low**2).sum(-1)
-    return lowpass if energy == "lowpass" else lowpass / np.maximum((x**2).sum(-1), 1e-12)
+    energies = (low**2).sum(-1)
+    return energies if energy == "lowpass" else energies / np.maximum((x**2).sum(-1), 1e-12)
 
 
 def _best_first(scores: Array, among: Iterable[int]) -> list[int]:
@@ -168,14 +200,11 @@ def uniform_positions(tokens: int, count: int) -> Array:
     return np.array([(2 * i + 1) * tokens // (2 * count) for i in range(count)], np.int64)
 
 
-def spectrum_positions(
-    x: Array,
-    cutoff: float,
-    energy: str,
-    coverage: str,
-    count: int,
-    grid: tuple[int, int] | None,
-) -> Array:
-    """Twin of `luvc_fx.selectors.select_spectrum`: ``[B, N, D]`` -> ``[B, count]``."""
-    scores = spectral_energy(x, cutoff, energy)
+def norm_scores(x: Array) -> Array:
+    """Twin of `luvc_fx.selectors.select_norm`: ``[B, N]``."""
+    return np.array([[sum(float(value) ** 2 for value in token) for token in row] for row in x])
+
+
+def positions(scores: Array, count: int, coverage: str, grid: tuple[int, int] | None) -> Array:
+    """What `luvc_fx.selectors.choose` makes of scores: ``[B, N]`` -> ``[B, count]``."""
     return select_blocks(scores, count, grid) if coverage == "block" else select_global(scores, count)

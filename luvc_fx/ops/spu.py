@@ -7,59 +7,69 @@ ours.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from luvc_fx.schedule import ENERGIES, round_half_up
+from luvc_fx.ops.lowpass import lowpass
+from luvc_fx.schedule import ENERGIES, NORMALIZATIONS
 
 _SMALLEST_TOTAL = 1e-12
+_RMS_EPS = 1e-6
 
 
-def spectral_energy(x: Tensor, cutoff: float, energy: str) -> Tensor:
+def spectral_energy(
+    x: Tensor,
+    cutoff: float,
+    energy: str,
+    *,
+    normalize: str = "none",
+    images: int = 1,
+    realization: str = "auto",
+) -> Tensor:
     """The energy of each token under a Hamming low-pass along the token axis.
 
-    ``L = irfft(w rfft(x))`` over the tokens, with the first half of a Hamming window as ``w`` below
-    the cutoff and 0 above. Then, summed over the channels: ``lowpass`` is L^2, ``residual`` is (x -
-    L)^2 and ``ratio`` is lowpass / max(x^2, 1e-12). All of it in float32.
+    With ``L = lowpass(x)`` (see `luvc_fx.ops.lowpass`), summed over the channels: ``lowpass`` is L^2,
+    ``residual`` is (x - L)^2 and ``ratio`` is lowpass / max(x^2, 1e-12). All of it in float32, and of
+    the normalised tokens.
 
     Args:
         x: ``[B, N, D]``, N at least 1, any floating dtype.
         cutoff: sigma in (0, 1], the fraction of the frequency bins that pass.
         energy: ``"lowpass"``, ``"residual"`` or ``"ratio"``.
+        normalize: ``"none"``; ``"mean"`` subtracts each channel's mean over the tokens; ``"rms"``
+            divides each token by sqrt(mean of its squares + 1e-6).
+        images: that many runs of N / images tokens are filtered, and their mean taken, each by itself.
+        realization: of the filter, as of `luvc_fx.ops.lowpass`.
 
     Returns:
         float32 ``[B, N]``; NaN or infinity where `x` holds such values or its squares overflow.
 
     Raises:
-        ValueError: for a cutoff or energy that is not allowed, or no token.
+        ValueError: for an argument that is not allowed, or no token.
     """
-    tokens = x.shape[1]
-    if tokens < 1:
-        raise ValueError(f"x has {tokens} tokens; allowed: at least 1")
-    if not 0.0 < cutoff <= 1.0:
-        raise ValueError(f"cutoff is {cutoff!r}; allowed: a number in (0, 1]")
+    batch, tokens, channels = x.shape
     if energy not in ENERGIES:
         raise ValueError(f"energy is {energy!r}; allowed: {', '.join(map(repr, ENERGIES))}")
-    x = x.to(torch.float32)
-    low = _lowpass(x, cutoff)
+    if images < 1 or tokens % images:
+        raise ValueError(f"images is {images!r}; allowed: a divisor of {tokens}, the tokens there are")
+    x = _normalized(x.to(torch.float32).reshape(batch * images, tokens // images, channels), normalize)
+    return _energy(x, lowpass(x, cutoff, realization), energy).reshape(batch, tokens)
+
+
+def _normalized(x: Tensor, normalize: str) -> Tensor:
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize is {normalize!r}; allowed: {', '.join(map(repr, NORMALIZATIONS))}")
+    if normalize == "mean":
+        return x - x.mean(1, keepdim=True)
+    if normalize == "rms":
+        return x / (x.square().mean(-1, keepdim=True) + _RMS_EPS).sqrt()
+    return x
+
+
+def _energy(x: Tensor, low: Tensor, energy: str) -> Tensor:
     if energy == "residual":
         return (x - low).square().sum(-1)
-    lowpass = low.square().sum(-1)
+    passed = low.square().sum(-1)
     if energy == "lowpass":
-        return lowpass
-    return lowpass / x.square().sum(-1).clamp(min=_SMALLEST_TOTAL)
-
-
-def _lowpass(x: Tensor, cutoff: float) -> Tensor:
-    """float32 ``[B, N, D]`` -> the same: the part of `x` below the cutoff."""
-    tokens = x.shape[1]
-    bins = tokens // 2 + 1
-    edge = max(1, round_half_up(cutoff * bins))
-    frequency = torch.arange(bins, device=x.device, dtype=torch.float32)
-    window = torch.where(frequency < edge, 0.54 + 0.46 * torch.cos(frequency * (math.pi / edge)), 0.0)
-    # As pairs of reals: Inductor generates no complex arithmetic, and this product is its own.
-    spectrum = torch.view_as_real(torch.fft.rfft(x, dim=1))
-    passed = torch.view_as_complex(spectrum * window.reshape(1, bins, 1, 1))
-    return torch.fft.irfft(passed, n=tokens, dim=1)
+        return passed
+    return passed / x.square().sum(-1).clamp(min=_SMALLEST_TOTAL)

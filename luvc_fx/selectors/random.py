@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 from luvc_fx.ops.select import select_global
+from luvc_fx.registry import Site
 from luvc_fx.schedule import Prune
 
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 
 
-def select_random(x: Tensor, prune: Prune, count: int, layer: int, grid: tuple[int, int] | None) -> Tensor:
-    """The tokens with the largest hash of position, `prune.seed` and `layer`.
+def select_random(x: Tensor, prune: Prune, count: int, site: Site) -> Tensor:
+    """Positions: the largest hashes of position, `prune.seed` and `site.layer`.
 
     A hash and no generator: a compiled graph then holds no random state, and every device agrees.
-    Arguments, result and errors are those of `luvc_fx.selectors.Selector`; `grid` and the values of
-    `x` play no part.
+    Arguments and result are those of `luvc_fx.selectors.Selector`; the values of `x` play no part.
     """
-    offset = _GOLDEN * (prune.seed * 1000003 + layer + 1) & _WORD
+    offset = _GOLDEN * (prune.seed * 1000003 + site.layer + 1) & _WORD
     place = torch.arange(x.shape[1], device=x.device)
     scores = _mix32((place + offset) & _WORD)
     return select_global(scores.unsqueeze(0), count).expand(x.shape[0], count)

@@ -92,6 +92,17 @@ def test_compact_passes_the_gradient():
     assert torch.equal(x.grad, mask.unsqueeze(-1).expand_as(x).double())
 
 
+def test_gradients():
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(2, 6, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    shared = torch.randn(1, 2, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    mask = mask_of(6, 2, 6, 4)
+    index = mask_to_index(mask, 4)
+    torch.autograd.gradcheck(lambda v: compact(v, mask, 4), (x,))
+    torch.autograd.gradcheck(lambda v: gather_rows(v, index, 1), (x,))
+    torch.autograd.gradcheck(lambda v: gather_rows(v, index, 2), (shared,))
+
+
 @pytest.mark.parametrize("count", [-1, 5])
 def test_refuses_count(count):
     with pytest.raises(ValueError, match="count is"):

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luvc_fx.ops import orthogonal_merge, reference
-
-AXES = ("width", "height")
+from luvc_fx.schedule import AXES
 
 
 def grid(x, sizes=None):

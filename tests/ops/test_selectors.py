@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from luvc_fx import schedule
 from luvc_fx.ops import reference, select_blocks, select_global, spectral_energy
-from luvc_fx.schedule import COVERAGES, ENERGIES, Prune
-from luvc_fx.selectors import SELECTORS, Selector
+from luvc_fx.schedule import COVERAGES, ENERGIES, NORMALIZATIONS, Prune
+from luvc_fx.selectors import Selector, Site, choose, selector
 
+OURS = schedule.SELECTORS
 VALUES = st.integers(-2, 2).map(float) | st.sampled_from([float("nan"), float("inf"), 1e38])
+SITE = Site(layer=0, layers=4)
 
 
 def prune(**options):
@@ -27,32 +29,34 @@ def tokens(seed, batch, length, channels):
     return torch.randn(batch, length, channels, generator=torch.Generator().manual_seed(seed))
 
 
-def test_registry_covers_the_schedule():
-    assert tuple(SELECTORS) == schedule.SELECTORS
+@pytest.mark.parametrize("name", OURS)
+def test_ours_have_the_one_signature(name):
     wanted = list(inspect.signature(Selector.__call__).parameters)[1:]
-    for selector in SELECTORS.values():
-        assert list(inspect.signature(selector).parameters) == wanted
-    with pytest.raises(TypeError):
-        SELECTORS["mine"] = None
+    assert list(inspect.signature(selector(name)).parameters) == wanted == ["x", "prune", "count", "site"]
 
 
 @given(
     st.data(),
-    st.sampled_from(sorted(SELECTORS)),
+    st.sampled_from(OURS),
     st.sampled_from(ENERGIES),
     st.sampled_from(COVERAGES),
+    st.sampled_from(NORMALIZATIONS),
+    st.booleans(),
     st.integers(1, 3),
     st.integers(1, 4),
     st.integers(1, 4),
+    st.integers(1, 3),
 )
-def test_positions_are_valid_whatever_the_values(data, name, energy, coverage, batch, height, width):
-    length = height * width
+def test_positions_are_valid_whatever_the_values(
+    data, name, energy, coverage, normalize, per_image, batch, height, width, images
+):
+    length = images * height * width
     count = data.draw(st.integers(0, length))
     flat = data.draw(st.lists(VALUES, min_size=batch * length, max_size=batch * length))
     x = torch.tensor(flat).reshape(batch, length, 1)
-    item = prune(selector=name, energy=energy, coverage=coverage)
-    grid = data.draw(st.sampled_from([None, (height, width)]))
-    got = SELECTORS[name](x, item, count, 3, grid)
+    item = prune(selector=name, energy=energy, coverage=coverage, normalize=normalize, per_image=per_image)
+    site = data.draw(st.sampled_from([Site(3, 4), Site(3, 4, (height, width), images)]))
+    got = choose(x, item, count, site)
     assert got.dtype == torch.int64 and got.shape == (batch, count)
     assert ((got >= 0) & (got < length)).all()
     assert (got.diff(dim=1) > 0).all()
@@ -65,66 +69,103 @@ def test_positions_are_valid_whatever_the_values(data, name, energy, coverage, b
 def test_spectrum_equals_twin(energy, coverage, shape, count, grid):
     x = tokens(0, *shape)
     item = prune(energy=energy, coverage=coverage, cutoff=0.4)
-    got = SELECTORS["spectrum"](x, item, count, 0, grid)
-    want = reference.spectrum_positions(x.numpy(), 0.4, energy, coverage, count, grid)
+    got = choose(x, item, count, Site(0, 4, grid))
+    want = reference.positions(reference.spectral_energy(x.numpy(), 0.4, energy), count, coverage, grid)
     np.testing.assert_array_equal(got.numpy(), want)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("coverage", COVERAGES)
+def test_spectrum_by_image_equals_twin(normalize, per_image, coverage):
+    x = tokens(4, 2, 48, 5) + torch.arange(48)[None, :, None] // 16  # three images of other brightness
+    item = prune(normalize=normalize, per_image=per_image, coverage=coverage, energy="lowpass")
+    scores = reference.spectral_energy(x.numpy(), 0.25, "lowpass", normalize, 3 if per_image else 1)
+    got = choose(x, item, 12, Site(0, 4, (4, 4), 3))
+    np.testing.assert_array_equal(got.numpy(), reference.positions(scores, 12, coverage, (4, 4)))
+
+
+def test_per_image_plays_no_part_where_the_images_are_not_whole():
+    x = tokens(5, 1, 20, 4)
+    assert torch.equal(
+        choose(x, prune(per_image=True), 7, Site(2, 4)), choose(x, prune(per_image=False), 7, Site(2, 4))
+    )
 
 
 def test_spectrum_is_energy_then_selection():
     x = tokens(1, 2, 16, 4).bfloat16()
     scores = spectral_energy(x, 0.25, "residual")
-    select = SELECTORS["spectrum"]
-    assert torch.equal(select(x, prune(), 4, 0, (4, 4)), select_blocks(scores, 4, (4, 4)))
-    assert torch.equal(select(x, prune(coverage="global"), 4, 0, (4, 4)), select_global(scores, 4))
+    site = Site(0, 4, (4, 4))
+    assert torch.equal(choose(x, prune(), 4, site), select_blocks(scores, 4, (4, 4)))
+    assert torch.equal(choose(x, prune(coverage="global"), 4, site), select_global(scores, 4))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 30), st.sampled_from(COVERAGES), st.data())
+def test_norm_equals_twin(seed, batch, length, coverage, data):
+    x = tokens(seed, batch, length, 3)
+    count = data.draw(st.integers(0, length))
+    got = choose(x, prune(selector="norm", coverage=coverage), count, SITE)
+    want = reference.positions(reference.norm_scores(x.numpy()), count, coverage, None)
+    np.testing.assert_array_equal(got.numpy(), want)
+
+
+def test_norm_is_summed_in_float32():
+    x = torch.full((1, 4, 300), 1.0).bfloat16()
+    x[0, 2, 0] = 1.25  # lost in a sum of 300 that is rounded to bfloat16
+    assert choose(x, prune(selector="norm", coverage="global"), 1, SITE).tolist() == [[2]]
 
 
 @given(st.integers(1, 64), st.data(), st.integers(0, 2**63), st.integers(0, 100))
 def test_random_equals_twin(length, data, seed, layer):
     count = data.draw(st.integers(0, length))
-    got = SELECTORS["random"](torch.empty(2, length, 1), prune(seed=seed), count, layer, None)
+    got = choose(torch.empty(2, length, 1), prune(selector="random", seed=seed), count, Site(layer, 101))
     want = reference.random_positions(length, count, seed, layer)
     np.testing.assert_array_equal(got.numpy(), np.stack([want, want]))
 
 
 def test_random_depends_on_seed_and_layer_only():
-    x = torch.empty(1, 64, 1)
-    select = SELECTORS["random"]
-    first = select(x, prune(seed=1), 16, 2, None)
-    assert torch.equal(first, select(torch.full((1, 64, 1), float("nan")), prune(seed=1), 16, 2, (8, 8)))
-    assert not torch.equal(first, select(x, prune(seed=2), 16, 2, None))
-    assert not torch.equal(first, select(x, prune(seed=1), 16, 3, None))
+    def first(x=None, seed=1, layer=2, grid=None):
+        x = torch.empty(1, 64, 1) if x is None else x
+        return choose(x, prune(selector="random", seed=seed), 16, Site(layer, 4, grid))
+
+    assert torch.equal(first(), first(torch.full((1, 64, 1), float("nan")), grid=(8, 8)))
+    assert not torch.equal(first(), first(seed=2))
+    assert not torch.equal(first(), first(layer=3))
 
 
 @given(st.integers(1, 64), st.data())
 def test_uniform_equals_twin(length, data):
     count = data.draw(st.integers(0, length))
-    got = SELECTORS["uniform"](torch.empty(2, length, 1), prune(), count, 0, None)
+    got = choose(torch.empty(2, length, 1), prune(selector="uniform"), count, SITE)
     want = reference.uniform_positions(length, count)
     np.testing.assert_array_equal(got.numpy(), np.stack([want, want]))
 
 
-@pytest.mark.parametrize("name", sorted(SELECTORS))
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("count", [-1, 5])
 def test_refuses_count(name, count):
     with pytest.raises(ValueError, match="k is"):
-        SELECTORS[name](torch.zeros(1, 4, 2), prune(), count, 0, None)
+        choose(torch.zeros(1, 4, 2), prune(selector=name), count, SITE)
 
 
-@pytest.mark.parametrize("name", sorted(SELECTORS))
+@pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("count", [0, 4, 16])
 def test_traces(traced_names, name, count):
-    names = traced_names(lambda x: SELECTORS[name](x, prune(), count, 1, (4, 4)), tokens(2, 2, 16, 4))
+    site = Site(1, 4, (4, 4))
+    names = traced_names(lambda x: choose(x, prune(selector=name), count, site), tokens(2, 2, 16, 4))
+    assert "_assert_async" not in names, "what is ours needs no check at run time"
     if traced_names.device == "cuda":
         assert "sort" not in names
     if count in (0, 16):
-        assert "_fft_r2c" not in names
+        assert not names & {"bmm", "mm", "_fft_r2c"}
 
 
 def test_compiles(compiled):
     x = tokens(3, 2, 16, 4)
+    site = Site(1, 4, (4, 4))
 
     def every(x):
-        return [select(x, prune(), 4, 1, (4, 4)) for select in SELECTORS.values()]
+        return [choose(x, prune(selector=name), 4, site) for name in OURS]
 
     for got, want in zip(compiled(every)(x), every(x), strict=True):
         assert torch.equal(got, want)

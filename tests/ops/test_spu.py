@@ -1,4 +1,7 @@
-"""spectral_energy: against a plain Fourier sum, and by what must hold whatever the values."""
+"""spectral_energy: against a plain Fourier sum, and by what must hold whatever the values.
+
+The realizations of the filter itself are tested in test_lowpass.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luvc_fx.ops import reference, spectral_energy
-from luvc_fx.schedule import ENERGIES
+from luvc_fx.schedule import ENERGIES, NORMALIZATIONS, REALIZATIONS
 
 
 def tokens(seed, batch, length, channels):
@@ -24,10 +27,11 @@ def tokens(seed, batch, length, channels):
     st.integers(1, 5),
     st.floats(0.001, 1.0),
     st.sampled_from(ENERGIES),
+    st.sampled_from(REALIZATIONS),
 )
-def test_equals_twin(seed, batch, length, channels, cutoff, energy):
+def test_equals_twin(seed, batch, length, channels, cutoff, energy, realization):
     x = tokens(seed, batch, length, channels)
-    got = spectral_energy(x, cutoff, energy)
+    got = spectral_energy(x, cutoff, energy, realization=realization)
     assert got.dtype == torch.float32 and got.shape == (batch, length)
     # A ratio divides by the token's own energy, so its error is that of the low-pass over that.
     slack = 1e-5 * (1 + (1 / x.square().sum(-1)).max().item() if energy == "ratio" else 1)
@@ -102,13 +106,88 @@ def test_refuses_energy_and_no_tokens():
         spectral_energy(torch.ones(1, 0, 1), 0.5, "ratio")
 
 
+def slack_of(x):
+    # A ratio divides by the token's own energy, which the mean may leave near 0.
+    return 1e-5 * (1 + (1 / x.square().sum(-1)).max().item())
+
+
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.integers(2, 20),
+    st.floats(0.001, 1.0),
+    st.sampled_from(ENERGIES),
+    st.sampled_from(NORMALIZATIONS),
+)
+def test_options_equal_twin(seed, batch, images, length, cutoff, energy, normalize):
+    x = 3 + tokens(seed, batch, images * length, 6)
+    options = {"normalize": normalize, "images": images}
+    got = spectral_energy(x, cutoff, energy, **options)
+    assert got.dtype == torch.float32 and got.shape == (batch, images * length)
+    want = reference.spectral_energy(x.numpy(), cutoff, energy, **options)
+    left = x - x.mean(1, keepdim=True) if images == 1 else x.unflatten(1, (images, length))
+    left = left if images == 1 else (left - left.mean(2, keepdim=True)).flatten(1, 2)
+    slack = slack_of(left if normalize == "mean" else x) if energy == "ratio" else 1e-4
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-3, atol=slack)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("energy", ENERGIES)
-def test_traces(traced_names, energy):
-    names = traced_names(lambda v: spectral_energy(v, 0.25, energy), tokens(5, 2, 16, 4).bfloat16())
-    assert "_fft_r2c" in names and "_fft_c2r" in names
+def test_images_do_not_see_each_other(energy, normalize):
+    x = tokens(7, 2, 45, 4)
+    whole = spectral_energy(x, 0.4, energy, normalize=normalize, images=3)
+    for first in (0, 15, 30):
+        alone = spectral_energy(x[:, first : first + 15], 0.4, energy, normalize=normalize)
+        torch.testing.assert_close(whole[:, first : first + 15], alone)
+    assert not torch.allclose(whole, spectral_energy(x, 0.4, energy, normalize=normalize))
+
+
+def test_mean_is_deaf_to_what_all_tokens_share_and_rms_to_their_length():
+    x = tokens(8, 1, 24, 5)
+    shared, length = 50 * torch.ones(5), torch.linspace(0.5, 9.0, 24)[None, :, None]
+    for energy in ENERGIES:
+        mean = spectral_energy(x, 0.3, energy, normalize="mean")
+        torch.testing.assert_close(
+            spectral_energy(x + shared, 0.3, energy, normalize="mean"), mean, rtol=1e-3, atol=1e-3
+        )
+        rms = spectral_energy(x, 0.3, energy, normalize="rms")
+        torch.testing.assert_close(
+            spectral_energy(x * length, 0.3, energy, normalize="rms"), rms, rtol=1e-3, atol=1e-3
+        )
+        plain = spectral_energy(x, 0.3, energy)
+        if energy != "residual":  # what all share passes the filter, so it is in no residual
+            assert not torch.allclose(spectral_energy(x + shared, 0.3, energy), plain, rtol=0.1)
+        assert not torch.allclose(spectral_energy(x * length, 0.3, energy), plain, rtol=0.1)
+
+
+@pytest.mark.parametrize("images", [0, -1, 3, 9])
+def test_refuses_images(images):
+    with pytest.raises(ValueError, match=r"images is .*; allowed: a divisor of 8"):
+        spectral_energy(torch.ones(1, 8, 2), 0.5, "ratio", images=images)
+
+
+def test_refuses_normalize():
+    with pytest.raises(ValueError, match=r"normalize is 'l2'; allowed: 'none', 'mean', 'rms'"):
+        spectral_energy(torch.ones(1, 8, 2), 0.5, "ratio", normalize="l2")
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+@pytest.mark.parametrize("energy", ENERGIES)
+def test_traces_without_complex_numbers(traced_names, energy, normalize):
+    names = traced_names(
+        lambda v: spectral_energy(v, 0.25, energy, normalize=normalize, images=2),
+        tokens(5, 2, 16, 4).bfloat16(),
+    )
+    assert not [name for name in names if "fft" in name or "complex" in name]
 
 
 def test_compiles(compiled):
     x = tokens(6, 2, 21, 8)
-    got = compiled(lambda v: spectral_energy(v, 0.25, "residual"))(x)
-    torch.testing.assert_close(got, spectral_energy(x, 0.25, "residual"))
+
+    def every(v):
+        plain = spectral_energy(v, 0.25, "residual")
+        return plain, spectral_energy(v, 0.25, "ratio", normalize="rms", images=3)
+
+    for got, want in zip(compiled(every)(x), every(x), strict=True):
+        torch.testing.assert_close(got, want)

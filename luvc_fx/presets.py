@@ -1,0 +1,50 @@
+"""The schedules that have a name: our own presets, and the literal reading of LUVC's abstract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luvc_fx.schedule import Merge, Prune, Schedule
+
+PRESETS = {
+    "image": Schedule(
+        merge=(Merge(axis="width", keep=0.75, depth=0.5),),
+        prune=(
+            Prune(keep=0.5, depth=0.125),
+            Prune(keep=0.25, depth=0.375),
+            Prune(keep=0.0, layer=-1),
+        ),
+    ),
+    "video": Schedule(
+        merge=(
+            Merge(axis="width", keep=0.75, depth=0.5),
+            Merge(axis="height", keep=0.75, depth=0.75),
+        ),
+        prune=(
+            Prune(keep=0.5, depth=0.25),
+            Prune(keep=0.25, depth=0.5),
+            Prune(keep=0.0, layer=-1),
+        ),
+    ),
+    "document": Schedule(prune=(Prune(keep=0.5, depth=0.5), Prune(keep=0.0, layer=-1))),
+}
+
+
+def _literal(keep: float, **place: Any) -> Prune:
+    return Prune(keep=keep, energy="lowpass", coverage="global", **place)
+
+
+LUVC = {
+    "image": Schedule(
+        merge=(Merge(axis="width", keep=0.75, depth=0.5),),
+        prune=(_literal(0.5, depth=0.25), _literal(0.25, depth=0.5), _literal(0.0, layer=-1)),
+    ),
+    "video": Schedule(
+        merge=(
+            Merge(axis="width", keep=0.5, depth=0.25),
+            Merge(axis="height", keep=0.5, depth=0.5),
+        ),
+        prune=(_literal(0.5, depth=0.25), _literal(0.25, depth=0.5), _literal(0.0, layer=-1)),
+    ),
+    "document": Schedule(prune=(_literal(0.5, depth=0.5), _literal(0.0, layer=-1))),
+}

@@ -1,0 +1,90 @@
+"""Selectors by the name that a schedule gives them.
+
+A module of its own, below `luvc_fx.schedule`, which checks names here, and `luvc_fx.selectors`, which
+fills it: neither has to import the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from luvc_fx.schedule import Prune
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The place at which a selector is asked.
+
+    Attributes:
+        layer: the decoder layer before which the prune happens, from 0.
+        layers: how many decoder layers the model has.
+        grid: ``(height, width)`` of each image's tokens while all of them are there in raster order;
+            None after a prune, and where the grid is not known.
+        images: images in each row, one whole grid after another; 1 where `grid` is None.
+    """
+
+    layer: int
+    layers: int
+    grid: tuple[int, int] | None = None
+    images: int = 1
+
+
+class Selector(Protocol):
+    """Chooses the visual tokens that stay; a pure function on tensors.
+
+    It is traced once into the graph that is compiled, so its work may depend on shapes but not on
+    values: no `item`, no `nonzero`, no boolean indexing, and tensors that it needs are made inside.
+
+    Args:
+        x: ``[B, N, D]``, the visual rows of the residual stream in sequence order.
+        prune: the schedule item that asks.
+        count: how many stay, in 1 .. N - 1.
+        site: where it happens.
+
+    Returns:
+        Either floating scores ``[B, N]``, of which the `count` largest stay by `prune.coverage` (NaN
+        counts as minus infinity), or int64 positions ``[B, count]``, distinct and in 0 .. N - 1.
+    """
+
+    def __call__(self, x: Tensor, prune: Prune, count: int, site: Site) -> Tensor: ...
+
+
+_functions: dict[str, Selector] = {}
+
+
+def register(name: str, function: Selector) -> None:
+    """Let schedules use `function` as ``Prune(selector=name)``, in this process and from now on.
+
+    A name keeps its function for good, as graphs were compiled with it; registering the same one
+    again does nothing.
+
+    Raises:
+        ValueError: a name that is no text, empty or taken, or something that cannot be called.
+
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"the name of a selector is {name!r}; allowed: a text that is not empty")
+    if not callable(function):
+        raise ValueError(f"selector {name!r} is {function!r}; allowed: a function (x, prune, count, site)")
+    if _functions.setdefault(name, function) is not function:
+        raise ValueError(f"selector {name!r} is registered already, as {_functions[name]!r}")
+
+
+def registered() -> tuple[str, ...]:
+    """The names in use, ours first."""
+    return tuple(_functions)
+
+
+def selector(name: str) -> Selector:
+    """The function of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in _functions:
+        raise ValueError(f"selector {name!r} is not registered; there are {', '.join(map(repr, _functions))}")
+    return _functions[name]
