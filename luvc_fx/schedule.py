@@ -276,7 +276,7 @@ class Schedule:
             return value
         if not isinstance(value, str):
             refuse("luvc_fx", "schedule", value, "a Schedule or the name of a preset")
-        return cls.preset(value)  # type: ignore[arg-type]
+        return cls.preset(value)
 
     def to_json(self) -> str:
         """One JSON object with a version; `from_json` gives an equal schedule back."""
@@ -329,8 +329,8 @@ def _check_keys(owner: str, body: Mapping[str, Any], allowed: set[str]) -> None:
 def _read_items(field: str, kind: type, items: object) -> tuple[Any, ...]:
     if not isinstance(items, list) or not all(isinstance(i, Mapping) for i in items):
         refuse("Schedule", field, items, "a list of objects")
-    for item in items:  # type: ignore[attr-defined]
+    for item in items:
         _check_keys(kind.__name__, item, {f.name for f in dataclasses.fields(kind)})
         if kind is Merge and "axis" not in item:
             refuse("Merge", "axis", None, ", ".join(repr(a) for a in AXES))
-    return tuple(kind(**item) for item in items)  # type: ignore[attr-defined]
+    return tuple(kind(**item) for item in items)

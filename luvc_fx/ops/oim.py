@@ -64,7 +64,7 @@ def orthogonal_merge(
         raise ValueError(
             f"feature has shape {list(feature.shape)}; allowed: {list(x.shape[:3])} and channels, as x has"
         )
-    parts = (x, sizes, slots) if feature is None else (x, sizes, slots, feature)
+    parts: tuple[Tensor, ...] = (x, sizes, slots) if feature is None else (x, sizes, slots, feature)
     if length == before:
         return parts
     if axis == "height":

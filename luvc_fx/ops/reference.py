@@ -30,8 +30,9 @@ def orthogonal_merge(
     """
     parts = [x, sizes, slots] if feature is None else [x, sizes, slots, feature]
     if axis == "height":
-        turned = [np.swapaxes(part, 1, 2) for part in parts]
-        merged = orthogonal_merge(*turned[:3], "width", length, pairing, *turned[3:], cast=cast)
+        turn = [np.swapaxes(part, 1, 2) for part in parts]
+        last = None if feature is None else turn[3]
+        merged = orthogonal_merge(turn[0], turn[1], turn[2], "width", length, pairing, last, cast)
         return tuple(np.swapaxes(part, 1, 2) for part in merged)
     out = [np.empty((*part.shape[:2], length, *part.shape[3:]), part.dtype) for part in parts]
     compared = x if feature is None else feature
