@@ -152,17 +152,23 @@ class LuvcBackend:
             "limit, or call torch._dynamo.reset() between schedules"
         )
         refusal = Refusal(Reason.RECOMPILE_LIMIT, text)
-        if self.report.refuse(refusal):
+        new = self.report.refuse(refusal)
+        if new:
             telemetry.count_refusals([refusal])
-        self._complain([refusal])
+        if new or self._raises:
+            self._complain([refusal])
         if self._wrapped is not None:
             _given_up.add(self._wrapped)
+
+    @property
+    def _raises(self) -> bool:
+        return self.strict or self.on_no_match == "raise"
 
     def _complain(self, refusals: list[Refusal]) -> None:
         if not refusals:
             return
         text = "luvc_fx left this alone: " + "; ".join(map(str, refusals))
-        if self.strict or self.on_no_match == "raise":
+        if self._raises:
             raise NotRewritten(text)
         if self.on_no_match == "warn":
             warnings.warn(text, LuvcWarning, stacklevel=2)

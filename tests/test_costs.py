@@ -61,9 +61,9 @@ def test_flops_by_hand(dynamic: bool) -> None:
 
 def torchs_count(call: Any, **inputs: Any) -> int:
     """With the composite attention, as torch has no formula for the CPU's fused one."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            call(**inputs)
+    composite = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), composite:
+        call(**inputs)
     return counter.get_total_flops()
 
 
