@@ -55,7 +55,8 @@ class GraphReport:
         kind: "whole" (vision, fusion and decoder), "vision", "prefill" (with the fusion), "decode" (one
             query, or more over a shortened cache), "text" (attention, but no image) or "other".
         compile_id: Dynamo's numbers of the function and of its compilation, ``"3/1"``.
-        recompile_reason: why this function was compiled again, in Dynamo's words; empty the first time.
+        recompile_reason: why this function was compiled again, in Dynamo's words (what its newest
+            compilation did not allow); empty the first time.
         encoder_blocks, decoder_layers: how many of each were recognised.
         images: images in the batch, where the graph holds their encoder; `batch`: rows of the prompt.
         lead: rows in front of the grid inside the encoder (CLS).

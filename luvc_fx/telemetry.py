@@ -19,20 +19,10 @@ from luvc_fx.report import GraphReport, Refusal
 log = logging.getLogger(__name__)
 
 
-class Lazily:
-    """A graph as readable text, written only if somebody reads it."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.gm = gm
-
-    def __str__(self) -> str:
-        return self.gm.print_readable(print_output=False)
-
-
 def log_graph(title: str, gm: fx.GraphModule) -> None:
-    """The graph as it is now, at DEBUG."""
+    """The graph at DEBUG, as it is now: a handler may format the message after the passes have run."""
     if log.isEnabledFor(logging.DEBUG):
-        log.debug("%s\n%s", title, Lazily(gm))
+        log.debug("%s\n%s", title, _text(gm))
 
 
 def tell(gm: fx.GraphModule, report: GraphReport) -> None:
@@ -45,7 +35,7 @@ def tell(gm: fx.GraphModule, report: GraphReport) -> None:
     if not report.rewritten:
         return
     log_graph("rewritten graph", gm)
-    _artifact("luvc_fx_rewritten_graph", "string", lambda: str(Lazily(gm)))
+    _artifact("luvc_fx_rewritten_graph", "string", lambda: _text(gm))
     counters["rewritten"] += 1
     counters["masks rebuilt"] += report.masks_rebuilt
     for site in report.inserted:
@@ -56,6 +46,10 @@ def count_refusals(refusals: list[Refusal]) -> None:
     """Count refusals by their reason."""
     for refusal in refusals:
         _compat.counters()[f"refused: {refusal.reason.value}"] += 1
+
+
+def _text(gm: fx.GraphModule) -> str:
+    return gm.print_readable(print_output=False)
 
 
 def _artifact(name: str, encoding: str, payload: Any) -> None:

@@ -145,7 +145,7 @@ def test_each_recompile_has_its_cause() -> None:
     compiled(**toy_inputs(rows=1))
     compiled(**toy_inputs(rows=2))
     other = luvc_fx.backend(Schedule(), inner="eager", strict=True)
-    torch.compile(model, backend=other, dynamic=False)(**toy_inputs(rows=1))
+    torch.compile(model, backend=other, dynamic=False)(**toy_inputs(rows=2))
     first, second = backend.report.graphs
     assert first.recompile_reason == ""
     assert "compiled again" not in str(first)
