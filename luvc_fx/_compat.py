@@ -131,7 +131,7 @@ def compile_inductor(
         return compile_fx(gm, example_inputs, config_patches=patches)
     # One public setting reaches every cache, and leaves all custom pass options to the user.
     tag = f"{torch.compiler.config.cache_key_tag}luvc_fx:{cache_key}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
         return compile_fx(gm, example_inputs, config_patches=patches)
 
 

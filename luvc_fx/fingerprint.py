@@ -42,7 +42,7 @@ def _sources() -> str:
     """Hash of every Python file of the package; `passes` lies elsewhere in a source tree."""
     hasher = hashlib.sha256(_version().encode())
     for module in (markers, passes):
-        root = Path(module.__file__).parent
+        root = Path(str(module.__file__)).parent
         for path in sorted(root.rglob("*.py")):
             hasher.update(f"{path.relative_to(root).as_posix()}:{path.stat().st_size}\n".encode())
             hasher.update(path.read_bytes())
