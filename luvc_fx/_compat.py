@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import logging
 import sys
 import types
 from collections.abc import Callable
@@ -15,19 +17,26 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.11 - 2
 from torch.fx.experimental.proxy_tensor import make_fx  # 2.11 - 2.13
 
 __all__ = [
+    "RECOMPILE_LIMIT",
     "FakeTensor",
     "FakeTensorMode",
     "OptimizedModule",
+    "allow_recompiles",
+    "being_compiled",
     "caching_precompile",
+    "compile_id",
     "compile_inductor",
+    "counters",
     "enable_scalar_capture",
     "encoder_output",
     "fake_run",
     "hint",
+    "inductor_options",
     "install_output_hooks",
     "make_fx",
-    "model_being_compiled",
+    "recompile_reason",
     "tracing_settings",
+    "watch_recompile_limit",
     "with_own_code",
 ]
 
@@ -62,9 +71,19 @@ def caching_precompile() -> bool:
     return bool(getattr(torch._dynamo.config, "caching_precompile", False))
 
 
+RECOMPILE_LIMIT = 64
+"""How often Dynamo may compile one function for us; its own default is 8."""
+
+
 def enable_scalar_capture() -> None:
-    """Switch `capture_scalar_outputs` on for the process."""
+    """Switch `capture_scalar_outputs` on: for the process, and from torch 2.13 on for this thread only."""
     torch._dynamo.config.capture_scalar_outputs = True
+
+
+def allow_recompiles(limit: int) -> None:
+    """Raise `recompile_limit` to at least `limit`, as far as `enable_scalar_capture` reaches."""
+    if torch._dynamo.config.recompile_limit < limit:
+        torch._dynamo.config.recompile_limit = limit
 
 
 def tracing_settings() -> Any:
@@ -73,7 +92,7 @@ def tracing_settings() -> Any:
     Scalars are captured, and the limit after which Dynamo runs a function eagerly, with only a line in
     the log, is out of the way of ordinary use (2.11 - 2.13).
     """
-    return torch._dynamo.config.patch(capture_scalar_outputs=True, recompile_limit=64)
+    return torch._dynamo.config.patch(capture_scalar_outputs=True, recompile_limit=RECOMPILE_LIMIT)
 
 
 def with_own_code(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,17 +113,92 @@ def encoder_output(features: list[torch.Tensor] | torch.Tensor) -> Any:
 
 
 def compile_inductor(
-    gm: torch.fx.GraphModule, example_inputs: list[Any], mode: str | None, options: dict[str, Any] | None
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    mode: str | None,
+    options: dict[str, Any] | None,
+    cache_key: str = "",
 ) -> Any:
-    """Inductor on a Dynamo graph; its result is returned unwrapped, so it can be serialised."""
-    from torch._inductor import list_mode_options
+    """Inductor on a Dynamo graph; its result is returned unwrapped, so it can be serialised.
+
+    Args:
+        cache_key: what its caches must know beside the graph; a user's own tag and passes stay as they are.
+    """
     from torch._inductor.compile_fx import compile_fx
 
-    patches: dict[str, Any] = {}
-    if mode is not None and mode != "default":
-        patches.update(list_mode_options(mode))
-    patches.update(options or {})
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    patches = inductor_options(mode, options)
+    if not cache_key:
+        return compile_fx(gm, example_inputs, config_patches=patches)
+    # One public setting reaches every cache, and leaves all custom pass options to the user.
+    tag = f"{torch.compiler.config.cache_key_tag}luvc_fx:{cache_key}"
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def inductor_options(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
+    """Inductor's settings for `mode` and `options`, checked as `torch.compile` checks them.
+
+    Raises:
+        ValueError: for a mode or an option that Inductor does not have, or a value of another type.
+    """
+    known = torch._inductor.list_options()
+    for key in options or {}:
+        if key.replace("-", "_") not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ValueError(f"{key!r} is no option of Inductor{hint} (see torch._inductor.list_options())")
+    try:
+        wrapper = torch._TorchCompileInductorWrapper(mode, options, None)  # 2.11 - 2.13
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    return dict(wrapper.config)
+
+
+def counters() -> Any:
+    """Our counters among Dynamo's (a `collections.Counter`)."""
+    return torch._dynamo.utils.counters["luvc_fx"]
+
+
+def compile_id() -> str:
+    """Number of the function and of its compilation, ``"3/1"``; empty outside of one (2.11 - 2.13)."""
+    return str(torch._guards.CompileContext.current_compile_id() or "")
+
+
+def recompile_reason() -> str:
+    """Why Dynamo compiles this function again; empty the first time (`recompile_reason`, 2.11 - 2.13)."""
+    context = torch._dynamo.utils.get_metrics_context()
+    reason = getattr(context, "_metrics", {}).get("recompile_reason") if context.in_progress() else None
+    return str(reason or "")
+
+
+def watch_recompile_limit(tell: Callable[[Any, str, int], None]) -> None:
+    """Call ``tell(backend, function, limit)`` when Dynamo gives up on a function.
+
+    From then on it runs what it has compiled of that function and everything new eagerly. It only logs
+    so (2.11 - 2.13), so this listens to that log. What `tell` raises comes out of the compiled call.
+    """
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    if not any(isinstance(handler, _LimitWatch) for handler in logger.handlers):
+        logger.addHandler(_LimitWatch(tell))
+
+
+class _LimitWatch(logging.Handler):
+    def __init__(self, tell: Callable[[Any, str, int], None]) -> None:
+        super().__init__(logging.WARNING)
+        self.tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not str(record.msg).startswith("torch._dynamo hit config.") or not isinstance(record.args, tuple):
+            return
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_name == "_compile" and "compiler_fn" in frame.f_locals:
+                backend = frame.f_locals["compiler_fn"]
+                while hasattr(backend, "_torchdynamo_orig_backend"):
+                    backend = backend._torchdynamo_orig_backend
+                self.tell(backend, str(record.args[2]), int(record.args[1]))  # type: ignore[call-overload]
+                return
+            frame = frame.f_back
 
 
 def install_output_hooks(model: torch.nn.Module) -> int:
@@ -133,12 +227,11 @@ def _has_output_hooks(model: torch.nn.Module) -> bool:
     return bool(getattr(model, "_output_capturing_hooks_installed", False))
 
 
-def model_being_compiled() -> torch.nn.Module | None:
-    """The module that a `torch.compile` call further up the stack is wrapping (2.11 - 2.13)."""
-    frame = sys._getframe(1)
+def being_compiled() -> Any:
+    """The model or function that a `torch.compile` call further up the stack is wrapping (2.11 - 2.13)."""
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is torch.compile.__code__:
-            model = frame.f_locals.get("model")
-            return model if isinstance(model, torch.nn.Module) else None
-        frame = frame.f_back  # type: ignore[assignment]
+            return frame.f_locals.get("model")
+        frame = frame.f_back
     return None

@@ -6,14 +6,16 @@ import copy
 import logging
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from luvc_fx import _compat, markers
+from luvc_fx import _compat, costs, markers, telemetry
 from luvc_fx.anatomy import Anatomy, recognise
+from luvc_fx.fingerprint import depends_on_us, fingerprint
 from luvc_fx.fx_util import drop_dead, live_nodes, op_name
 from luvc_fx.passes import PASSES, Context
 from luvc_fx.passes.retarget import Retarget
@@ -31,6 +33,10 @@ GENERATE_HINT = (
     "does not go through that: it runs the eager model with all visual tokens. Use "
     "luvc_fx.compile(model, schedule) for generate()."
 )
+
+
+_given_up: weakref.WeakSet[Any] = weakref.WeakSet()
+"""What Dynamo compiles no more: classes of models, and code of functions."""
 
 
 class LuvcWarning(UserWarning):
@@ -68,6 +74,7 @@ class LuvcBackend:
         self.report = Report()
         self.identity_sites = False
         self.warn_on_generate = True
+        self._wrapped: Any = None
 
     def _key(self) -> tuple[Any, ...]:
         options = tuple(sorted((name, repr(option)) for name, option in self.options.items()))
@@ -84,10 +91,9 @@ class LuvcBackend:
     def __name__(self) -> str:
         # torch.compile asks for the name while it wraps a model: the only moment at which a backend
         # can see that model, and so the only one to arrange that generate() warns.
-        if self.warn_on_generate:
-            model = _compat.model_being_compiled()
-            if model is not None:
-                _warn_when_generating(model)
+        wrapped = _compat.being_compiled()
+        if wrapped is not None:
+            self._wrapping(wrapped)
         return "luvc_fx"
 
     def __repr__(self) -> str:
@@ -103,11 +109,14 @@ class LuvcBackend:
     ) -> Callable[..., Any]:
         """Rewrite `gm` in place and compile it; the inner compiler's result is returned unwrapped."""
         _refuse_caching_precompile()
+        options = {**self.options, **(options or {})}
+        _check_options(None, options)
+        telemetry.log_graph("captured graph", gm)
         graph_report = self._rewrite(gm)
         self.report.graphs.append(graph_report)
-        log.info("%s", graph_report)
+        telemetry.tell(gm, graph_report)
         self._complain(graph_report.refusals)
-        return self._compile(gm, example_inputs, mode or self.mode, {**self.options, **(options or {})})
+        return self._compile(gm, example_inputs, mode or self.mode, options)
 
     def _compile(
         self, gm: fx.GraphModule, example_inputs: list[Any], mode: str | None, options: dict[str, Any]
@@ -115,27 +124,65 @@ class LuvcBackend:
         if callable(self.inner):
             return self.inner(gm, example_inputs)
         if self.inner == "inductor":
-            return _compat.compile_inductor(gm, example_inputs, mode, options)
+            key = fingerprint(self.schedule) if depends_on_us(gm.graph) else ""
+            return _compat.compile_inductor(gm, example_inputs, mode, options, key)
         if self.inner == "aot_eager":
             return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
         return gm.forward
+
+    def reset(self) -> None:
+        """What `torch._dynamo.reset` calls: Dynamo compiles everything afresh."""
+        _given_up.clear()
+
+    def _wrapping(self, wrapped: Any) -> None:
+        """Note what `torch.compile` puts this backend on."""
+        if self.warn_on_generate and isinstance(wrapped, torch.nn.Module):
+            _warn_when_generating(wrapped)
+        self._wrapped = (
+            type(wrapped) if isinstance(wrapped, torch.nn.Module) else getattr(wrapped, "__code__", None)
+        )
+        if self._wrapped is not None and self._wrapped in _given_up:
+            self.give_up(getattr(self._wrapped, "__name__", None) or self._wrapped.co_name)
+
+    def give_up(self, function: str) -> None:
+        """Say that Dynamo compiles nothing new of `function`, and runs it eagerly without a word."""
+        text = (
+            f"Dynamo has compiled {function} as often as torch._dynamo.config.recompile_limit allows, and "
+            "runs it eagerly, with all visual tokens, for every further schedule and shape; raise that "
+            "limit, or call torch._dynamo.reset() between schedules"
+        )
+        refusal = Refusal(Reason.RECOMPILE_LIMIT, text)
+        new = self.report.refuse(refusal)
+        if new:
+            telemetry.count_refusals([refusal])
+        if new or self._raises:
+            self._complain([refusal])
+        if self._wrapped is not None:
+            _given_up.add(self._wrapped)
+
+    @property
+    def _raises(self) -> bool:
+        return self.strict or self.on_no_match == "raise"
 
     def _complain(self, refusals: list[Refusal]) -> None:
         if not refusals:
             return
         text = "luvc_fx left this alone: " + "; ".join(map(str, refusals))
-        if self.strict or self.on_no_match == "raise":
+        if self._raises:
             raise NotRewritten(text)
         if self.on_no_match == "warn":
             warnings.warn(text, LuvcWarning, stacklevel=2)
 
     def _rewrite(self, gm: fx.GraphModule) -> GraphReport:
         report = GraphReport(nodes_before=len(gm.graph.nodes), nodes_after=len(gm.graph.nodes))
+        report.compile_id, report.recompile_reason = _compat.compile_id(), _compat.recompile_reason()
         started = time.perf_counter()
         anatomy = recognise(gm.graph)
         plan = make_plan(self.schedule, anatomy, self.identity_sites)
         _describe(report, anatomy, plan, self.schedule)
         report.milliseconds["recognise and plan"] = (time.perf_counter() - started) * 1e3
+        report.flops_before, report.kv_bytes_before = _costs(gm.graph, report)
+        report.flops_after, report.kv_bytes_after = report.flops_before, report.kv_bytes_before
         wants_grid = anatomy.encoder is not None and anatomy.encoder.slots is not None
         if plan.empty and not anatomy.cache_attentions and not (wants_grid and self.schedule.prune):
             return report
@@ -150,7 +197,9 @@ class LuvcBackend:
                 # The captured mask only stands for the real one: without the pass the answer is wrong.
                 raise
             self._rolled_back(report, anatomy, error)
+            return report
         report.nodes_after = len(gm.graph.nodes)
+        report.flops_after, report.kv_bytes_after = _costs(gm.graph, report)
         return report
 
     def _rolled_back(self, report: GraphReport, anatomy: Anatomy, error: Exception) -> None:
@@ -193,6 +242,7 @@ def backend(
     on_no_match: str = "warn",
     strict: bool = False,
     capture_scalars: bool = True,
+    recompile_limit: int | None = _compat.RECOMPILE_LIMIT,
 ) -> LuvcBackend:
     """A backend for ``torch.compile(model, backend=luvc_fx.backend(schedule))``.
 
@@ -203,13 +253,17 @@ def backend(
     Args:
         schedule: what to merge and prune, or the name of a preset.
         inner: ``"inductor"``, ``"aot_eager"``, ``"eager"`` or a Dynamo backend of your own.
-        mode, options: as of `torch.compile`, for Inductor.
+        mode, options: as of `torch.compile`, for Inductor; here they may both be given.
         on_no_match: ``"warn"``, ``"raise"`` or ``"ignore"`` what the schedule asks for and a graph
             does not allow. Such a graph compiles as if luvc_fx were not there.
         strict: raise on every refusal, and let an error in a pass of ours through.
-        capture_scalars: switch on ``torch._dynamo.config.capture_scalar_outputs``, **for the whole
-            process**. Without it Dynamo ends the graph at the model's check of the image tokens, and
-            tokens can be pruned but not merged.
+        capture_scalars: switch on ``torch._dynamo.config.capture_scalar_outputs``. Without it Dynamo ends
+            the graph at the model's check of the image tokens, and tokens can be pruned but not merged.
+        recompile_limit: raise ``torch._dynamo.config.recompile_limit`` to at least this; None leaves it.
+            Dynamo counts the compilations of a function (each schedule, each shape that is not dynamic)
+            and runs it eagerly beyond that limit; should it come to that, `on_no_match` says what happens.
+
+    Dynamo's settings hold **for the whole process**, from torch 2.13 on for the calling thread.
 
     Raises:
         ValueError: for an argument that is not allowed.
@@ -222,9 +276,13 @@ def backend(
         raise ValueError(f"on_no_match is {on_no_match!r}; allowed: {', '.join(map(repr, ON_NO_MATCH))}")
     if (mode is not None or options) and inner != "inductor":
         raise ValueError(f"mode and options are Inductor's; inner is {inner!r}")
+    _check_options(mode, options)
     _refuse_caching_precompile()
+    _compat.watch_recompile_limit(_give_up)
     if capture_scalars:
         _compat.enable_scalar_capture()
+    if recompile_limit is not None:
+        _compat.allow_recompiles(recompile_limit)
     return LuvcBackend(parsed, inner, mode, options, on_no_match, strict)
 
 
@@ -238,13 +296,49 @@ def prepare(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def _check_options(mode: str | None, options: dict[str, Any] | None) -> None:
+    """Raise `ValueError` for what Inductor does not know, whichever the inner compiler is."""
+    for key in options or {}:
+        if key.startswith("luvc."):
+            raise ValueError(
+                f"{key!r} is an option of backend='luvc_fx' (the name); here it is an argument of "
+                "luvc_fx.backend(...)"
+            )
+    if mode is not None or options:
+        _compat.inductor_options(mode, options)
+
+
+def _give_up(compiler_fn: Any, function: str, limit: int) -> None:
+    """Dynamo has reached its limit for a function while it compiled for `compiler_fn`."""
+    found = getattr(compiler_fn, "compiler_fn", compiler_fn)  # torch.compile wraps a backend
+    if hasattr(found, "from_options"):  # ours by its name
+        found = found.from_options(None, compiler_fn.kwargs.get("options"))
+    if isinstance(found, LuvcBackend):
+        found.give_up(f"{function}, {limit} times,")
+
+
+def _costs(graph: fx.Graph, report: GraphReport) -> tuple[int, list[int]]:
+    """FLOPs and cache of a graph; what cannot be counted is noted, and stops nothing."""
+    started = time.perf_counter()
+    try:
+        return costs.flops(graph), costs.kv_bytes(graph)
+    except Exception as error:
+        report.notes.append(f"its costs could not be counted: {type(error).__name__}: {error}")
+        return 0, []
+    finally:
+        spent = (time.perf_counter() - started) * 1e3
+        report.milliseconds["costs"] = report.milliseconds.get("costs", 0.0) + spent
+
+
 def _describe(report: GraphReport, anatomy: Anatomy, plan: Plan, schedule: Schedule) -> None:
     report.kind = anatomy.kind
     if anatomy.encoder is not None:
         report.encoder_blocks = len(anatomy.encoder.leaving)
+        report.images, report.lead = anatomy.encoder.images, anatomy.encoder.lead
         report.grid = anatomy.encoder.grid
     if anatomy.decoder is not None:
         report.decoder_layers = len(anatomy.decoder.entering)
+        report.batch = anatomy.decoder.batch
         report.grid = report.grid or anatomy.decoder.grid
     report.original, report.fused = plan.original, plan.fused
     report.tokens_per_layer = plan.tokens_per_layer

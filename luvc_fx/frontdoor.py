@@ -119,7 +119,7 @@ class FrontDoor:
     # -- compiled callables ------------------------------------------------------------------
 
     def _backend(self, schedule: Schedule) -> LuvcBackend:
-        made = backend(**{**self.settings, "schedule": schedule}, capture_scalars=False)
+        made = backend(**{**self.settings, "schedule": schedule}, capture_scalars=False, recompile_limit=None)
         made.report = self.report
         made.warn_on_generate = False
         return made
@@ -412,7 +412,9 @@ def compile(
         "on_no_match": on_no_match,
         "strict": strict,
     }
-    backend(**settings, capture_scalars=False)  # so that a wrong argument raises before anything changes
+    backend(
+        **settings, capture_scalars=False, recompile_limit=None
+    )  # so that a wrong argument raises before anything changes
     door: FrontDoor | None = vars(model).get(_STATE)
     if door is not None and (door.settings, door.dynamic) == (settings, dynamic):
         return given

@@ -65,3 +65,11 @@ this layer's cache holds, without the first `padding` rows". Only true once a pa
 def is_call(node: torch.fx.Node, marker: torch._ops.OpOverloadPacket) -> bool:
     """Whether `node` calls `marker`, in either spelling that Dynamo keeps."""
     return node.op == "call_function" and node.target in (marker, marker.default)
+
+
+def is_ours(node: torch.fx.Node) -> bool:
+    """Whether `node` calls any operator of this package, whose body no compiler cache can see."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    return isinstance(target, torch._ops.OpOverloadPacket) and str(target).startswith("luvc_fx.")

@@ -24,6 +24,7 @@ class Reason(enum.StrEnum):
     INPUTS = "inputs"
     CACHE = "cache"
     PASS_FAILED = "pass-failed"
+    RECOMPILE_LIMIT = "recompile-limit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +54,33 @@ class GraphReport:
     Attributes:
         kind: "whole" (vision, fusion and decoder), "vision", "prefill" (with the fusion), "decode" (one
             query, or more over a shortened cache), "text" (attention, but no image) or "other".
+        compile_id: Dynamo's numbers of the function and of its compilation, ``"3/1"``.
+        recompile_reason: why this function was compiled again, in Dynamo's words (what its newest
+            compilation did not allow); empty the first time.
         encoder_blocks, decoder_layers: how many of each were recognised.
+        images: images in the batch, where the graph holds their encoder; `batch`: rows of the prompt.
+        lead: rows in front of the grid inside the encoder (CLS).
         grid: height and width of the visual token grid that leaves the encoder, before any merge.
         inserted: names of the inserted sites, as "merge after block 2: width 16 -> 12".
         tokens_per_layer: visual tokens of one row that enter each decoder layer.
         fused: visual tokens of one row at the fusion; before merging, `original`.
+        flops_before, flops_after: see `luvc_fx.costs.flops`.
+        kv_bytes_before, kv_bytes_after: of each decoder layer, see `luvc_fx.costs.kv_bytes`.
         refusals: what was left as it was, and why.
         notes: what a reader should know although nothing was refused.
-        milliseconds: time in recognition and each pass.
+        milliseconds: time in recognition, each pass and the counting of costs.
     """
 
     kind: str = "other"
+    compile_id: str = ""
+    recompile_reason: str = ""
     nodes_before: int = 0
     nodes_after: int = 0
     encoder_blocks: int = 0
     decoder_layers: int = 0
+    batch: int | None = None
+    images: int | None = None
+    lead: int | None = None
     grid: tuple[int, int] | None = None
     merged_grid: tuple[int, int] | None = None
     inserted: list[str] = field(default_factory=list)
@@ -75,6 +88,10 @@ class GraphReport:
     fused: int | None = None
     tokens_per_layer: list[int] = field(default_factory=list)
     masks_rebuilt: int = 0
+    flops_before: int = 0
+    flops_after: int = 0
+    kv_bytes_before: list[int] = field(default_factory=list)
+    kv_bytes_after: list[int] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     milliseconds: dict[str, float] = field(default_factory=dict)
@@ -99,16 +116,28 @@ class GraphReport:
             lines.append(f"  masks rebuilt in {self.masks_rebuilt} layers")
         if self.tokens_per_layer:
             lines.append(f"  visual tokens entering each layer: {self.tokens_per_layer}")
+        if self.flops_before:
+            lines.append(f"  {_change(self.flops_before, self.flops_after, 1e6, 'MFLOPs')}")
+        if self.kv_bytes_before:
+            before, after = sum(self.kv_bytes_before), sum(self.kv_bytes_after)
+            lines.append(f"  {_change(before, after, 1024, 'KiB')} of keys and values")
         lines += [f"  refused {refusal}" for refusal in self.refusals]
         lines += [f"  note: {note}" for note in self.notes]
+        if self.recompile_reason:
+            lines.append(f"  compiled again ({self.compile_id}) because of {self.recompile_reason}")
         total = sum(self.milliseconds.values())
         lines.append(f"  luvc_fx took {total:.0f} ms")
         return "\n".join(lines)
 
 
-@dataclass(slots=True)
+def _change(before: int, after: int, unit: float, name: str) -> str:
+    numbers = f"{before / unit:,.1f}" + (f" -> {after / unit:,.1f}" if after != before else "")
+    return f"{numbers} {name}"
+
+
+@dataclass(slots=True, eq=False)
 class Report:
-    """All graphs that went through one backend, in the order of their compilation.
+    """All graphs that went through one backend, in the order of their compilation; itself and no copy.
 
     `refusals` are those that belong to a call rather than to a graph (the front door's).
     """

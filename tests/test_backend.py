@@ -50,8 +50,18 @@ PRUNES = Schedule(prune=(Prune(tokens=9, layer=0), Prune(tokens=4, layer=1, cove
         ({"schedule": "photo"}, r"preset is 'photo'; allowed"),
         ({"inner": "eager", "mode": "max-autotune"}, r"mode and options are Inductor's; inner is 'eager'"),
         ({"inner": "eager", "options": {"max_autotune": True}}, r"mode and options are Inductor's"),
+        ({"mode": "fastest"}, r"mode=fastest"),
+        (
+            {"options": {"max_autotunes": True}},
+            r"'max_autotunes' is no option of Inductor; did you mean max_",
+        ),
+        ({"options": {"max_autotune": "yes"}}, r"type of attr max_autotune, got str should be bool"),
+        ({"options": {"luvc.schedule": "image"}}, r"'luvc.schedule' is an option of backend='luvc_fx'"),
     ],
-    ids=["inner", "on_no_match", "schedule kind", "preset", "mode", "options"],
+    ids=[
+        *("inner", "on_no_match", "schedule kind", "preset", "mode", "options", "unknown mode"),
+        *("unknown option", "option of another type", "option of the name"),
+    ],
 )
 def test_arguments_are_checked_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -149,6 +159,15 @@ def test_mode_and_options_of_torch_compile_are_accepted() -> None:
         assert backend.report.graphs[0].rewritten
 
 
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_an_unknown_option_of_torch_compile_raises(inner: str) -> None:
+    captured = toy_whole()
+    backend = luvc_fx.backend(HALF, inner=inner)
+    with pytest.raises(ValueError, match="'epilogue_fusing' is no option of Inductor; did you mean epilogue"):
+        backend(captured.copy(), list(captured.example_inputs), options={"epilogue_fusing": True})
+    assert backend.report.graphs == []
+
+
 def test_unknown_keywords_are_accepted() -> None:
     captured = toy_whole()
     backend = luvc_fx.backend(HALF, inner="eager", strict=True)
@@ -162,7 +181,12 @@ def test_unknown_keywords_are_accepted() -> None:
         ({}, {}, None, {}),
         ({"mode": "max-autotune"}, {}, "max-autotune", {}),
         ({"mode": "max-autotune"}, {"mode": "reduce-overhead"}, "reduce-overhead", {}),
-        ({"options": {"a": 1, "b": 1}}, {"options": {"b": 2}}, None, {"a": 1, "b": 2}),
+        (
+            {"options": {"max_fusion_size": 7, "max-autotune": False}},
+            {"options": {"max-autotune": True}},
+            None,
+            {"max_fusion_size": 7, "max-autotune": True},
+        ),
     ],
     ids=["neither", "factory", "the call wins", "merged"],
 )
@@ -175,7 +199,7 @@ def test_inductor_gets_mode_and_options(
 ) -> None:
     seen: list[tuple[Any, Any]] = []
 
-    def spy(gm: Any, example_inputs: Any, mode: Any, options: Any) -> Callable[..., Any]:
+    def spy(gm: Any, example_inputs: Any, mode: Any, options: Any, cache_key: str) -> Callable[..., Any]:
         seen.append((mode, options))
         return gm.forward
 

@@ -46,7 +46,9 @@ def test_the_wheel_installs_one_top_level_package(wheel: zipfile.ZipFile) -> Non
 
 def test_the_wheel_names_its_command_and_licence(wheel: zipfile.ZipFile) -> None:
     info = next(name for name in wheel.namelist() if name.endswith("/METADATA")).rpartition("/")[0]
-    assert b"luvc-fx = luvc_fx.cli:main" in wheel.read(f"{info}/entry_points.txt")
+    entry_points = wheel.read(f"{info}/entry_points.txt")
+    assert b"luvc-fx = luvc_fx.cli:main" in entry_points
+    assert b"[torch_dynamo_backends]\nluvc_fx = luvc_fx.by_name:luvc_fx" in entry_points
     assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
     assert b"License-Expression: Apache-2.0" in wheel.read(f"{info}/METADATA")
 
