@@ -18,14 +18,15 @@ from luvc_fx.passes import PASSES, Context
 from luvc_fx.report import GraphReport, Reason, Refusal
 from luvc_fx.schedule import Schedule
 
-NAN = math.nan
+NO_ENCODER = ("columns", "channels last", "register behind", "two features")
+"""Troubles of which nothing can be merged, and the grid stays unknown."""
 
 
 def explained(spec: Spec, schedule: Schedule, refusal: Refusal) -> bool:
     """Whether the spec says that this may be refused. Nothing else may be, and no pass may ever fail."""
     merges = bool(schedule.merge)
     reason, trouble = refusal.reason, spec.trouble
-    if trouble in ("columns", "channels last"):
+    if trouble in NO_ENCODER[:2]:
         # the grid is not flattened row by row from `[I, C, H, W]`
         return merges and reason is Reason.NO_GRID
     if trouble in ("register behind", "places in each block", "table"):
@@ -242,7 +243,7 @@ def check_schedule(session: Session, schedule: Schedule) -> str:
         return "refused"
     gm.graph.lint()
     effective = Schedule(prune=schedule.prune) if report.refusals else schedule
-    assert report.grid == (None if report.refusals and report.grid is None else spec.grid)
+    assert report.grid == spec.grid or (report.grid is None and spec.trouble in NO_ENCODER), report.grid
     want, budget = session.oracle(effective, report.grid is not None)
     assert report.tokens_per_layer == budget.tokens
     assert report.encoder_blocks == (0 if report.grid is None else spec.blocks)

@@ -9,6 +9,8 @@ Shapes: B prompts, S their length, I images of H x W patches each, C and D the c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -142,7 +144,10 @@ class Layer(nn.Module):
         """What all tokens together say to each."""
         return x + torch.tanh(self.pool(x.mean(1, keepdim=True))) if self.pool is not None else x
 
-    def forward(self, x: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, tables: Tables, hook: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream, keys and values; `hook` is applied to the layer's last sum."""
         kind = self.body.residual
         if kind == "parallel":
             normed = self.norm1(x)
@@ -151,7 +156,8 @@ class Layer(nn.Module):
         if kind == "post":
             out, k, v = self.attend(x, tables)
             x = self.norm1(x + out)
-            return self.norm2(x + self.think(self.mean(x), tables)), k, v
+            x = x + self.think(self.mean(x), tables)
+            return self.norm2(x if hook is None else hook(x)), k, v
         out, k, v = self.attend(self.norm1(x), tables)
         if kind == "scale":
             x = self.mean(x + self.scale1 * out)
@@ -222,9 +228,13 @@ class RandomVLM(nn.Module):
         for index, block in enumerate(self.blocks[: spec.blocks]):
             if spec.trouble == "places in each block":
                 x = x + self.places
-            x = block(x, Tables())[0]
-            if hooks is not None:
-                x = hooks.block(index, x)
+            if hooks is None:
+                x = block(x, Tables())[0]
+            elif index + 1 == spec.blocks and spec.vision.residual == "post":
+                # nothing tells the norm behind the last sum from a final norm, so it belongs to what follows
+                x = block(x, Tables(), partial(hooks.block, index))[0]
+            else:
+                x = hooks.block(index, block(x, Tables())[0])
             states.append(x)
             if "vision" in spec.extras:
                 out[f"vision {index}"] = x
