@@ -8,6 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from luvc_fx.schedule import AXES, Merge, Prune, Schedule
+
 PATCH = 2
 IMAGE = 1
 """Id of the placeholder."""
@@ -21,7 +23,7 @@ class Body:
 
     Attributes:
         residual: "pre" norm, "post" norm, "parallel" (attention and perceptron read the same norm),
-            "scale" (each branch times a learned vector), "skip" (the stream is scaled down before it is added to).
+            "scale" (each branch times a learned vector), "skip" (the stream times a factor, plus the branch).
         split: how the heads are split off: by "view", a view with "minus one", or "unflatten".
         repeat: keys and values are repeated for grouped queries, as transformers does; else `enable_gqa`.
         pool: between attention and perceptron, each token is also told the mean over all tokens.
@@ -60,7 +62,8 @@ class Spec:
         positions: of the text: "none", "before" or "after" the fusion, or "rotary".
         mask: "flag" (`is_causal`), "causal" (one for all rows), "bool", "additive", "keys" (padding alone,
             expanded over the queries), "distance" (falls with the distance of the rows, as ALiBi).
-        shared: what all layers read: "nothing", the same "weights", a "gate" `[B, S, 1]`, a "bias" `[B, S, D]`.
+        shared: what all layers read: "nothing", the same "weights", a "gate" `[B, S, 1]` or a "bias"
+            `[B, S, D]`.
         extras: further outputs: "hidden" (the stream before each layer), "caches" (keys and values of each
             layer), "pooled" (a head on the mean of the last layer's input), "vision" (the stream behind each
             block), "vision pooled".
@@ -185,6 +188,22 @@ def in_trouble(spec: Spec, trouble: str) -> Spec:
     if trouble == "shortcut":
         return replace(spec, trouble=trouble, layers=max(spec.layers, 3))
     return replace(spec, trouble=trouble)
+
+
+@st.composite
+def keep_all(draw: st.DrawFn, spec: Spec) -> Schedule:
+    """A schedule with sites anywhere in the model that merge and drop nothing."""
+    sites = st.tuples(st.integers(0, spec.blocks - 1), st.sampled_from(AXES))
+    merges = draw(st.lists(sites, unique=True, max_size=2))
+    layers = draw(st.lists(st.integers(0, spec.layers - 1), unique=True, max_size=2))
+    selectors = [draw(st.sampled_from(["spectrum", "random", "uniform"])) for _ in layers]
+    return Schedule(
+        merge=tuple(Merge(axis, keep=1.0, layer=block) for block, axis in merges),
+        prune=tuple(
+            Prune(keep=1.0, layer=layer, selector=selector)
+            for layer, selector in zip(layers, selectors, strict=True)
+        ),
+    )
 
 
 def inputs(spec: Spec, seed: int = 0, longer: int = 0) -> dict[str, Tensor]:

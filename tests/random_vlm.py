@@ -4,7 +4,7 @@ Plain `nn.Module`s and nothing of the product. The forward has three places at w
 tokens (behind an encoder block, at the fusion, before a decoder layer), so that an eager oracle can run
 the same modules with other token counts.
 
-Shapes: B prompts, S their length, I images of H x W patches each, C and D the channels of encoder and decoder.
+Shapes: B prompts, S their length, I images of H x W patches, C and D the channels of encoder and decoder.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from random_spec import IMAGE, LONGEST, PATCH, VOCABULARY, Body, Spec
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 
 class Rows(NamedTuple):
     """What is known of the rows of a sequence, all `[B or 1, S]`.
