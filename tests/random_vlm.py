@@ -225,24 +225,22 @@ class RandomVLM(nn.Module):
             x = torch.cat(parts, dim=1)
         if spec.vision_positions:
             x = x + self.places
-        states = []
+        states, tables = [], Tables(bias=self.places if spec.trouble == "places in each block" else None)
         for index, block in enumerate(self.blocks[: spec.blocks]):
-            if spec.trouble == "places in each block":
-                x = x + self.places
             if hooks is None:
-                x = block(x, Tables())[0]
+                x = block(x, tables)[0]
             elif index + 1 == spec.blocks and spec.vision.residual == "post":
                 # nothing tells the norm behind the last sum from a final norm, so it belongs to what follows
-                x = block(x, Tables(), partial(hooks.block, index))[0]
+                x = block(x, tables, partial(hooks.block, index))[0]
             else:
-                x = hooks.block(index, block(x, Tables())[0])
+                x = hooks.block(index, block(x, tables)[0])
             states.append(x)
             if "vision" in spec.extras:
                 out[f"vision {index}"] = x
         if "vision pooled" in spec.extras:
             out["vision pooled"] = x[:, 0] if spec.prefix else x.mean(1)
         if spec.unused_block:
-            self.blocks[-1](x, Tables())
+            self.blocks[-1](x, tables)
         if spec.trouble == "two features":
             x = torch.cat([states[0], x], dim=-1)
         end = x.shape[1] - self.registers.shape[1]

@@ -40,7 +40,7 @@ def drawn(spec: Spec, count: int) -> st.SearchStrategy[list[Schedule]]:
 # --------------------------------------------------------------------------------- whatever is drawn
 
 
-@settings(max_examples=examples(10))
+@settings(max_examples=examples(6))
 @given(st.data())
 def test_a_random_graph_is_the_oracle(data: st.DataObject) -> None:
     spec = data.draw(specs(trouble=False))
@@ -128,7 +128,7 @@ def test_a_pass_that_is_left_out_is_noticed(left_out: int, monkeypatch: pytest.M
     session = Session(Spec(grid=(4, 4)))
     assert check_schedule(session, BOTH) == "rewritten"
     monkeypatch.setattr(BACKEND, "PASSES", (*PASSES[:left_out], *PASSES[left_out + 1 :]))
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, RuntimeError)):
         check_schedule(session, BOTH)
 
 
