@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from cases import GAP
-from oracle import merge_grid, select
+from oracle import Grid, merge_grid, select
 from random_spec import IMAGE, Spec, inputs
 from random_vlm import Hooks, RandomVLM, Rows, make
 from replay import BACKEND, Captured, assert_close, code, quietly
@@ -63,26 +64,20 @@ class Budget(Hooks):
         self.height, self.width = spec.grid
         self.merges = schedule.merges_at(spec.blocks)
         self.schedule = schedule
-        self.sizes: Tensor | None = None
-        self.slots: Tensor | None = None
+        self.grid: Grid | None = None
         self.gaps: list[float] = []
         self.tokens: list[int] = []
         self.rows: Rows | None = None
 
-    def block(self, index: int, x: Tensor) -> Tensor:
+    def block(self, index: int, x: Tensor, keys: Tensor) -> Tensor:
+        lead, images, channels = self.spec.prefix, x.shape[0], x.shape[2]
         for _, merge in (site for site in self.merges if site[0] == index):
-            lead, images, channels = self.spec.prefix, x.shape[0], x.shape[2]
-            shape = (images, self.height, self.width)
-            if self.sizes is None or self.slots is None:
-                self.sizes = torch.ones(shape)
-                self.slots = torch.arange(self.spec.patches).reshape(1, *shape[1:]).repeat(images, 1, 1)
+            tokens = x[:, lead:].reshape(images, self.height, self.width, channels)
+            grid = Grid.of(tokens) if self.grid is None else replace(self.grid, x=tokens)
             target = merge.target(self.height if merge.axis == "height" else self.width)
-            grid = x[:, lead:].reshape(*shape, channels)
-            grid, self.sizes, self.slots = merge_grid(
-                grid, self.sizes, self.slots, merge.axis, target, self.gaps
-            )
-            self.height, self.width = grid.shape[1:3]
-            x = torch.cat([x[:, :lead], grid.reshape(images, -1, channels)], dim=1)
+            self.grid = merge_grid(grid, merge.axis, target, self.gaps)
+            self.height, self.width = self.grid.x.shape[1:3]
+            x = torch.cat([x[:, :lead], self.grid.x.reshape(images, -1, channels)], dim=1)
         return x
 
     def fuse(self, embeds: Tensor, rows: Rows, features: Tensor) -> tuple[Tensor, Rows]:
@@ -94,8 +89,8 @@ class Budget(Hooks):
             visual = (rows.ids[row] == IMAGE).nonzero()[:, 0]
             mine = features[row * each : (row + 1) * each].reshape(-1, features.shape[-1])
             stands = torch.arange(len(visual))
-            if self.slots is not None:
-                own = self.slots[row * each : (row + 1) * each].reshape(each, -1)
+            if self.grid is not None:
+                own = self.grid.slots[row * each : (row + 1) * each].reshape(each, -1)
                 stands = (own + torch.arange(each)[:, None] * patches).reshape(-1)
             stays = rows.ids[row] != IMAGE
             stays[visual[stands]] = True

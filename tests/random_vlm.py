@@ -36,8 +36,8 @@ class Rows(NamedTuple):
 class Hooks:
     """Where an oracle may change the tokens; as it is, nothing changes."""
 
-    def block(self, index: int, x: Tensor) -> Tensor:
-        """The stream `[I, tokens, C]` behind an encoder block."""
+    def block(self, index: int, x: Tensor, keys: Tensor) -> Tensor:
+        """The stream `[I, tokens, C]` behind an encoder block, whose keys are `[I, heads, tokens, d]`."""
         return x
 
     def fuse(self, embeds: Tensor, rows: Rows, features: Tensor) -> tuple[Tensor, Rows]:
@@ -146,9 +146,9 @@ class Layer(nn.Module):
         return x + torch.tanh(self.pool(x.mean(1, keepdim=True))) if self.pool is not None else x
 
     def forward(
-        self, x: Tensor, tables: Tables, hook: Callable[[Tensor], Tensor] | None = None
+        self, x: Tensor, tables: Tables, hook: Callable[[Tensor, Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The stream, keys and values; `hook` is applied to the layer's last sum."""
+        """The stream, keys and values; `hook` is applied to the last sum and the keys."""
         kind = self.body.residual
         if kind == "parallel":
             normed = self.norm1(x)
@@ -158,7 +158,7 @@ class Layer(nn.Module):
             out, k, v = self.attend(x, tables)
             x = self.norm1(x + out)
             x = x + self.think(self.mean(x), tables)
-            return self.norm2(x if hook is None else hook(x)), k, v
+            return self.norm2(x if hook is None else hook(x, k)), k, v
         out, k, v = self.attend(self.norm1(x), tables)
         if kind == "scale":
             x = self.mean(x + self.scale1 * out)
@@ -233,7 +233,8 @@ class RandomVLM(nn.Module):
                 # nothing tells the norm behind the last sum from a final norm, so it belongs to what follows
                 x = block(x, tables, partial(hooks.block, index))[0]
             else:
-                x = hooks.block(index, block(x, tables)[0])
+                x, keys, _ = block(x, tables)
+                x = hooks.block(index, x, keys)
             states.append(x)
             if "vision" in spec.extras:
                 out[f"vision {index}"] = x
