@@ -36,7 +36,16 @@ from luvc_fx.passes import PASSES
 from luvc_fx.schedule import Schedule
 
 GRAPHS, SCHEDULES = 10, 20
-"""Of a chunk, and of each of its graphs."""
+"""Graphs of a chunk, and schedules for each."""
+
+
+def commit() -> str:
+    """Of the code that runs, where git tells."""
+    told = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return told.stdout.strip() or "unknown"
+
+
+COMMIT = commit()
 
 
 class Chunk:
@@ -70,9 +79,9 @@ class Chunk:
         @given(st.data())
         def draw(data: st.DataObject) -> None:
             spec = data.draw(specs())
-            dynamic = data.draw(st.integers(0, 4)) == 4
+            dynamic = data.draw(st.integers(0, 7)) == 7
             fit = schedules(
-                blocks=spec.blocks, grid=spec.grid, layers=spec.layers, images=spec.images, merges=2
+                blocks=spec.blocks, grid=spec.grid, layers=spec.layers, images=spec.images, merges=2, prunes=2
             )
             drawn = data.draw(st.lists(fit, min_size=SCHEDULES, max_size=SCHEDULES))
             keeps, place = data.draw(keep_all(spec)), data.draw(st.integers(0, len(PASSES)))
@@ -83,6 +92,7 @@ class Chunk:
         draw()
         return {
             "chunk": self.number,
+            "commit": COMMIT,
             "graphs": self.graphs,
             "examples": sum(self.outcomes.values()),
             "outcomes": dict(sorted(self.outcomes.items())),
@@ -146,7 +156,6 @@ def summary(seed: int, wanted: int, chunks: list[dict[str, Any]]) -> dict[str, A
         "seconds": round(sum(chunk["seconds"] for chunk in chunks), 1),
         "cpu_seconds": round(sum(chunk["cpu_seconds"] for chunk in chunks), 1),
         "versions": {
-            "commit": commit(),
             "luvc_fx": version("luvc-fx"),
             "torch": torch.__version__,
             "hypothesis": hypothesis.__version__,
@@ -154,12 +163,6 @@ def summary(seed: int, wanted: int, chunks: list[dict[str, Any]]) -> dict[str, A
         },
         "chunks": chunks,
     }
-
-
-def commit() -> str:
-    """Of the code that runs, where git tells."""
-    told = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return told.stdout.strip() or "unknown"
 
 
 def main() -> None:
