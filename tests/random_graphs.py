@@ -231,6 +231,8 @@ def check_schedule(session: Session, schedule: Schedule) -> str:
         assert code(gm.graph) == session.code, "a graph that was left alone differs"
         got = session.run(compiled)
         assert all(torch.equal(got[name], session.plain[name]) for name in session.plain)
+        if schedule == Schedule():
+            return "idle"
         if not report.refusals:
             _, budget = session.oracle(schedule)
             assert set(budget.tokens) == {spec.images * spec.patches}
