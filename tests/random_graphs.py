@@ -27,6 +27,9 @@ def explained(spec: Spec, schedule: Schedule, refusal: Refusal) -> bool:
     """Whether the spec says that this may be refused. Nothing else may be, and no pass may ever fail."""
     merges = bool(schedule.merge)
     reason, trouble = refusal.reason, spec.trouble
+    if spec.patches == 1 and reason is Reason.NO_GRID:
+        # one patch has no neighbour, and a single token shows no grid
+        return merges
     if trouble in NO_ENCODER[:2]:
         # the grid is not flattened row by row from `[I, C, H, W]`
         return merges and reason is Reason.NO_GRID
@@ -240,7 +243,8 @@ def check_schedule(session: Session, schedule: Schedule) -> str:
         return "refused"
     gm.graph.lint()
     effective = Schedule(prune=schedule.prune) if report.refusals else schedule
-    assert report.grid == spec.grid or (report.grid is None and spec.trouble in NO_ENCODER), report.grid
+    no_grid = spec.trouble in NO_ENCODER or spec.patches == 1
+    assert report.grid == spec.grid or (report.grid is None and no_grid), report.grid
     want, budget = session.oracle(effective, report.grid is not None)
     assert report.tokens_per_layer == budget.tokens
     assert report.encoder_blocks == (0 if report.grid is None else spec.blocks)

@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=10_000, help="schedules in all (10000)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("random_graphs.json"))
+    parser.add_argument("--again", action="store_true", help="run chunks with failures once more")
     given_args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -179,9 +180,11 @@ def main() -> None:
         old = json.loads(given_args.out.read_text(encoding="utf-8"))
         if old["seed"] != given_args.seed:
             parser.error(f"{given_args.out} holds a run with seed {old['seed']}")
-        chunks = old["chunks"]
+        chunks = [c for c in old["chunks"] if not (given_args.again and c["failures"])]
     while sum(chunk["examples"] for chunk in chunks) < given_args.examples:
-        chunks.append(Chunk(len(chunks)).run(given_args.seed))
+        held = {chunk["chunk"] for chunk in chunks}
+        chunks.append(Chunk(min(set(range(len(chunks) + 1)) - held)).run(given_args.seed))
+        chunks.sort(key=lambda chunk: chunk["chunk"])
         found = summary(given_args.seed, given_args.examples, chunks)
         given_args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print({k: v for k, v in found.items() if k not in ("chunks", "versions")}, flush=True)
