@@ -240,7 +240,7 @@ class RandomVLM(nn.Module):
                 out[f"vision {index}"] = x
         if "vision pooled" in spec.extras:
             out["vision pooled"] = x[:, 0] if spec.prefix else x.mean(1)
-        if spec.unused_block:
+        if spec.unused_block and hooks is None:
             self.blocks[-1](x, tables)
         if spec.trouble == "two features":
             x = torch.cat([states[0], x], dim=-1)
