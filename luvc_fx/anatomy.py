@@ -387,12 +387,15 @@ def _flattened(conv: fx.Node) -> fx.Node:
 
 
 def _last_residual(chain: list[fx.Node], entering: fx.Node) -> fx.Node:
-    """The residual value that leaves the last block: the last sum that adds to the one before it."""
-    last = entering
-    behind = chain[chain.index(entering) + 1 :]
-    for node in behind:
-        if op_name(node) in ("add", "iadd") and last in node.all_input_nodes:
-            last = node
-    if last is entering:
-        raise Refused(Reason.RESIDUAL_STREAM, "nothing is added after the last encoder block", entering)
-    return last
+    """The residual value that leaves the last block: the last sum of two values made of its stream.
+
+    Both are as wide as the stream. That one of them is the sum before it must not be asked: a norm or
+    a factor may lie between (`norm(x + f(x))`, `a * x + f(x)`).
+    """
+    below = descendants(entering)
+    width = shape(entering)[-1]
+    for node in reversed(chain[chain.index(entering) + 1 :]):
+        terms = [n for n in node.all_input_nodes if n in below and is_tensor(n)]
+        if op_name(node) in ("add", "iadd") and len(terms) == 2 and {shape(n)[-1] for n in terms} == {width}:
+            return node
+    raise Refused(Reason.RESIDUAL_STREAM, "nothing is added after the last encoder block", entering)

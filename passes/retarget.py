@@ -99,7 +99,8 @@ class Retarget:
 
     def _counts_of(self, node: fx.Node) -> Counts | None:
         space = self.space.get(node)
-        counts = [self.counts[n] for n in node.all_input_nodes if n in self.counts and self.space[n] == space]
+        sources = [m for n in node.all_input_nodes for m in (n.all_input_nodes if _is_tuple(n) else [n])]
+        counts = [self.counts[n] for n in sources if n in self.counts and self.space[n] == space]
         if len({tuple(sorted((k, hint(v)) for k, v in found.items())) for found in counts}) > 1:
             raise Refused(Reason.TOKEN_AXIS, "values with different token counts meet", node)
         return counts[0] if counts else None
@@ -147,6 +148,11 @@ class Retarget:
         if list(found.shape) != wanted:
             text = f"{op_name(node)} gives {list(found.shape)} where {wanted} is right"
             raise Refused(Reason.TOKEN_AXIS, text, node)
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    """Whether `node` is a split or a chunk: its parts have token axes, and itself has none."""
+    return isinstance(value(node), (tuple, list))
 
 
 def _run(node: fx.Node) -> Any:
