@@ -235,10 +235,10 @@ def _decoder(
     idom = _dominators(graph, fusion, [*sinks, *layers])
     entering = _sites(idom, _chain(idom, fusion, sinks), layers)
     batch, visual = _visual_tokens(fusion, features, encoder)
-    rows = {ex.TOKENS: shape(fusion)[1]}
+    length = {ex.TOKENS: shape(fusion)[1]}
     labels = _labels(graph, live & below, fusion)
     seeds = {node: {1: ex.of(ex.TOKENS)} for node in (fusion, *labels)}
-    axes = trace(graph, seeds, rows, live & (below | descendants(*labels)))
+    axes = trace(graph, seeds, length, live & (below | descendants(*labels)))
     axes.joins += [Join(user, node, (1,)) for node in labels for user in node.users if user in live]
     for layer, (site, attention) in enumerate(zip(entering, layers, strict=True)):
         if axes.axis(site) != 1 or value(site).dim() != 3:
@@ -341,7 +341,7 @@ def _encoder(
         if len(leads) != 1:
             raise Refused(Reason.RESIDUAL_STREAM, "the rows before the grid change between blocks", features)
         keys = tuple(block.args[1] for block in blocks)
-        return Encoder(leaving, keys, features, slots, (height, width), unit, leads.pop(), images, axes)  # type: ignore[arg-type]
+        return Encoder(leaving, keys, features, slots, (height, width), unit, leads.pop(), images, axes)
     except Refused as refused:
         anatomy.encoder_refusals.append(refused.refusal)
         return None

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from torch import fx
 
-from luvc_fx import markers, passes, selectors
+from luvc_fx import markers, passes
 from luvc_fx.passes.emit import inserted
+from luvc_fx.registry import selector_fingerprint
 from luvc_fx.schedule import Schedule
 
 
@@ -22,10 +23,9 @@ def fingerprint(schedule: Schedule) -> str:
     """A key of this package's files and version, of `schedule`, and of the selectors it names."""
     hasher = hashlib.sha256(_sources().encode())
     hasher.update(schedule.to_json().encode())
-    of_selector = getattr(selectors, "selector_fingerprint", None)
-    if of_selector is not None:  # selectors of third parties, whose source is not among our files
-        for name in sorted({prune.selector for prune in schedule.prune}):
-            hasher.update(f"{name}={of_selector(name)}".encode())
+    for name in sorted({prune.selector for prune in schedule.prune}):
+        # Those of third parties are not among our files.
+        hasher.update(f"{name}={selector_fingerprint(name)}".encode())
     return hasher.hexdigest()[:32]
 
 

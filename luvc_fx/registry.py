@@ -6,6 +6,8 @@ fills it: neither has to import the other.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -88,3 +90,21 @@ def selector(name: str) -> Selector:
     if name not in _functions:
         raise ValueError(f"selector {name!r} is not registered; there are {', '.join(map(repr, _functions))}")
     return _functions[name]
+
+
+def selector_fingerprint(name: str) -> str:
+    """A key of the code of the selector of that name, for compiler caches.
+
+    The source where there is one. Something that only exists in memory counts by its bytecode, which
+    does not see the functions that it calls.
+
+    Raises:
+        ValueError: there is no such selector.
+    """
+    function = selector(name)
+    try:
+        text = inspect.getsource(function)  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        text = repr(function) if code is None else f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -78,11 +78,14 @@ class Budget(Hooks):
 
     def block(self, index: int, x: Tensor, keys: Tensor) -> Tensor:
         lead, images, channels = self.spec.prefix, x.shape[0], x.shape[2]
+        seen: Tensor | None = keys[:, :, lead:].transpose(1, 2).flatten(2)
         for _, merge in (site for site in self.merges if site[0] == index):
             tokens = x[:, lead:].reshape(images, self.height, self.width, channels)
             grid = Grid.of(tokens) if self.grid is None else replace(self.grid, x=tokens)
+            if seen is not None:  # a further merge at this site compares what the keys have become
+                grid, seen = replace(grid, keys=seen.reshape(images, self.height, self.width, -1)), None
             target = merge.target(self.height if merge.axis == "height" else self.width)
-            self.grid = merge_grid(grid, merge.axis, target, self.gaps)
+            self.grid = merge_grid(grid, merge.axis, target, self.gaps, merge.pairing, merge.feature)
             self.height, self.width = self.grid.x.shape[1:3]
             x = torch.cat([x[:, :lead], self.grid.x.reshape(images, -1, channels)], dim=1)
         return x
