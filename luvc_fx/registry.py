@@ -103,7 +103,7 @@ def selector_fingerprint(name: str) -> str:
     """
     function = selector(name)
     try:
-        text = inspect.getsource(function)  # type: ignore[arg-type]
+        text = inspect.getsource(function)
     except (OSError, TypeError):
         code = getattr(function, "__code__", None)
         text = repr(function) if code is None else f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"

@@ -18,6 +18,7 @@ from replay import assert_close, toy, toy_inputs, toy_whole
 import luvc_fx
 from luvc_fx import _compat, markers
 from luvc_fx.fingerprint import depends_on_us, fingerprint
+from luvc_fx.registry import selector_fingerprint
 from luvc_fx.schedule import Merge, Prune, Schedule
 
 ROOT = Path(__file__).parent.parent
@@ -133,16 +134,34 @@ def test_a_fingerprint_is_of_every_file(tmp_path: Path) -> None:
     assert len(seen) == 3
 
 
-def test_a_fingerprint_is_of_the_source_of_a_foreign_selector(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = fingerprint(PRUNE)
-    source = "first"
-    monkeypatch.setattr(
-        luvc_fx.selectors, "selector_fingerprint", lambda name: f"{name}: {source}", raising=False
+def test_a_fingerprint_is_of_the_source_of_a_foreign_selector() -> None:
+    names = ("fingerprint, first", "fingerprint, second")
+    luvc_fx.register_selector(names[0], lambda x, prune, count, site: x.float().square().sum(-1))
+    luvc_fx.register_selector(
+        names[1],
+        lambda x, prune, count, site: x.float().abs().sum(-1),
     )
-    first = fingerprint(PRUNE)
-    source = "second"
-    assert len({before, first, fingerprint(PRUNE)}) == 3
+    assert selector_fingerprint(names[0]) != selector_fingerprint(names[1])
+    assert selector_fingerprint(names[0]) == selector_fingerprint(names[0])
+    keys = {fingerprint(Schedule(prune=Prune(keep=0.5, layer=1, selector=name))) for name in names}
+    assert len(keys) == 2
     assert fingerprint(Schedule()) == fingerprint(Schedule())
+
+
+@pytest.mark.parametrize("body", ["square", "abs"])
+def test_a_selector_made_in_memory_counts_by_its_code(body: str) -> None:
+    """As in a notebook or an exec: no source file, and still another key for other code."""
+    found: dict[str, Any] = {}
+    exec(f"def select(x, prune, count, site):\n    return x.float().{body}().sum(-1)", found)
+    luvc_fx.register_selector(f"in memory, {body}", found["select"])
+    keys = {selector_fingerprint(name) for name in (f"in memory, {body}", "norm", "spectrum")}
+    assert len(keys) == 3
+    other = "abs" if body == "square" else "square"
+    again: dict[str, Any] = {}
+    exec(f"def select(x, prune, count, site):\n    return x.float().{other}().sum(-1)", again)
+    name = f"in memory, not {body}"
+    luvc_fx.register_selector(name, again["select"])
+    assert selector_fingerprint(name) not in keys
 
 
 def keys_given_to_inductor(monkeypatch: pytest.MonkeyPatch) -> list[str]:
