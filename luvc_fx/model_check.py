@@ -41,7 +41,8 @@ def _takes_images(model: Any) -> bool:
 def check_schedule(model: Any, schedule: Schedule) -> None:
     """Raise `ValueError` for a layer or a length that the model's config shows to be impossible.
 
-    Only sizes that the config states are checked; the graph has the last word.
+    Only sizes that the config states are checked; the graph has the last word. How many visual tokens
+    there are it does not state: a row may hold several images.
     """
     config = model.config
     text = config.get_text_config()
@@ -55,12 +56,8 @@ def check_schedule(model: Any, schedule: Schedule) -> None:
     grid = _patch_grid(vision)
     if grid is None:
         return
-    whole = grid["height"] * grid["width"]
-    features = getattr(config, "image_seq_length", None) or whole
     for _, merge in sites:
         grid[merge.axis] = merge.target(grid[merge.axis])
-    if features == whole:  # else blocks of patches become one feature, and the graph will tell
-        schedule.prunes_at(text.num_hidden_layers, grid["height"] * grid["width"])
 
 
 def _patch_grid(vision: Any) -> dict[str, int] | None:

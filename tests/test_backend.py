@@ -365,20 +365,6 @@ def test_training_with_dropout_is_refused(where: str) -> None:
 
 
 @torch.no_grad()
-def test_labels_are_refused_and_the_loss_is_the_plain_one() -> None:
-    model, batch = llava(**dict(SMALL)), prompt(batch=2, model=SMALL)
-    labels = batch["input_ids"].masked_fill(batch["input_ids"] < 2, -100)
-    backend = luvc_fx.backend(PRUNES, inner="eager")
-    with pytest.warns(LuvcWarning, match="luvc_fx left this alone"):
-        got = torch.compile(model, backend=backend)(**batch, labels=labels)
-    assert torch.equal(got.loss, model(**batch, labels=labels).loss)
-    (report,) = backend.report.graphs
-    assert reasons(report.refusals) == [Reason.TOKEN_AXIS]
-    assert report.inserted == []
-    assert not report.rewritten
-
-
-@torch.no_grad()
 def test_logits_to_keep_still_means_the_last_rows() -> None:
     model, batch = llava(**dict(SMALL)), prompt(batch=2, model=SMALL)
     want = oracle_forward(model, BOTH, **batch).logits[:, -1:]
