@@ -86,7 +86,7 @@ def tiny_llava(
         vision_feature_select_strategy="default",
     )
     config._attn_implementation = attn
-    return _ready(LlavaForConditionalGeneration(config), seed)
+    return ready(LlavaForConditionalGeneration(config), seed)
 
 
 def tiny_internvl(
@@ -161,10 +161,10 @@ def tiny_internvl(
         tie_word_embeddings=False,
     )
     config._attn_implementation = attn
-    return _ready(InternVLForConditionalGeneration(config), seed)
+    return ready(InternVLForConditionalGeneration(config), seed)
 
 
-def _ready(model: Any, seed: int) -> Any:
+def ready(model: Any, seed: int) -> Any:
     """Evaluation mode, weights from `seed`, no token that ends a row early."""
     model.eval()
     _randomise(model, seed)
@@ -189,7 +189,7 @@ def _randomise(model: nn.Module, seed: int) -> None:
             elif parameter.ndim == 1:  # norms, layer scales, and CLIP's class embedding
                 value = noise if name == "class_embedding" else 1.0 + 0.1 * noise
             else:
-                gain = 1.5 if module_name.endswith(("q_proj", "k_proj")) else 1.0
+                gain = 1.5 if module_name.endswith(("q_proj", "k_proj", "qkv")) else 1.0
                 value = gain * noise / parameter[0].numel() ** 0.5
             parameter.copy_(value)
     # A generated image token would look like a placeholder, which a trained model never emits.
