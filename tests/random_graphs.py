@@ -14,8 +14,8 @@ from random_spec import IMAGE, Spec, inputs
 from random_vlm import Hooks, RandomVLM, Rows, make
 from replay import BACKEND, Captured, assert_close, code, quietly
 from torch import Tensor, fx
-from torch._dynamo.exc import BackendCompilerFailed
 
+from luvc_fx.backend import LuvcBackend
 from luvc_fx.passes import PASSES, Context
 from luvc_fx.report import GraphReport, Reason, Refusal
 from luvc_fx.schedule import Schedule
@@ -148,22 +148,42 @@ class Budget(Hooks):
 # ------------------------------------------------------------------------------------------ the capture
 
 
+Made = tuple[Callable[..., Any], fx.GraphModule, GraphReport]
+"""What a backend compiled, the graph that it made, and its report on it."""
+
+
+def rewritten(captured: Captured, backend: LuvcBackend) -> Made:
+    """A copy of the graph, handed to `backend`."""
+    gm = captured.copy()
+    compiled = backend(gm, list(captured.example_inputs))
+    return compiled, gm, backend.report.graphs[-1]
+
+
 class Session:
     """A model of a spec, captured once; `run` puts any graph in the place of the captured one.
 
     What the captured function returns is put together by Dynamo's own code, so a rewritten graph meets
     its true caller.
+
+    Attributes:
+        graphs: what was captured; a second one where another length did not pass the guards of the first.
     """
 
     def __init__(self, spec: Spec, dynamic: bool = False) -> None:
-        torch._dynamo.reset()
         self.spec, self.dynamic = spec, dynamic
         self.model: RandomVLM = make(spec)
         self.batch = inputs(spec)
+        self._capture(None)
+
+    def _capture(self, within: LuvcBackend | None) -> None:
+        """Capture the model, with `within` at work while Dynamo still collects guards."""
+        torch._dynamo.reset()
         self.graphs: list[Captured] = []
+        self.made: list[Made] = []
         self.forward: Callable[..., Any] | None = None
         self.calls = 0
-        self.compiled = torch.compile(self.model, backend=self._backend, dynamic=dynamic)
+        self.within = within
+        self.compiled = torch.compile(self.model, backend=self._backend, dynamic=self.dynamic)
         with torch._dynamo.config.patch(capture_scalar_outputs=True), torch.no_grad():
             self.plain = self.compiled(**self.batch)
         assert len(self.graphs) == 1, f"captured {len(self.graphs)} graphs"
@@ -171,33 +191,46 @@ class Session:
         self.code = code(self.captured.gm.graph)
 
     def _backend(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        assert not self.graphs, "Dynamo captures again"
-        self.graphs.append(Captured(gm, tuple(example_inputs)))
+        assert not self.graphs or self.within, "Dynamo captures again"
+        captured = Captured(gm, tuple(example_inputs))
+        again = bool(self.graphs)
+        self.graphs.append(captured)
+        if self.within is not None:
+            self.made.append(rewritten(captured, self.within))
+        now = self.made[-1][0] if again else None
 
         def call(*args: Any) -> Any:
             self.calls += 1
-            return (self.forward or gm.forward)(*args)
+            return (now or self.forward or gm.forward)(*args)
 
         return call
 
     @torch.no_grad()
     def run(self, forward: Callable[..., Any] | None, **batch: Tensor) -> dict[str, Tensor]:
-        """The outputs with `forward` as the graph, on `batch` or what was captured."""
+        """The outputs with `forward` as the graph, on `batch` or what was captured.
+
+        Another length than the captured one may make Dynamo capture again, and its own graph runs.
+        """
         before, self.forward = self.calls, forward
-        out = self.compiled(**(batch or self.batch))
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            out = self.compiled(**(batch or self.batch))
         assert self.calls == before + 1, "the graph did not run"
-        assert len(self.graphs) == 1, "Dynamo captured again"
+        assert len(self.graphs) == 1 or batch, "Dynamo captured again"
         return out
 
-    def rewrite(
-        self, schedule: Schedule, identity_sites: bool = False
-    ) -> tuple[Callable[..., Any], fx.GraphModule, GraphReport]:
-        """What the backend makes of a copy of the graph."""
+    def rewrite(self, schedule: Schedule, identity_sites: bool = False) -> Made:
+        """What the backend makes of a copy of the graph.
+
+        One with symbolic sizes is captured anew. A pass may put guards on them (a length of 1 is never
+        symbolic, so where one row is left, that prompt has its own graph): they hold for what Dynamo
+        compiles at that moment, and would make later rewrites of the same graph wrong without a word.
+        """
         backend = quietly(schedule)
         backend.identity_sites = identity_sites
-        gm = self.captured.copy()
-        compiled = backend(gm, list(self.captured.example_inputs))
-        return compiled, gm, backend.report.graphs[-1]
+        if self.dynamic:
+            self._capture(backend)
+            return self.made[0]
+        return rewritten(self.captured, backend)
 
     @torch.no_grad()
     def oracle(
@@ -281,15 +314,12 @@ def check_text(session: Session, budget: Budget) -> None:
 def check_another_length(
     session: Session, compiled: Callable[..., Any], schedule: Schedule, grid_known: bool
 ) -> None:
-    """A graph with a symbolic length fits a longer prompt with other pixels."""
+    """A longer prompt with other pixels: by the same graph, or by one that Dynamo's guards ask for."""
     batch = inputs(session.spec, seed=1, longer=3)
     want, budget = session.oracle(schedule, grid_known, **batch)
+    got = session.run(compiled, **batch)
     if budget.gap >= GAP:
         assert budget.rows is not None
-        try:
-            got = session.run(compiled, **batch)
-        except BackendCompilerFailed:
-            return  # Dynamo's guards hold the first length after all
         compare(got, want, budget.rows.valid)
 
 

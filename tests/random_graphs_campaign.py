@@ -35,8 +35,8 @@ from random_spec import Spec, keep_all, specs
 from luvc_fx.passes import PASSES
 from luvc_fx.schedule import Schedule
 
-GRAPHS, SCHEDULES = 10, 20
-"""Graphs of a chunk, and schedules for each."""
+GRAPHS, SCHEDULES, DYNAMIC = 10, 20, 6
+"""Graphs of a chunk, and schedules for each; fewer with symbolic sizes, captured anew for each of them."""
 
 
 def commit() -> str:
@@ -86,7 +86,8 @@ class Chunk:
             drawn = data.draw(st.lists(fit, min_size=SCHEDULES, max_size=SCHEDULES))
             keeps, place = data.draw(keep_all(spec)), data.draw(st.integers(0, len(PASSES)))
             if self.begun:
-                self.graph(spec, dynamic, list(dict.fromkeys(drawn)), keeps, place)
+                fewer = list(dict.fromkeys(drawn))[: DYNAMIC if dynamic else SCHEDULES]
+                self.graph(spec, dynamic, fewer, keeps, place)
             self.begun = True
 
         draw()

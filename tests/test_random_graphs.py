@@ -100,6 +100,17 @@ def test_every_mask_style(mask: str) -> None:
     assert check_schedule(Session(spec), BOTH) == "rewritten"
 
 
+@pytest.mark.parametrize(("words", "graphs"), [(1, 2), (2, 1)])
+def test_another_length_has_its_own_graph_where_one_row_was_left(words: int, graphs: int) -> None:
+    """A length of 1 is never symbolic: Dynamo's guards must know, and a later rewrite must not."""
+    spec = Spec(text=((0, words),) * 2, padding=(0, 0), mask="causal", positions="none")
+    session = Session(spec, dynamic=True)
+    assert check_schedule(session, Schedule(prune=Prune(keep=0.0, layer=0))) == "rewritten"
+    assert len(session.graphs) == graphs
+    assert check_schedule(session, Schedule(prune=Prune(tokens=3, layer=0))) == "rewritten"
+    assert len(session.graphs) == 1
+
+
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_every_trouble_is_refused(trouble: str) -> None:
     """Or the list that explains refusals has one too many."""
