@@ -1,9 +1,11 @@
 """The independent truth: a visual-token budget on a stock model in plain eager Python.
 
 No FX, no compilation, nothing of the product but `luvc_fx.schedule`. The vision tower runs block by
-block with the merges between its blocks (`oracle_vision`, `oracle_merge`), the decoder layer by layer
-with the prunes between its layers (`oracle_decode`, `oracle_select`). The model's modules do the
-arithmetic between the sites; merging and selecting are written here from the rules.
+block with the merges between its blocks (`oracle_vision` and `oracle_packed` by the kind of tower;
+`oracle_merge`), its tokens go to the rows of the prompt (`oracle_families`, `oracle_rows`), the decoder
+layer by layer with the prunes between its layers (`oracle_decode`, `oracle_sequence`,
+`oracle_positions`, `oracle_select`). The model's modules do the arithmetic between the sites; merging
+and selecting are written here from the rules.
 `oracle_strategies` draws schedules.
 """
 
@@ -12,7 +14,6 @@ from __future__ import annotations
 from oracle_decode import (
     OracleResult,
     OracleState,
-    generate_positions,
     oracle_continue,
     oracle_forward,
     oracle_generate,
@@ -20,18 +21,24 @@ from oracle_decode import (
     score_gap,
 )
 from oracle_merge import Grid, choose, cosines, join, merge_grid
+from oracle_packed import Frame, encode_packed
+from oracle_positions import generate_positions
+from oracle_rows import VisualRows
 from oracle_select import energies, mix32, random_scores, select
 from oracle_strategies import schedules
 from oracle_vision import VisualTokens, encode, encoder_blocks, from_blocks, target_blocks, to_blocks
 
 __all__ = [
+    "Frame",
     "Grid",
     "OracleResult",
     "OracleState",
+    "VisualRows",
     "VisualTokens",
     "choose",
     "cosines",
     "encode",
+    "encode_packed",
     "encoder_blocks",
     "energies",
     "from_blocks",

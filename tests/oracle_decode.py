@@ -3,8 +3,8 @@
 The decoder runs layer by layer with the prunes between its layers; every layer gets its own rows, its
 own rotary cos/sin, its own explicit mask and its own shorter KV cache.
 
-Shapes: B prompts, S their length, V placeholders in each (all images of a row together), N visual
-tokens in each row at the fusion (after merging), D channels.
+Shapes: B prompts, S their length, V placeholders in each (of all its images and videos together), N
+visual tokens in each row at the fusion (after merging), D channels.
 """
 
 from __future__ import annotations
@@ -16,8 +16,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from oracle_families import visual_rows
+from oracle_positions import (
+    generate_positions,
+    has_three_axes,
+    later_positions,
+    next_position,
+    prompt_positions,
+    rotary,
+)
+from oracle_rows import VisualRows, placeholders
 from oracle_select import select
-from oracle_vision import VisualTokens, encode
+from oracle_sequence import Sequence, drop, fuse, visual_index
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -31,7 +41,8 @@ class OracleState:
     Attributes:
         cache: one shorter or longer KV store per decoder layer.
         valid: per decoder layer [B, kv] bool, False on left padding.
-        next_position: [B] int64, the last *original* position of each row plus one.
+        next_position: [B] int64, the last *original* position of each row plus one (M-RoPE: the
+            largest of any token and axis plus one).
     """
 
     cache: DynamicCache
@@ -53,7 +64,7 @@ class OracleResult:
             of its representative, so this need not ascend after merges.
         mask: [B, S_out] bool, False on the rows that are left padding (their logits mean nothing).
         visual: [B, S_out] bool, True on rows of visual tokens.
-        position_ids: [B, S_out] int64.
+        position_ids: [B, S_out] int64; [3, B, S_out] for M-RoPE.
         kept: per decoder layer with a prune, [B, k] int64: positions among the visual tokens that
             reached it.
         layer_rows: per decoder layer [B, S_l] int64: as `rows`, of the rows that enter the layer.
@@ -61,7 +72,7 @@ class OracleResult:
         tokens_per_layer: per decoder layer, the visual tokens in a row that the layer sees.
         features: [B, N, D], what went into the text sequence; None without images.
         slots: [B, N] int64, each one's representative among its row's placeholders (0 .. V - 1).
-        grid: (h, w) of one image at the fusion.
+        grid: (h, w) of every image (tile, frame) at the fusion; None where they differ or are no grids.
         state: for `oracle_continue`. `cache` is its DynamicCache.
         gap: the smallest relative distance of any decision from its runner-up: cosines as they are,
             energies over the scale at which float32 rounds them (the geometric mean of the largest
@@ -89,36 +100,6 @@ class OracleResult:
         return self.state.cache
 
 
-@dataclass
-class _Sequence:
-    """The rows that enter a decoder layer; every field has [B, S_l] first."""
-
-    hidden: Tensor
-    position_ids: Tensor
-    valid: Tensor
-    visual: Tensor
-    rows: Tensor
-
-    def take(self, index: Tensor) -> _Sequence:
-        """Rows `index` [B, S'] of each."""
-        at = torch.arange(len(index), device=index.device)[:, None]
-        return _Sequence(*(getattr(self, f.name)[at, index] for f in dataclasses.fields(self)))
-
-
-def _visual_index(visual: Tensor, count: int) -> Tensor:
-    """[B, count] int64: the places of the visual rows, `visual` is [B, S] bool."""
-    if not bool((visual.sum(dim=1) == count).all()):
-        raise ValueError(f"every row needs {count} visual rows, got {visual.sum(dim=1).tolist()}")
-    return visual.nonzero()[:, 1].reshape(len(visual), count)
-
-
-def _drop(seq: _Sequence, places: Tensor, kept: Tensor) -> _Sequence:
-    """Without the visual rows, at `places` [B, N], that are not in `kept` [B, k] of N."""
-    stays = ~seq.visual
-    stays.scatter_(1, places.gather(1, kept), True)
-    return seq.take(stays.nonzero()[:, 1].reshape(len(stays), -1))
-
-
 def _mask(past: Tensor, valid: Tensor, attn: str, dtype: torch.dtype) -> Tensor:
     """[B, 1, S, P + S]: causal in sequence order over real keys; bool for SDPA, additive for eager.
 
@@ -140,16 +121,21 @@ def _mask(past: Tensor, valid: Tensor, attn: str, dtype: torch.dtype) -> Tensor:
 def _decode(
     model: nn.Module,
     schedule: Schedule,
-    seq: _Sequence,
+    seq: Sequence,
     state: OracleState,
-    fused: int,
-    grid: tuple[int, int] | None,
+    tokens: VisualRows | None,
     gaps: list[float],
-) -> tuple[_Sequence, Tensor, dict[int, Tensor], list[Tensor], list[int]]:
-    """All decoder layers over `seq`; extends `state.cache` and `state.valid`."""
+) -> tuple[Sequence, Tensor, dict[int, Tensor], list[Tensor], list[int]]:
+    """All decoder layers over `seq`; extends `state.cache` and `state.valid`.
+
+    Deepstack features (`tokens.deep`) are added after each of the first layers to the visual rows
+    that are still there.
+    """
     decoder = model.model.language_model
     layers = decoder.layers[: decoder.config.num_hidden_layers]
+    fused = 0 if tokens is None else tokens.features.shape[1]
     prunes = dict(schedule.prunes_at(len(layers), fused)) if fused else {}
+    alive = torch.arange(fused, device=seq.hidden.device).expand(len(seq.hidden), fused)  # of the N
     kept: dict[int, Tensor] = {}
     layer_rows: list[Tensor] = []
     tokens_per_layer: list[int] = []
@@ -157,11 +143,12 @@ def _decode(
     for index, layer in enumerate(layers):
         if index in prunes:
             keep = prunes[index].count(fused)
-            places = _visual_index(seq.visual, count)
+            places = visual_index(seq.visual, count)
             at = torch.arange(len(places), device=places.device)[:, None]
-            whole = grid if count == fused else None
+            whole = tokens.grid if tokens is not None and count == fused else None
             kept[index] = select(seq.hidden[at, places], prunes[index], keep, index, whole, gaps)
-            seq = _drop(seq, places, kept[index])
+            seq = drop(seq, places, kept[index])
+            alive = alive.gather(1, kept[index])
             count = keep
         layer_rows.append(seq.rows)
         tokens_per_layer.append(count)
@@ -169,21 +156,18 @@ def _decode(
         hidden = layer(
             seq.hidden,
             attention_mask=mask,
-            position_ids=seq.position_ids,
             past_key_values=state.cache,
             use_cache=True,
-            position_embeddings=decoder.rotary_emb(seq.hidden, position_ids=seq.position_ids),
+            position_embeddings=rotary(decoder, seq.hidden, seq.position_ids),
         )
+        if tokens is not None and index < len(tokens.deep):
+            at = torch.arange(len(alive), device=alive.device)[:, None]
+            hidden = hidden.clone()
+            hidden[at, visual_index(seq.visual, count)] += tokens.deep[index][at, alive].to(hidden.dtype)
         seq = dataclasses.replace(seq, hidden=hidden)
         state.valid[index] = torch.cat([state.valid[index], seq.valid], dim=1)
     logits = model.lm_head(decoder.norm(seq.hidden))
     return seq, logits, kept, layer_rows, tokens_per_layer
-
-
-def generate_positions(attention_mask: Tensor) -> Tensor:
-    """[B, S] position ids as `generate` makes them: real tokens count from 0, padding gets 0."""
-    positions = attention_mask.long().cumsum(-1) - 1
-    return positions.masked_fill(attention_mask == 0, 0)
 
 
 @torch.no_grad()
@@ -193,26 +177,30 @@ def oracle_forward(
     *,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    pixel_values: Tensor | None = None,
     position_ids: Tensor | None = None,
     past: OracleState | None = None,
+    **vision: Tensor | None,
 ) -> OracleResult:
     """The prefill of `model` under `schedule`.
 
     Args:
-        input_ids: [B, S] with V placeholders in each row.
+        input_ids: [B, S] with the placeholders of each row's images and videos.
         attention_mask: [B, S], 0 on left padding; of the new tokens only, also with `past`.
-        pixel_values: [I, 3, size, size], I a multiple of B, a row's images one after another.
-            Without it the schedule does nothing.
-        position_ids: [B, S] or [1, S], before compaction. Default as in the stock forward: 0 ..
-            S - 1 whatever the padding (`generate` passes `generate_positions`); after `past`,
-            counted on from its original positions.
+        position_ids: [B, S] or [1, S] (M-RoPE: also [3, B, S] or [4, B, S]), before compaction.
+            Default as in the stock forward: 0 .. S - 1 whatever the padding (`generate` passes
+            `generate_positions`), and M-RoPE's own with images or videos; after `past`, counted on
+            from its original positions.
         past: an earlier turn, left as it is.
+        vision: what the stock forward takes beside the text: ``pixel_values`` ([I, 3, size, size], a
+            row's images one after another, or as the family's processor shapes it),
+            ``image_grid_thw``, ``image_sizes``, ``pixel_values_videos`` and so on. Without pixels
+            the schedule does nothing.
     """
     batch, length = input_ids.shape
     device = input_ids.device
     decoder = model.model.language_model
     layers = decoder.config.num_hidden_layers
+    given = {name: value for name, value in vision.items() if value is not None}
     gaps: list[float] = []
     if past is None:
         empty = torch.ones(batch, 0, dtype=torch.bool, device=device)
@@ -220,76 +208,35 @@ def oracle_forward(
         state = OracleState(DynamicCache(config=decoder.config), [empty] * layers, start)
     else:
         state = past.clone()
-    if position_ids is None:
-        position_ids = state.next_position[:, None] + torch.arange(length, device=device)
-    position_ids = position_ids.expand(batch, length)
+    positions = prompt_positions(model, input_ids, attention_mask, position_ids, state.next_position, given)
     valid = torch.ones(batch, length, dtype=torch.bool, device=device)
     if attention_mask is not None:
         valid = attention_mask.bool()
     rows = torch.arange(length, device=device).expand(batch, length)
     hidden = model.get_input_embeddings()(input_ids)
     visual = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    seq = _Sequence(hidden, position_ids, valid, visual, rows)
-    features = slots = grid = None
-    fused = 0
-    if pixel_values is not None:
-        tokens = encode(model, schedule, pixel_values, gaps)
-        seq, features, slots = _fuse(seq, input_ids == model.config.image_token_id, tokens)
-        grid, fused = tokens.grid, features.shape[1]
-    seq, logits, kept, layer_rows, counts = _decode(model, schedule, seq, state, fused, grid, gaps)
-    state.next_position = position_ids[:, -1] + 1
+    seq = Sequence(hidden, positions, valid, visual, rows)
+    tokens = visual_rows(model, schedule, input_ids, given, gaps)
+    if tokens is not None:
+        seq = fuse(seq, placeholders(model, input_ids), tokens)
+    seq, logits, kept, layer_rows, counts = _decode(model, schedule, seq, state, tokens, gaps)
+    state.next_position = next_position(positions)
     return OracleResult(
         logits=logits,
         rows=seq.rows,
         mask=seq.valid,
         visual=seq.visual,
-        position_ids=seq.position_ids,
+        position_ids=seq.position_ids.permute(2, 0, 1) if has_three_axes(model) else seq.position_ids,
         kept=kept,
         layer_rows=layer_rows,
         kv_lengths=[layer.keys.shape[-2] for layer in state.cache.layers],
         tokens_per_layer=counts,
-        features=features,
-        slots=slots,
-        grid=grid,
+        features=None if tokens is None else tokens.features,
+        slots=None if tokens is None else tokens.slots,
+        grid=None if tokens is None else tokens.grid,
         state=state,
         gap=min(gaps, default=math.inf),
     )
-
-
-def _fuse(seq: _Sequence, placeholders: Tensor, tokens: VisualTokens) -> tuple[_Sequence, Tensor, Tensor]:
-    """Put the features into the prompt and take out the placeholders that lost their token.
-
-    Args:
-        seq: the prompt, [B, S]; placeholders: [B, S] bool.
-
-    Returns:
-        The shorter sequence, features [B, N, D] and slots [B, N] (among the row's V placeholders).
-    """
-    batch = len(placeholders)
-    images, count, channels = tokens.features.shape
-    if images % batch:
-        raise ValueError(f"{images} images do not share out to {batch} rows")
-    each = images // batch
-    features = tokens.features.reshape(batch, each * count, channels).to(seq.hidden.dtype)
-    offsets = torch.arange(each, device=features.device)[:, None] * tokens.placeholders
-    slots = (tokens.slots.reshape(batch, each, count) + offsets).reshape(batch, each * count)
-    places = _visual_index(placeholders, each * tokens.placeholders)  # [B, V]
-    full = dataclasses.replace(seq, visual=placeholders)
-    short = _drop(full, places, slots)
-    # The j-th feature at the j-th visual place, with the position id and row of its representative.
-    target = _visual_index(short.visual, each * count)
-    at = torch.arange(batch, device=target.device)[:, None]
-    representative = places.gather(1, slots)
-    hidden, position_ids, rows = (
-        short.hidden.clone(),
-        short.position_ids.clone(),
-        short.rows.clone(),
-    )
-    hidden[at, target] = features
-    position_ids[at, target] = seq.position_ids.gather(1, representative)
-    rows[at, target] = representative
-    fused = dataclasses.replace(short, hidden=hidden, position_ids=position_ids, rows=rows)
-    return fused, features, slots
 
 
 @torch.no_grad()
@@ -298,10 +245,10 @@ def oracle_continue(model: nn.Module, state: OracleState, input_ids: Tensor) -> 
     batch, length = input_ids.shape
     device = input_ids.device
     hidden = model.get_input_embeddings()(input_ids)
-    position_ids = state.next_position[:, None] + torch.arange(length, device=device)
+    position_ids = later_positions(model, state.next_position, length)
     no = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    seq = _Sequence(hidden, position_ids, ~no, no, torch.arange(length, device=device).expand(batch, -1))
-    _, logits, _, _, _ = _decode(model, Schedule(), seq, state, 0, None, [])
+    seq = Sequence(hidden, position_ids, ~no, no, torch.arange(length, device=device).expand(batch, -1))
+    _, logits, _, _, _ = _decode(model, Schedule(), seq, state, None, [])
     state.next_position = state.next_position + length
     return logits
 
@@ -330,22 +277,24 @@ def oracle_generate(
     *,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    pixel_values: Tensor | None = None,
     position_ids: Tensor | None = None,
+    **vision: Tensor | None,
 ) -> Tensor:
     """[B, S + max_new_tokens]: what a greedy `generate` returns, the whole prompt in front.
 
-    Positions are `generate`'s: given ones, else counted from the attention mask.
+    Positions are `generate`'s: given ones, else counted from the attention mask; M-RoPE's with images
+    or videos are those of the forward.
     """
-    if position_ids is None and attention_mask is not None:
+    own = any(vision.get(name) is not None for name in ("image_grid_thw", "video_grid_thw"))
+    if position_ids is None and attention_mask is not None and not own:
         position_ids = generate_positions(attention_mask)
     result = oracle_forward(
         model,
         schedule,
         input_ids=input_ids,
         attention_mask=attention_mask,
-        pixel_values=pixel_values,
         position_ids=position_ids,
+        **vision,
     )
     return torch.cat([input_ids, oracle_greedy(model, result, max_new_tokens)], dim=1)
 

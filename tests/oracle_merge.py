@@ -26,24 +26,29 @@ class Grid:
         slots: [n, H, W] int64, each one's representative: its raster index on the unmerged grid.
         keys: [n, H, W, F], the keys of the block after which tokens merge, or None where no merge
             there asks for them; they merge as the tokens do.
+        angles: [n, H, W, R] float32, the angles by which a rotary tower turns the tokens, or None;
+            they merge as the tokens do.
     """
 
     x: Tensor
     sizes: Tensor
     slots: Tensor
     keys: Tensor | None = None
+    angles: Tensor | None = None
 
     @classmethod
-    def of(cls, x: Tensor, keys: Tensor | None = None) -> Grid:
+    def of(cls, x: Tensor, keys: Tensor | None = None, angles: Tensor | None = None) -> Grid:
         """Tokens [n, H, W, C] of which none has merged."""
         images, height, width = x.shape[:3]
         slots = torch.arange(height * width, device=x.device).reshape(1, height, width)
-        return cls(x, torch.ones(x.shape[:3], device=x.device), slots.repeat(images, 1, 1), keys)
+        return cls(x, torch.ones(x.shape[:3], device=x.device), slots.repeat(images, 1, 1), keys, angles)
 
     def transposed(self) -> Grid:
         """Height and width change places."""
-        keys = None if self.keys is None else self.keys.transpose(1, 2)
-        return Grid(*(t.transpose(1, 2) for t in (self.x, self.sizes, self.slots)), keys)
+        values = (self.x, self.sizes, self.slots, self.keys, self.angles)
+        x, sizes, slots, keys, angles = (None if t is None else t.transpose(1, 2) for t in values)
+        assert x is not None and sizes is not None and slots is not None
+        return Grid(x, sizes, slots, keys, angles)
 
 
 def cosines(feature: np.ndarray) -> np.ndarray:
@@ -133,10 +138,11 @@ def merge_grid(
 
 def _round(grid: Grid, merged: int, gaps: list[float], pairing: str, feature: str) -> Grid:
     """Every line along the width loses `merged` tokens, at most half of them."""
-    values = [grid.x] if grid.keys is None else [grid.x, grid.keys]
-    arrays = [value.float().cpu().numpy() for value in values]
+    carried = {"x": grid.x, "keys": grid.keys, "angles": grid.angles}
+    values = {name: value for name, value in carried.items() if value is not None}
+    arrays = {name: value.float().cpu().numpy() for name, value in values.items()}
     sizes, slots = grid.sizes.cpu().numpy(), grid.slots.cpu().numpy()
-    compared = arrays[["hidden", "keys"].index(feature)]
+    compared = arrays[{"hidden": "x", "keys": "keys"}[feature]]
     images = []  # of lists of lines, each (sizes, slots, *values)
     for n, image in enumerate(compared):
         similarities = [cosines(line) for line in image]
@@ -145,7 +151,7 @@ def _round(grid: Grid, merged: int, gaps: list[float], pairing: str, feature: st
         else:
             pairs = [choose(similarity, merged, gaps) for similarity in similarities]
         lines = [
-            join(pairs[row], sizes[n, row], slots[n, row], *(array[n, row] for array in arrays))
+            join(pairs[row], sizes[n, row], slots[n, row], *(array[n, row] for array in arrays.values()))
             for row in range(len(image))
         ]
         images.append(lines)
@@ -154,8 +160,8 @@ def _round(grid: Grid, merged: int, gaps: list[float], pairing: str, feature: st
     ]
     device = grid.x.device
     new_sizes, new_slots = (torch.from_numpy(array).to(device) for array in out[:2])
-    merged_values = [
-        torch.from_numpy(array).to(device=device, dtype=value.dtype)
-        for array, value in zip(out[2:], values, strict=True)
-    ]
-    return Grid(merged_values[0], new_sizes, new_slots, merged_values[1] if grid.keys is not None else None)
+    merged_values = {
+        name: torch.from_numpy(array).to(device=device, dtype=value.dtype)
+        for array, (name, value) in zip(out[2:], values.items(), strict=True)
+    }
+    return Grid(sizes=new_sizes, slots=new_slots, **merged_values)
