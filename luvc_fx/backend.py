@@ -17,10 +17,11 @@ from luvc_fx import _compat, costs, markers, telemetry
 from luvc_fx.anatomy import Anatomy, recognise
 from luvc_fx.fingerprint import depends_on_us, fingerprint
 from luvc_fx.fx_util import drop_dead, live_nodes, op_name
+from luvc_fx.generate_warning import warn_when_generating
 from luvc_fx.passes import PASSES, Context
 from luvc_fx.passes.retarget import Retarget
 from luvc_fx.plan import Plan, make_plan
-from luvc_fx.report import GraphReport, Reason, Refusal, Refused, Report
+from luvc_fx.report import GraphReport, LuvcWarning, NotRewritten, Reason, Refusal, Refused, Report
 from luvc_fx.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -28,23 +29,8 @@ log = logging.getLogger(__name__)
 INNERS = ("inductor", "aot_eager", "eager")
 ON_NO_MATCH = ("warn", "raise", "ignore")
 
-GENERATE_HINT = (
-    "this model was compiled with torch.compile(model, backend=luvc_fx.backend(...)), and generate() "
-    "does not go through that: it runs the eager model with all visual tokens. Use "
-    "luvc_fx.compile(model, schedule) for generate()."
-)
-
-
 _given_up: weakref.WeakSet[Any] = weakref.WeakSet()
 """What Dynamo compiles no more: classes of models, and code of functions."""
-
-
-class LuvcWarning(UserWarning):
-    """Something the schedule asked for was left alone; the text says what and why."""
-
-
-class NotRewritten(RuntimeError):
-    """Raised in place of a `LuvcWarning` with ``on_no_match="raise"`` or ``strict=True``."""
 
 
 class LuvcBackend:
@@ -137,7 +123,7 @@ class LuvcBackend:
     def _wrapping(self, wrapped: Any) -> None:
         """Note what `torch.compile` puts this backend on."""
         if self.warn_on_generate and isinstance(wrapped, torch.nn.Module):
-            _warn_when_generating(wrapped)
+            warn_when_generating(wrapped)
         self._wrapped = (
             type(wrapped) if isinstance(wrapped, torch.nn.Module) else getattr(wrapped, "__code__", None)
         )
@@ -380,23 +366,3 @@ def _refuse_caching_precompile() -> None:
             "torch._dynamo.config.caching_precompile is on. Its cache does not know about backends and "
             "would return a graph compiled for another schedule; switch it off to use luvc_fx"
         )
-
-
-def _warn_when_generating(model: torch.nn.Module) -> None:
-    """Let `generate` of this instance say that it does not run what was compiled."""
-    generate = getattr(model, "generate", None)
-    if generate is None or "generate" in vars(model):
-        return
-
-    def warning_generate(*args: Any, **kwargs: Any) -> Any:
-        warnings.warn(GENERATE_HINT, LuvcWarning, stacklevel=2)
-        return generate(*args, **kwargs)
-
-    warning_generate.warns_for_luvc_fx = True  # type: ignore[attr-defined]
-    model.generate = warning_generate  # type: ignore[assignment]
-
-
-def take_generate_warning_off(model: torch.nn.Module) -> None:
-    """Undo what `torch.compile` with a backend of ours did to `generate`, for a front door that wires it."""
-    if hasattr(vars(model).get("generate"), "warns_for_luvc_fx"):
-        del model.generate

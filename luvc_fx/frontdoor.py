@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from luvc_fx.backend import backend, prepare, take_generate_warning_off
+from luvc_fx.backend import backend, prepare
+from luvc_fx.generate_warning import take_generate_warning_off
 from luvc_fx.model_check import check_schedule, check_supported
 from luvc_fx.report import Report
 from luvc_fx.schedule import Schedule

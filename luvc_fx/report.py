@@ -8,6 +8,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
+class LuvcWarning(UserWarning):
+    """Something the schedule asked for was left alone; the text says what and why."""
+
+
+class NotRewritten(RuntimeError):
+    """Raised in place of a `LuvcWarning` with ``on_no_match="raise"`` or ``strict=True``."""
+
+
 class Reason(enum.StrEnum):
     """Why something was left as it was."""
 

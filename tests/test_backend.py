@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import luvc_fx
 from luvc_fx import LuvcWarning, NotRewritten, Reason
-from luvc_fx.backend import GENERATE_HINT
+from luvc_fx.generate_warning import GENERATE_HINT
 from luvc_fx.schedule import Merge, Prune, Schedule
 
 SMALL = (("decoder_layers", 2), ("encoder_layers", 3), ("grid", 4))

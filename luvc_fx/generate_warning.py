@@ -1,0 +1,36 @@
+"""`generate` of a model under `torch.compile` runs eagerly, and says so."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from luvc_fx.report import LuvcWarning
+
+GENERATE_HINT = (
+    "this model was compiled with torch.compile(model, backend=luvc_fx.backend(...)), and generate() "
+    "does not go through that: it runs the eager model with all visual tokens. Use "
+    "luvc_fx.compile(model, schedule) for generate()."
+)
+
+
+def warn_when_generating(model: torch.nn.Module) -> None:
+    """Let `generate` of this instance say that it does not run what was compiled."""
+    generate = getattr(model, "generate", None)
+    if generate is None or "generate" in vars(model):
+        return
+
+    def warning_generate(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn(GENERATE_HINT, LuvcWarning, stacklevel=2)
+        return generate(*args, **kwargs)
+
+    warning_generate.warns_for_luvc_fx = True  # type: ignore[attr-defined]
+    model.generate = warning_generate  # type: ignore[assignment]
+
+
+def take_generate_warning_off(model: torch.nn.Module) -> None:
+    """Undo what `torch.compile` with a backend of ours did to `generate`, for a front door that wires it."""
+    if hasattr(vars(model).get("generate"), "warns_for_luvc_fx"):
+        del model.generate
