@@ -186,8 +186,8 @@ def _randomise(model: nn.Module, seed: int) -> None:
                 value = noise if "position" not in module_name else 0.5 * noise
             elif name in ("cls_token", "position_embeddings"):  # InternVL's are bare parameters
                 value = noise if name == "cls_token" else 0.5 * noise
-            elif parameter.ndim == 1:  # norms, layer scales, and CLIP's class embedding
-                value = noise if name == "class_embedding" else 1.0 + 0.1 * noise
+            elif parameter.ndim == 1:  # norms, layer scales, single embeddings
+                value = noise if name in ("class_embedding", "image_newline") else 1.0 + 0.1 * noise
             else:
                 gain = 1.5 if module_name.endswith(("q_proj", "k_proj", "qkv")) else 1.0
                 value = gain * noise / parameter[0].numel() ** 0.5
