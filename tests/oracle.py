@@ -1,7 +1,7 @@
 """The independent truth: a visual-token budget on a stock model in plain eager Python.
 
 No FX, no compilation, nothing of the product but `luvc_fx.schedule`. The vision tower runs block by
-block with the merges between its blocks (`oracle_vision` and `oracle_packed` by the kind of tower;
+block with the merges between its blocks (`oracle_vision`, `oracle_packed`, `oracle_tiles` by its kind;
 `oracle_merge`), its tokens go to the rows of the prompt (`oracle_families`, `oracle_rows`), the decoder
 layer by layer with the prunes between its layers (`oracle_decode`, `oracle_sequence`,
 `oracle_positions`, `oracle_select`). The model's modules do the arithmetic between the sites; merging

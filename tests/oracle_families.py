@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import oracle_packed
+import oracle_tiles
 from oracle_rows import Piece, VisualRows, assemble, placeholders, shared_out
 from oracle_vision import encode
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ def visual_rows(
         return None
     if isinstance(model, oracle_packed.FAMILIES):
         return oracle_packed.packed_rows(model, schedule, input_ids, vision, gaps)
+    if isinstance(model, oracle_tiles.FAMILIES):
+        return oracle_tiles.tile_rows(model, schedule, input_ids, vision, gaps)
     tokens = encode(model, schedule, vision["pixel_values"], gaps)
     visual = placeholders(model, input_ids)
     owners = shared_out(visual, visual, [tokens.placeholders] * len(tokens.features))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +77,7 @@ def choose(similarity: np.ndarray, merged: int, gaps: list[float]) -> list[tuple
             margin = math.inf if right is None else float(left - right)
             proposals.append((float(left), even, even - 1, margin))
         else:
-            margin = math.inf if left is None else float(right - left)
+            margin = math.inf if left is None else 0.0 if left == right else float(right - left)
             proposals.append((float(right), even, even + 1, margin))
     ranked = sorted(proposals, key=lambda p: (-p[0], p[1]))
     if merged < len(ranked):
@@ -120,6 +121,7 @@ def merge_grid(
     gaps: list[float],
     pairing: str = "line",
     feature: str = "hidden",
+    runs: Sequence[tuple[int, int] | None] | None = None,
 ) -> Grid:
     """An OIM step: the lines along `axis` go down to `target` tokens each, in rounds.
 
@@ -127,16 +129,37 @@ def merge_grid(
         pairing: ``"line"``: each line chooses for itself; ``"shared"``: all lines of an image choose
             together, by the mean of their similarities.
         feature: whose cosine counts, the tokens' (``"hidden"``) or the keys' (``"keys"``).
+        runs: of each image, the run [a, b) of positions on `axis` that may merge with each other while
+            the others stay as they are; None for all of them. Long enough for the target.
     """
     if axis == "height":
-        return merge_grid(grid.transposed(), "width", target, gaps, pairing, feature).transposed()
+        return merge_grid(grid.transposed(), "width", target, gaps, pairing, feature, runs).transposed()
+    free = list(runs) if runs is not None else [None] * len(grid.x)
     while grid.x.shape[2] > target:
         length = grid.x.shape[2]
-        grid = _round(grid, min(length // 2, length - target), gaps, pairing, feature)
+        most = min((run[1] - run[0] for run in free if run is not None), default=length)
+        merged = min(length // 2, length - target, most // 2)
+        grid = _round(grid, merged, gaps, pairing, feature, free)
+        free = [None if run is None else (run[0], run[1] - merged) for run in free]
     return grid
 
 
-def _round(grid: Grid, merged: int, gaps: list[float], pairing: str, feature: str) -> Grid:
+def _within(similarity: np.ndarray, run: tuple[int, int] | None) -> np.ndarray:
+    """[n - 1]: minus infinity for neighbours that are not both in `run`."""
+    if run is None:
+        return similarity
+    first = np.arange(len(similarity))
+    return np.where((first >= run[0]) & (first + 1 < run[1]), similarity, np.float32(-np.inf))
+
+
+def _round(
+    grid: Grid,
+    merged: int,
+    gaps: list[float],
+    pairing: str,
+    feature: str,
+    runs: Sequence[tuple[int, int] | None],
+) -> Grid:
     """Every line along the width loses `merged` tokens, at most half of them."""
     carried = {"x": grid.x, "keys": grid.keys, "angles": grid.angles}
     values = {name: value for name, value in carried.items() if value is not None}
@@ -147,9 +170,10 @@ def _round(grid: Grid, merged: int, gaps: list[float], pairing: str, feature: st
     for n, image in enumerate(compared):
         similarities = [cosines(line) for line in image]
         if pairing == "shared":
-            pairs = [choose(np.stack(similarities).mean(axis=0), merged, gaps)] * len(image)
+            mean = _within(np.stack(similarities).mean(axis=0), runs[n])
+            pairs = [choose(mean, merged, gaps)] * len(image)
         else:
-            pairs = [choose(similarity, merged, gaps) for similarity in similarities]
+            pairs = [choose(_within(similarity, runs[n]), merged, gaps) for similarity in similarities]
         lines = [
             join(pairs[row], sizes[n, row], slots[n, row], *(array[n, row] for array in arrays.values()))
             for row in range(len(image))
