@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import luvc_fx
+from luvc_fx.environment import hardware, versions
 from luvc_fx.inputs import InputError, read_image
 from luvc_fx.report import Reason, Refusal, Report
 from luvc_fx.schedule import Schedule
@@ -214,8 +214,8 @@ def run(
         prefill_speedup=None if obstacles else baseline.prefill_ms / luvc.prefill_ms,
         obstacles=obstacles,
         report=report,
-        hardware=_hardware(plain),
-        versions=_versions(),
+        hardware=hardware(plain),
+        versions=versions(),
     )
 
 
@@ -287,29 +287,3 @@ def _obstacles(
     if planned != luvc.tokens_per_layer:
         found.append(f"the report says {planned} visual tokens per layer, the KV cache another number")
     return found
-
-
-def _hardware(model: Any) -> dict[str, Any]:
-    cuda = model.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(model.device) if cuda else _cpu_name(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("luvc-fx", "torch", "transformers")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

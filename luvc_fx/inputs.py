@@ -33,7 +33,7 @@ def read_schedule(value: str) -> Schedule:
     except OSError as error:
         raise InputError(f"schedule {value!r} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError) as error:
-        raise InputError(f"schedule {value!r}: {_one_line(error)}") from None
+        raise InputError(f"schedule {value!r}: {one_line(error)}") from None
 
 
 def read_image(path: Path) -> Image:
@@ -50,10 +50,19 @@ def read_image(path: Path) -> Image:
     except UnidentifiedImageError:
         raise InputError(f"image '{path}' is not in a format that Pillow can read") from None
     except OSError as error:
-        raise InputError(f"image '{path}' cannot be read: {error.strerror or _one_line(error)}") from None
+        raise InputError(f"image '{path}' cannot be read: {error.strerror or one_line(error)}") from None
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"image '{path}' cannot be decoded: {_one_line(error)}") from None
+        raise InputError(f"image '{path}' cannot be decoded: {one_line(error)}") from None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error's text without its line ends."""
     return " ".join(str(error).split())
+
+
+def brief(error: Exception, most: int = 300) -> str:
+    """One line about an error that is not ours: its type and the first paragraph of its text."""
+    paragraph = " ".join(str(error).strip().partition("\n\n")[0].split())
+    if len(paragraph) > most:
+        paragraph = paragraph[: most - 3] + "..."
+    return f"{type(error).__name__}: {paragraph}" if paragraph else type(error).__name__

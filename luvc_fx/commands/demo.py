@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from luvc_fx.commands.output import make_console, make_table, note
 from luvc_fx.demo import Result, ask, run
 from luvc_fx.inputs import read_schedule
 
@@ -44,15 +44,11 @@ def demo(
     """
     # Nothing but the result may reach stdout, whatever a library prints.
     with contextlib.redirect_stdout(sys.stderr):
-        result = run(ask(image, question), read_schedule(schedule), inner.value, runs, _note)
+        result = run(ask(image, question), read_schedule(schedule), inner.value, runs, note)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
-        _show(result, Console(highlight=False, markup=False, soft_wrap=True))
-
-
-def _note(text: str) -> None:
-    print(f"... {text}", file=sys.stderr, flush=True)
+        _show(result, make_console())
 
 
 def _show(result: Result, console: Console) -> None:
@@ -61,18 +57,16 @@ def _show(result: Result, console: Console) -> None:
     expected = "" if question.expected is None else f" (right answer: {question.expected})"
     console.print(f"{question.source}: {question.text}{expected}")
 
-    arms = Table()
-    for heading in ("", plain, "luvc_fx"):
-        arms.add_column(heading)
+    arms = make_table("", plain, "luvc_fx")
     arms.add_row("answer", Text(baseline.answer), Text(luvc.answer))
     arms.add_row("prefill, median", *(f"{arm.prefill_ms:.2f} ms" for arm in (baseline, luvc)))
     arms.add_row("  quartile distance", *(f"{arm.prefill_spread_ms:.2f} ms" for arm in (baseline, luvc)))
     arms.add_row("first answer, compilation in it", *(f"{arm.compile_s:.1f} s" for arm in (baseline, luvc)))
     console.print(arms)
 
-    layers = Table(title="visual tokens entering each decoder layer, and rows in its KV cache")
-    for heading in ("layer", f"tokens, {plain}", "tokens, luvc_fx", f"KV, {plain}", "KV, luvc_fx"):
-        layers.add_column(heading, justify="right")
+    title = "visual tokens entering each decoder layer, and rows in its KV cache"
+    headings = ("layer", f"tokens, {plain}", "tokens, luvc_fx", f"KV, {plain}", "KV, luvc_fx")
+    layers = make_table(*headings, title=title, right=True)
     rows = zip(
         baseline.tokens_per_layer, luvc.tokens_per_layer, baseline.kv_lengths, luvc.kv_lengths, strict=True
     )
