@@ -39,11 +39,6 @@ def _run(argv: list[str] | None) -> int:
         rich_markup_mode=None,
     )
 
-    # A callback keeps the sub-command's name necessary while there is only one.
-    @app.callback()
-    def root() -> None:
-        pass
-
     for name, command in COMMANDS.items():
         app.command(name)(command)
     try:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from luvc_fx.commands.demo import demo
+from luvc_fx.commands.inspect import inspect
 
-COMMANDS: Mapping[str, Callable[..., None]] = MappingProxyType({"demo": demo})
+COMMANDS: Mapping[str, Callable[..., None]] = MappingProxyType({"demo": demo, "inspect": inspect})
 
 __all__ = ["COMMANDS"]
