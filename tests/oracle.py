@@ -11,6 +11,7 @@ and selecting are written here from the rules.
 
 from __future__ import annotations
 
+from oracle_crop import Tile, tiles_of
 from oracle_decode import (
     OracleResult,
     OracleState,
@@ -20,12 +21,14 @@ from oracle_decode import (
     oracle_greedy,
     score_gap,
 )
+from oracle_families import visual_rows
 from oracle_merge import Grid, choose, cosines, join, merge_grid
 from oracle_packed import Frame, encode_packed
 from oracle_positions import generate_positions
 from oracle_rows import VisualRows
 from oracle_select import energies, mix32, random_scores, select
 from oracle_strategies import schedules
+from oracle_tiles import newlines, tile_counts, tile_layout
 from oracle_vision import VisualTokens, encode, encoder_blocks, from_blocks, target_blocks, to_blocks
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "Grid",
     "OracleResult",
     "OracleState",
+    "Tile",
     "VisualRows",
     "VisualTokens",
     "choose",
@@ -46,6 +50,7 @@ __all__ = [
     "join",
     "merge_grid",
     "mix32",
+    "newlines",
     "oracle_continue",
     "oracle_forward",
     "oracle_generate",
@@ -55,5 +60,9 @@ __all__ = [
     "score_gap",
     "select",
     "target_blocks",
+    "tile_counts",
+    "tile_layout",
+    "tiles_of",
     "to_blocks",
+    "visual_rows",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -29,11 +30,17 @@ _FRACTIONS = st.one_of(st.sampled_from([0.1, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0]
 
 @st.composite
 def _merge_items(
-    draw: st.DrawFn, blocks: int, grid: tuple[int, int], most: int, unit: int, ragged: bool
-) -> tuple[tuple[Merge, ...], tuple[int, int]]:
-    place = st.tuples(st.integers(0, blocks - 1), st.sampled_from(AXES))
+    draw: st.DrawFn,
+    blocks: int,
+    last: int,
+    grids: Sequence[tuple[int, int]],
+    most: int,
+    unit: int,
+    ragged: bool,
+) -> tuple[tuple[Merge, ...], list[tuple[int, int]]]:
+    place = st.tuples(st.integers(0, last), st.sampled_from(AXES))
     places = draw(st.lists(place, unique=True, max_size=most)) if blocks else []
-    sides = {"height": grid[0], "width": grid[1]}
+    sides = {axis: [grid[i] for grid in grids] for i, axis in enumerate(("height", "width"))}
     items: dict[int, Merge] = {}
     for i in sorted(range(len(places)), key=lambda i: places[i][0]):
         block, axis = places[i]
@@ -41,7 +48,7 @@ def _merge_items(
             amount: dict[str, Any] = {"keep": draw(_FRACTIONS)}
         else:
             step = 1 if ragged else unit
-            amount = {"length": step * draw(st.integers(1, sides[axis] // step))}
+            amount = {"length": step * draw(st.integers(1, min(sides[axis]) // step))}
         depth = (block + 1 + draw(st.sampled_from([-0.25, 0.0, 0.25]))) / blocks
         how = draw(st.sampled_from(["layer", "negative", "depth"]))
         if how == "depth" and 0 < depth < 1 and Merge(axis, keep=1.0, depth=depth).block(blocks) == block:
@@ -55,8 +62,9 @@ def _merge_items(
             pairing=draw(st.sampled_from(PAIRINGS)),
             feature=draw(st.sampled_from(FEATURES)),
         )
-        sides[axis] = unit * target_blocks(items[i], sides[axis] // unit, unit)
-    return tuple(items[i] for i in range(len(places))), (sides["height"], sides["width"])
+        sides[axis] = [unit * target_blocks(items[i], side // unit, unit) for side in sides[axis]]
+    left = list(zip(sides["height"], sides["width"], strict=True))
+    return tuple(items[i] for i in range(len(places))), left
 
 
 @st.composite
@@ -106,21 +114,32 @@ def schedules(
     prunes: int = 3,
     unit: int = 1,
     ragged: bool = False,
+    grids: Sequence[tuple[int, int]] | None = None,
+    last: int | None = None,
+    fused: Callable[[tuple[Merge, ...]], int] | None = None,
 ) -> Schedule:
     """Valid schedules for a model.
 
     Args:
         blocks: encoder blocks that feed the features (`encoder_blocks`); layers: of the decoder.
         grid: patches (height, width) of one image; images: images (tiles) in each row.
-        merges, prunes: how many of each at most.
+        merges, prunes: how many of each at most; no merges where `merges` is 0.
         unit: `unit` x `unit` patches become one feature: 1 for LLaVA, 2 for InternVL.
         ragged: also draw lengths that are not whole blocks, which have to be rounded up.
+        grids: where a row's images (and frames of videos) are of other sizes, the patches (height,
+            width) of each, in place of `grid` and `images`.
+        last: the last encoder block after which tokens may merge.
+        fused: where it does not follow from the grids, how many visual tokens a row has at the fusion
+            after these merges.
     """
-    merge, (height, width) = draw(_merge_items(blocks, grid, merges, unit, ragged))
-    fused = images * (height // unit) * (width // unit)
-    prune = draw(_prune_items(layers, fused, prunes))
+    own = [grid] * images if grids is None else grids
+    merge, left = draw(_merge_items(blocks, blocks - 1 if last is None else last, own, merges, unit, ragged))
+    count = sum((height // unit) * (width // unit) for height, width in left)
+    if fused is not None:
+        count = fused(merge)
+    prune = draw(_prune_items(layers, count, prunes))
     schedule = Schedule(merge=merge, prune=prune)
     schedule.merges_at(blocks)
     schedule.prunes_at(layers)
-    schedule.prunes_at(layers, fused)
+    schedule.prunes_at(layers, count)
     return schedule

@@ -24,14 +24,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from oracle_crop import Tile, shortened, target, tiles_of
+from oracle_crop import Tile, shortened, target, tiles_of, tokens_of
 from oracle_merge import Grid, merge_grid
 from oracle_rows import Piece, VisualRows, assemble, placeholders, shared_out
 from oracle_vision import encoder_blocks
 from torch import Tensor, nn
 from transformers import LlavaNextForConditionalGeneration, LlavaOnevisionForConditionalGeneration
 
-from luvc_fx.schedule import Schedule
+from luvc_fx.schedule import Merge, Schedule
 
 FAMILIES = (LlavaOnevisionForConditionalGeneration, LlavaNextForConditionalGeneration)
 
@@ -111,6 +111,14 @@ def encode_tiles(
         hidden = torch.cat([hidden[:, : tower.prefix], grid.x.flatten(1, 2)], dim=1)
     features = model.model.multi_modal_projector(as_grid(hidden, *tiles[0].sides))
     return features, grid, tiles
+
+
+def tile_counts(model: nn.Module, merges: Sequence[Merge], vision: dict[str, Tensor]) -> list[int]:
+    """The visual tokens of each image after `merges`, newlines too."""
+    tiles = tile_layout(model, vision)
+    for _, merge in Schedule(merge=tuple(merges)).merges_at(encoder_blocks(model)):
+        tiles = shortened(tiles, merge)
+    return [tokens_of(tiles, image) for image in range(1 + max(tile.image for tile in tiles))]
 
 
 def newlines(before: int, after: int) -> list[tuple[int, int]]:

@@ -136,6 +136,8 @@ class VisualTokens:
 
 def encoder_blocks(model: nn.Module) -> int:
     """How many encoder blocks feed the features."""
+    if not hasattr(model.config, "vision_feature_layer"):
+        return len(model.model.visual.blocks)
     layer = model.config.vision_feature_layer
     if not isinstance(layer, int):
         raise NotImplementedError("the oracle takes one vision feature layer")
