@@ -153,6 +153,27 @@ def test_a_second_turn_of_text_is_the_stock_one(family: str, name: str) -> None:
     assert torch.equal(second.sequences[:, whole.shape[1] :], oracle_greedy(model, turn, 5))
 
 
+@pytest.mark.parametrize(("family", "name"), CASES)
+@torch.no_grad()
+def test_images_in_the_second_turn_are_the_whole_prompt_at_once(family: str, name: str) -> None:
+    model = build(family)
+    rows = alike(family, name)[:1]
+    batch = prompt(family, rows)
+    new = torch.randint(5, 90, (1, 4), generator=torch.Generator().manual_seed(2))
+    whole = {**batch, "input_ids": torch.cat([new, batch["input_ids"]], dim=1)}
+    for key, filled in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if key in batch:
+            whole[key] = torch.cat([torch.full_like(new, filled), batch[key]], dim=1)
+    head = oracle_forward(model, Schedule(), input_ids=new)
+    for schedule in (Schedule(), schedule_for(family, batch)):
+        tail = oracle_forward(model, schedule, past=head.state, **batch)
+        if not schedule.prune:
+            assert float((tail.logits - model(**whole).logits[:, 4:]).abs().max()) < 2e-5
+        once = oracle_forward(model, schedule, **whole)
+        assert float((tail.logits - once.logits[:, 4:]).abs().max()) < 2e-5
+        assert torch.equal(tail.state.next_position, once.state.next_position)
+
+
 @pytest.mark.parametrize("family", MAKERS)
 @torch.no_grad()
 def test_a_prompt_of_text_alone(family: str) -> None:
