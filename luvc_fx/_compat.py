@@ -29,13 +29,16 @@ __all__ = [
     "counters",
     "enable_scalar_capture",
     "encoder_output",
+    "extra_features",
     "fake_run",
     "hint",
     "inductor_options",
     "install_output_hooks",
     "make_fx",
     "recompile_reason",
+    "takes_varlen",
     "tracing_settings",
+    "vision_tables",
     "watch_recompile_limit",
     "with_own_code",
 ]
@@ -105,11 +108,24 @@ def with_own_code(body: Callable[..., Any]) -> Callable[..., Any]:
     return own
 
 
-def encoder_output(features: list[torch.Tensor] | torch.Tensor) -> Any:
-    """Image features, `[N, dim]` each or `[images, N, dim]`, as `generate` passes them to `forward`."""
+def encoder_output(features: Any, extra: dict[str, Any] | None = None) -> Any:
+    """Image features, `[N, dim]` each or `[images, N, dim]`, as `generate` passes them to `forward`.
+
+    Args:
+        extra: what `extra_features` found.
+    """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+    output = BaseModelOutputWithPooling(pooler_output=features)
+    for name, value in (extra or {}).items():
+        setattr(output, name, value)
+    return output
+
+
+def extra_features(output: Any) -> dict[str, Any]:
+    """Features of an encoder's output that enter the decoder later (deepstack, 5.17 - 5.23)."""
+    found = getattr(output, "deepstack_features", None)
+    return {} if found is None else {"deepstack_features": list(found)}
 
 
 def compile_inductor(
@@ -235,3 +251,40 @@ def being_compiled() -> Any:
             return frame.f_locals.get("model")
         frame = frame.f_back
     return None
+
+
+def takes_varlen(base: Any) -> bool:
+    """Whether the vision encoder's attention wants its segments as a tensor (flash attention)."""
+    encoder = getattr(base, "visual", None)
+    return "flash" in str(getattr(getattr(encoder, "config", None), "_attn_implementation", ""))
+
+
+def vision_tables(base: Any, grid: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a packed vision encoder computes from `grid` ``[images, 3]`` by operations that break graphs.
+
+    Keyed as its precomputed keyword arguments, without the modality (transformers 5.17 - 5.23, from
+    whose `vision_utils` the functions are).
+    """
+    from transformers import vision_utils
+
+    encoder = base.visual
+    merge = int(encoder.config.spatial_merge_size)
+    tables = {
+        "position_ids": vision_utils.get_vision_position_ids(grid, merge),
+        "cu_seqlens": vision_utils.get_vision_cu_seqlens(grid),
+    }
+    if hasattr(encoder, "window_size"):
+        tables["window_index"], tables["cu_window_seqlens"] = vision_utils.get_vision_window_index(
+            grid, merge, encoder.window_size, encoder.patch_size
+        )
+    if hasattr(encoder, "num_grid_per_side"):
+        names = ("interp_indices", "interp_weights")
+        found = vision_utils.get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=encoder.num_grid_per_side,
+            mode=encoder.interpolation_mode,
+            align_corners=encoder.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        tables.update(zip(names, found, strict=True))
+    return tables

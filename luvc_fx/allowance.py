@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luvc_fx.cache import unsupported
+from luvc_fx.encoders import modalities
 from luvc_fx.report import Reason, Refusal
 
 PLAIN = (
@@ -63,8 +64,11 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
     if ids is None:
         note(Refusal(Reason.INPUTS, "inputs_embeds without input_ids: all visual tokens stay"))
         return NOTHING
-    counts = (ids == model.config.image_token_id).sum(1)
-    if ids.shape[0] > 1 and int(counts.min()) != int(counts.max()):
+    uneven = False
+    for kind in modalities(model):
+        counts = (ids == getattr(model.config, kind.token)).sum(1)
+        uneven = uneven or int(counts.min()) != int(counts.max())
+    if uneven:
         text = "rows with different numbers of visual tokens: all visual tokens stay"
         note(Refusal(Reason.UNEVEN_BATCH, text))
         return NOTHING

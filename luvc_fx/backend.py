@@ -163,8 +163,12 @@ class LuvcBackend:
         report = GraphReport(nodes_before=len(gm.graph.nodes), nodes_after=len(gm.graph.nodes))
         report.compile_id, report.recompile_reason = _compat.compile_id(), _compat.recompile_reason()
         started = time.perf_counter()
-        anatomy = recognise(gm.graph)
-        plan = make_plan(self.schedule, anatomy, self.identity_sites)
+        try:
+            anatomy = recognise(gm.graph)
+            plan = make_plan(self.schedule, anatomy, self.identity_sites)
+        except Exception as error:
+            self._failed(report, error, "recognition failed and the graph was left as it is")
+            return report
         _describe(report, anatomy, plan, self.schedule)
         report.milliseconds["recognise and plan"] = (time.perf_counter() - started) * 1e3
         report.flops_before, report.kv_bytes_before = _costs(gm.graph, report)
@@ -196,11 +200,14 @@ class LuvcBackend:
         if isinstance(error, Refused):
             report.refusals.append(error.refusal)
             return
+        self._failed(report, error, "a luvc_fx pass failed and was rolled back")
+
+    def _failed(self, report: GraphReport, error: Exception, what: str) -> None:
+        """An error of our own: it stops nobody who is not strict."""
         if self.strict:
             raise error
-        text = f"{type(error).__name__}: {error}"
-        report.refusals.append(Refusal(Reason.PASS_FAILED, text))
-        log.warning("a luvc_fx pass failed and was rolled back", exc_info=error)
+        report.refusals.append(Refusal(Reason.PASS_FAILED, f"{type(error).__name__}: {error}"))
+        log.warning(what, exc_info=error)
 
     def _run_passes(self, gm: fx.GraphModule, anatomy: Anatomy, plan: Plan, report: GraphReport) -> None:
         drop_dead(gm.graph)

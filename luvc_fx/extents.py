@@ -2,7 +2,8 @@
 
 An axis is an ordered product of factors, outermost first: sizes that stay, and sides of the token grid
 (or the count of a sequence), each times a fraction. ``view(B, H, W / 2, 2 C)`` of ``[B, H, W, C]`` gives
-half the width and a constant 2 that joins the channels, whatever sizes happen to be equal.
+half the width and a constant 2 that joins the channels, whatever sizes happen to be equal. Axes that lie
+one behind the other (images of other sizes in one row) are a `Row` of such products.
 """
 
 from __future__ import annotations
@@ -39,12 +40,21 @@ class Factor(NamedTuple):
             return self.scale.numerator * count // self.scale.denominator
         return self.scale * count
 
+    def symbols(self) -> list[str]:
+        """The symbol, or none."""
+        return [] if self.symbol == CONSTANT else [self.symbol]
+
 
 class Extent(NamedTuple):
-    """An axis of length ``product of factors + plus``."""
+    """An axis of length ``plus + product of factors + tail``: rows in front, tokens, rows behind.
 
-    factors: tuple[Factor, ...]
+    A factor may be an axis itself (a grid with one more column, flattened). `plus` and `tail` are
+    negative where rows were cut off.
+    """
+
+    factors: tuple[Any, ...]  # of Factor, Extent and Row
     plus: int = 0
+    tail: int = 0
 
     def length(self, counts: Counts) -> Any:
         """The length for these counts, an int or a SymInt.
@@ -59,21 +69,94 @@ class Extent(NamedTuple):
             if length.denominator != 1:
                 raise ValueError(f"{dict(counts)} do not divide into whole rows")
             length = int(length)
-        return length + self.plus
+        return length + self.plus + self.tail
+
+    size = length
+
+    @property
+    def splits(self) -> bool:
+        """Whether a reshape may take the factors apart."""
+        return not self.plus and not self.tail and all(isinstance(f, Factor) for f in self.factors)
 
     def symbols(self) -> list[str]:
         """The symbols in order, outermost first."""
-        return [factor.symbol for factor in self.factors if factor.symbol != CONSTANT]
+        return [symbol for factor in self.factors for symbol in factor.symbols()]
 
     def scale_of(self, symbol: str) -> Fraction:
         """The fraction of `symbol` that this axis holds; 1 where it has none."""
-        return next((factor.scale for factor in self.factors if factor.symbol == symbol), Fraction(1))
+        plain = (factor for factor in self.factors if isinstance(factor, Factor))
+        return next((factor.scale for factor in plain if factor.symbol == symbol), Fraction(1))
 
     def times(self, number: int | Fraction, outer: bool) -> Extent:
         """This axis with a constant factor more, outermost or innermost."""
         constant = (Factor(CONSTANT, Fraction(number)),)
         factors = constant + self.factors if outer else self.factors + constant
-        return Extent(_tidy(factors), int(self.plus * number))
+        return Extent(_tidy(factors), int(self.plus * number), int(self.tail * number))
+
+    def without_inner(self, number: int) -> Extent | None:
+        """This axis without the innermost constant factor `number`, or None where it has none."""
+        last = self.factors[-1] if self.factors else None
+        if self.plus or self.tail or not isinstance(last, Factor) or last.symbol != CONSTANT:
+            return None
+        rest = last.scale / number
+        if rest.denominator != 1:
+            return None
+        return Extent(_tidy((*self.factors[:-1], Factor(CONSTANT, rest))))
+
+
+class Row(NamedTuple):
+    """Axes one behind the other, at least two."""
+
+    parts: tuple[Extent, ...]
+
+    plus = tail = 0
+    splits = False
+
+    def length(self, counts: Counts) -> Any:
+        """As of `Extent`."""
+        return sum(part.length(counts) for part in self.parts)
+
+    size = length
+
+    def symbols(self) -> list[str]:
+        """The symbols in order, each once."""
+        return list(dict.fromkeys(symbol for part in self.parts for symbol in part.symbols()))
+
+    def times(self, number: int | Fraction, outer: bool) -> Extent:
+        """This axis with a constant factor more, outermost or innermost."""
+        constant = (Factor(CONSTANT, Fraction(number)),)
+        return Extent((*constant, self) if outer else (self, *constant))
+
+    def without_inner(self, number: int) -> Row | None:
+        """As of `Extent`, for all of them."""
+        parts = [part.without_inner(number) for part in self.parts]
+        return None if None in parts else Row(tuple(part for part in parts if part is not None))
+
+
+Axis = Extent | Row
+
+
+def row_of(parts: Sequence[Axis]) -> Axis:
+    """`parts` one behind the other; equal neighbours become one, with a constant for their number."""
+    flat: list[tuple[int, Extent]] = []
+    for part in parts:
+        for piece in pieces_of(part):
+            if flat and flat[-1][1] == piece:
+                flat[-1] = (flat[-1][0] + 1, piece)
+            else:
+                flat.append((1, piece))
+    joined = tuple(piece.times(number, outer=True) for number, piece in flat)
+    return joined[0] if len(joined) == 1 else Row(joined)
+
+
+def pieces_of(axis: Axis) -> list[Extent]:
+    """The parts of a row, and an outer constant taken apart: what a split may separate."""
+    if isinstance(axis, Row):
+        return [piece for part in axis.parts for piece in pieces_of(part)]
+    first = axis.factors[0] if axis.factors else None
+    if axis.plus or axis.tail or not isinstance(first, Factor) or first.symbol != CONSTANT:
+        return [axis]
+    return [Extent(axis.factors[1:])] * int(first.scale)
 
 
 def of(*symbols: str, plus: int = 0) -> Extent:
@@ -81,15 +164,26 @@ def of(*symbols: str, plus: int = 0) -> Extent:
     return Extent(tuple(Factor(symbol) for symbol in symbols), plus)
 
 
-def _tidy(factors: Sequence[Factor]) -> tuple[Factor, ...]:
+def blocks(count: int, sides: tuple[str, str], unit: int) -> Extent:
+    """The axis of `count` grids whose patches lie block by block, `unit` x `unit` each."""
+    part = Fraction(1, unit)
+    grid = Extent((Factor(sides[0], part), Factor(sides[1], part)))
+    return grid.times(unit * unit, outer=False).times(count, outer=True)
+
+
+def _tidy(factors: Sequence[Any]) -> tuple[Any, ...]:
     """Neighbouring constants as one, ones dropped."""
-    tidy: list[Factor] = []
+    tidy: list[Any] = []
     for factor in factors:
-        if factor.symbol == CONSTANT and tidy and tidy[-1].symbol == CONSTANT:
+        if _constant(factor) and tidy and _constant(tidy[-1]):
             tidy[-1] = Factor(CONSTANT, tidy[-1].scale * factor.scale)
         else:
             tidy.append(factor)
-    return tuple(f for f in tidy if f.symbol != CONSTANT or f.scale != 1)
+    return tuple(f for f in tidy if not _constant(f) or f.scale != 1)
+
+
+def _constant(factor: object) -> bool:
+    return isinstance(factor, Factor) and factor.symbol == CONSTANT
 
 
 class _Piece(NamedTuple):
@@ -97,7 +191,7 @@ class _Piece(NamedTuple):
 
     size: int
     factor: Factor
-    whole: Extent | None = None
+    whole: Axis | None = None
 
     @property
     def constant(self) -> bool:
@@ -106,11 +200,11 @@ class _Piece(NamedTuple):
 
 def align(
     old: tuple[int, ...],
-    extents: Mapping[int, Extent],
+    extents: Mapping[int, Axis],
     new: tuple[int, ...],
     counts: Counts,
     node: fx.Node,
-) -> dict[int, Extent]:
+) -> dict[int, Axis]:
     """The token axes of a reshaped value, from those of its input.
 
     Dimensions are matched from the left in groups of equal product, and inside a group factor by
@@ -122,7 +216,7 @@ def align(
     Raises:
         Refused: TOKEN_AXIS where the capture does not tell how another count would be reshaped.
     """
-    found: dict[int, Extent] = {}
+    found: dict[int, Axis] = {}
     for group, into in _groups(old, new):
         if any(axis in extents for axis in group):
             found.update(_distribute(_pieces(old, extents, group, counts), new, into, node))
@@ -147,23 +241,21 @@ def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[range, ran
     return groups
 
 
-def _pieces(
-    old: tuple[int, ...], extents: Mapping[int, Extent], group: range, counts: Counts
-) -> list[_Piece]:
+def _pieces(old: tuple[int, ...], extents: Mapping[int, Axis], group: range, counts: Counts) -> list[_Piece]:
     pieces: list[_Piece] = []
     for axis in group:
         extent = extents.get(axis)
         if extent is None:
             if old[axis] != 1:
                 pieces.append(_Piece(old[axis], Factor(CONSTANT, Fraction(old[axis]))))
-        elif extent.plus:
+        elif not extent.splits:
             pieces.append(_Piece(old[axis], Factor(CONSTANT), extent))
         else:
             pieces += [_Piece(int(factor.size(counts)), factor) for factor in extent.factors]
     return pieces
 
 
-def _distribute(pieces: list[_Piece], new: tuple[int, ...], into: range, node: fx.Node) -> dict[int, Extent]:
+def _distribute(pieces: list[_Piece], new: tuple[int, ...], into: range, node: fx.Node) -> dict[int, Axis]:
     """Fill the new axes with the pieces, from the left."""
     if not into:
         raise Refused(Reason.TOKEN_AXIS, "a reshape loses the token axis", node)
@@ -196,22 +288,27 @@ def _split(piece: _Piece, outer: int, node: fx.Node) -> tuple[_Piece, _Piece]:
     constant = _Piece(inner, Factor(CONSTANT, Fraction(inner)))
     if piece.constant:
         return _Piece(outer, Factor(CONSTANT, Fraction(outer))), constant
-    if piece.whole is not None or piece.factor.symbol == TOKENS:
+    if piece.whole is not None:
+        rest = piece.whole.without_inner(inner)
+        if rest is None:
+            raise Refused(Reason.TOKEN_AXIS, _UNCLEAR, node)
+        return _Piece(outer, Factor(CONSTANT), rest), constant
+    if piece.factor.symbol == TOKENS:
         raise Refused(Reason.TOKEN_AXIS, _UNCLEAR, node)
     return _Piece(outer, Factor(piece.factor.symbol, piece.factor.scale / inner)), constant
 
 
-def _joined(parts: list[_Piece], node: fx.Node) -> Extent | None:
+def _joined(parts: list[_Piece], node: fx.Node) -> Axis | None:
     """The axis that these pieces make up, or None where it is constant."""
     tokens = [part for part in parts if not part.constant]
     if not tokens:
         return None
-    symbols = [part.factor.symbol for part in tokens]
-    whole = next((part.whole for part in tokens if part.whole is not None), None)
-    if len(set(symbols)) < len(symbols) or (whole is not None and len(tokens) > 1):
+    symbols = [s for part in tokens for s in (part.whole or part.factor).symbols()]
+    if len(set(symbols)) < len(symbols):
         raise Refused(Reason.TOKEN_AXIS, "a reshape joins two token axes", node)
-    if whole is None:
-        return Extent(_tidy([part.factor for part in parts]))
+    whole = tokens[0].whole
+    if len(tokens) > 1 or whole is None:
+        return Extent(_tidy([part.factor if part.whole is None else part.whole for part in parts]))
     place = next(i for i, part in enumerate(parts) if part.whole is not None)
     for part in parts[place - 1 :: -1] if place else []:
         whole = whole.times(part.factor.scale, outer=True)

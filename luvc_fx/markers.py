@@ -11,14 +11,18 @@ import torch
 _LIBRARY = torch.library.Library("luvc_fx", "FRAGMENT")
 
 _LIBRARY.define("slots(Tensor features) -> Tensor")
+_LIBRARY.define("patches(Tensor pixels, int[] grids, int unit) -> Tensor")
 _LIBRARY.define("image_grid(Tensor features, int height, int width) -> Tensor")
 _LIBRARY.define("prompt_rows(Tensor embeds_or_ids) -> Tensor")
 _LIBRARY.define("cache_mask(Tensor padding, SymInt queries) -> Tensor")
 
 
 def _slots(features: torch.Tensor) -> torch.Tensor:
-    images, tokens = features.shape[:2]
-    return torch.arange(tokens, device=features.device).expand(images, 1, tokens).clone()
+    return torch.arange(features.shape[0], device=features.device).reshape(1, 1, -1).clone()
+
+
+def _patches(pixels: torch.Tensor, grids: list[int], unit: int) -> torch.Tensor:
+    return pixels.clone()
 
 
 def _image_grid(features: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -41,15 +45,20 @@ def _cache_mask(padding: torch.Tensor, queries: int) -> torch.Tensor:
     )
 
 
-for _name, _body in (("slots", _slots), ("image_grid", _image_grid), ("prompt_rows", _prompt_rows)):
+_SHOWN = {"slots": _slots, "patches": _patches, "image_grid": _image_grid, "prompt_rows": _prompt_rows}
+for _name, _body in _SHOWN.items():
     _LIBRARY.impl(_name, _body, "CompositeImplicitAutograd")
 _LIBRARY.impl("cache_mask", _cache_mask, "CompositeExplicitAutograd")
 torch.library.register_fake("luvc_fx::cache_mask", _cache_mask_shape, lib=_LIBRARY)
 
 SLOTS = torch.ops.luvc_fx.slots
-"""`slots(features [n, N, D]) -> [n, 1, N]`: which placeholder of its image each feature stands for.
+"""`slots(features [N, D]) -> [1, 1, N]`: which placeholder each feature stands for, over all images.
 
-The merge pass replaces it by `[n, H', W']`, the representatives on the merged grid."""
+The merge pass replaces it by the representatives, `[n, H', W']` where the features are n equal grids."""
+
+PATCHES = torch.ops.luvc_fx.patches
+"""`patches(pixels [P, C], [t, h, w, ...], unit) -> pixels`: these rows are the patches of images or
+videos of t frames of h x w each, frame by frame, in blocks of unit x unit that become one feature."""
 
 IMAGE_GRID = torch.ops.luvc_fx.image_grid
 """`image_grid(features, height, width) -> features`: the grid that these features lie on."""

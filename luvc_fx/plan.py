@@ -6,24 +6,50 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from luvc_fx.anatomy import Anatomy, Decoder, Encoder
+from luvc_fx.anatomy import Anatomy, Decoder
+from luvc_fx.encoder_anatomy import Encoder
+from luvc_fx.extents import Counts
 from luvc_fx.report import Reason, Refusal
 from luvc_fx.schedule import Merge, Prune, Schedule
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One OIM step at a site.
+
+    Attributes:
+        before, after: length of the merged axis in patches, of each of the encoder's `frames`.
+        runs: per tile the places that may merge, where some of them are padding; `shortest` of those.
+    """
+
+    merge: Merge
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    runs: tuple[tuple[int, int], ...] | None = None
+    shortest: int | None = None
+
+    def __str__(self) -> str:
+        changes = dict.fromkeys(zip(self.before, self.after, strict=True))
+        return f"{self.merge.axis} " + ", ".join(f"{before} -> {after}" for before, after in changes)
 
 
 @dataclass(frozen=True, slots=True)
 class MergeSite:
-    """OIM steps after one encoder block: ``(merge, length of its axis before, and after)`` each.
+    """OIM steps after one encoder block.
 
-    `keys` are those of the block's attention, `[images, heads, lead + tokens, dim]`.
+    Attributes:
+        keys: of the block's attention calls, `[images, heads, rows, dim]` each.
+        grids, merged: before and after, in patches, of each of the encoder's `frames`.
     """
 
     block: int
     node: fx.Node
-    keys: fx.Node
-    steps: tuple[tuple[Merge, int, int], ...]
-    grid: tuple[int, int]
-    merged: tuple[int, int]
+    keys: tuple[fx.Node, ...]
+    steps: tuple[Step, ...]
+    grids: tuple[Grid, ...]
+    merged: tuple[Grid, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +106,7 @@ def make_plan(schedule: Schedule, anatomy: Anatomy, identity_sites: bool = False
         except ValueError as error:
             plan.refusals.append(Refusal(Reason.SCHEDULE, str(error)))
         if plan.merges:
-            plan.merged_grid = plan.merges[-1].merged
+            plan.merged_grid = plan.merges[-1].merged[0] if encoder.grid is not None else None
     if decoder is not None:
         try:
             _plan_decoder(plan, schedule, encoder, decoder, identity_sites)
@@ -89,34 +115,80 @@ def make_plan(schedule: Schedule, anatomy: Anatomy, identity_sites: bool = False
     return plan
 
 
+def side_counts(encoder: Encoder, grids: tuple[Grid, ...]) -> Counts:
+    """The sides of these grids by the names they have in the encoder's `TokenAxes`."""
+    pairs = zip(encoder.frames, grids, strict=True)
+    return {side: size for frames, grid in pairs for side, size in zip(frames.sides, grid, strict=True)}
+
+
 def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bool) -> tuple[MergeSite, ...]:
-    grid = encoder.grid
-    sites: list[MergeSite] = []
-    by_block: dict[int, list[tuple[Merge, int, int]]] = {}
+    grids = start = tuple(frames.grid for frames in encoder.frames)
+    by_block: dict[int, list[Step]] = {}
+    lost = [0, 0]
     for block, merge in schedule.merges_at(len(encoder.leaving)):
         along = 0 if merge.axis == "height" else 1
-        before, unit = grid[along], encoder.unit[along]
-        if merge.length is None:
-            after = merge.target(before // unit) * unit  # whole blocks merge, so a fraction is one of blocks
-        else:
-            asked = merge.target(before)
-            after = -(-asked // unit) * unit
-            if after != asked:
-                text = f"Merge.length {asked} became {after}, as {unit} patches make one feature"
-                plan.refusals.append(Refusal(Reason.SCHEDULE, text))
-        if after == before and not identity_sites:
+        before = tuple(grid[along] for grid in grids)
+        after = tuple(_target(plan, merge, size, encoder.unit[along]) for size in before)
+        step = Step(merge, before, after)
+        if encoder.packing is not None:
+            step = _beside_padding(plan, step, encoder, along, lost[along])
+            lost[along] += step.before[0] - step.after[0]
+        if step.after == before and not identity_sites:
             continue
-        by_block.setdefault(block, []).append((merge, before, after))
-        grid = (after, grid[1]) if along == 0 else (grid[0], after)
-    grid = encoder.grid
+        by_block.setdefault(block, []).append(step)
+        grids = _shortened(grids, step)
+    sites = []
+    grids = start
     for block, steps in by_block.items():
-        merged = grid
-        for merge, _, after in steps:
-            merged = (after, merged[1]) if merge.axis == "height" else (merged[0], after)
-        node, keys = encoder.leaving[block], encoder.keys[block]
-        sites.append(MergeSite(block, node, keys, tuple(steps), grid, merged))
-        grid = merged
+        merged = grids
+        for step in steps:
+            merged = _shortened(merged, step)
+        sites.append(
+            MergeSite(block, encoder.leaving[block], encoder.keys[block], tuple(steps), grids, merged)
+        )
+        grids = merged
     return tuple(sites)
+
+
+def _shortened(grids: tuple[Grid, ...], step: Step) -> tuple[Grid, ...]:
+    height = step.merge.axis == "height"
+    pairs = zip(grids, step.after, strict=True)
+    return tuple((after, grid[1]) if height else (grid[0], after) for grid, after in pairs)
+
+
+def _target(plan: Plan, merge: Merge, before: int, unit: int) -> int:
+    """The length of an axis after a merge, in patches: whole blocks merge."""
+    if merge.length is None:
+        return merge.target(before // unit) * unit  # a fraction is one of blocks
+    asked = merge.target(before)
+    after = -(-asked // unit) * unit
+    if after != asked:
+        _round_up(plan, asked, after, f"{unit} patches make one feature")
+    return after
+
+
+def _beside_padding(plan: Plan, step: Step, encoder: Encoder, along: int, lost: int) -> Step:
+    """Padding does not merge with the picture, and is cut off later as it is: only the picture shrinks."""
+    assert encoder.packing is not None
+    runs = encoder.packing.runs(along)
+    if runs is None:
+        raise ValueError(f"Schedule.merge along {step.merge.axis}: a tile of this image is only padding")
+    runs = [(first, end - lost) for first, end in runs]
+    size, after = step.before[0], step.after[0]
+    partly = [end - first for first, end in runs if end - first < size]
+    if not partly:
+        return step
+    least = size - min(partly) + 1
+    if after < least:
+        _round_up(plan, after, least, f"{min(partly)} of {size} places in a tile are no padding")
+        after = least
+    return Step(step.merge, step.before, (after,), tuple(runs), min(partly))
+
+
+def _round_up(plan: Plan, asked: int, after: int, why: str) -> None:
+    refusal = Refusal(Reason.SCHEDULE, f"Merge.length {asked} became {after}, as {why}")
+    if refusal not in plan.refusals:
+        plan.refusals.append(refusal)
 
 
 def _plan_decoder(
@@ -126,10 +198,9 @@ def _plan_decoder(
     plan.original = plan.fused = decoder.visual
     grid = decoder.grid
     if encoder is not None and plan.merges:
-        height, width = encoder.feature_grid
         merged = plan.merges[-1].merged
-        grid = merged[0] // encoder.unit[0], merged[1] // encoder.unit[1]
-        plan.fused = decoder.visual // (height * width) * grid[0] * grid[1]
+        plan.fused = decoder.visual * encoder.count(side_counts(encoder, merged)) // encoder.placeholders
+        grid = encoder.blocks_of(merged[0]) if grid is not None else None
     left = plan.fused
     plan.tokens_per_layer = [left] * layers
     sites = []

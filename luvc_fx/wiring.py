@@ -1,9 +1,10 @@
 """The hooks on one model instance: vision, prefill and decode graphs of `generate`.
 
 `generate` encodes the image, prefills and decodes in separate calls, so no graph sees all of it. The
-instance gets three hooks: `get_image_features` of the base model (while `generate` runs), `forward`, and
-`generate` itself. Between vision and prefill the prompt is cut to the placeholders whose tokens survived,
-so that the prefill graph sees a shorter but consistent prompt. No class and no source is changed.
+instance gets hooks on the encoders of the base model, `get_image_features` and `get_video_features`
+(while `generate` runs), on `forward`, and on `generate` itself. Between vision and prefill the prompt is
+cut to the placeholders whose tokens survived, so that the prefill graph sees a shorter but consistent
+prompt. No class and no source is changed.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luvc_fx import _compat, markers
+from luvc_fx import _compat, controls, markers
+from luvc_fx import prompt as prompts
 from luvc_fx.allowance import NOTHING, Allowed, for_generate, for_images, refusal_of_forward
 from luvc_fx.backend import LuvcBackend, LuvcWarning, NotRewritten, backend
 from luvc_fx.cache import PrunedCache, adopt
-from luvc_fx.ops import gather_rows, surviving_rows
+from luvc_fx.encoders import Encoder, modalities
 from luvc_fx.report import Refusal, Report
 from luvc_fx.schedule import Schedule
 
@@ -56,21 +58,26 @@ class FrontDoor:
         self.dynamic = dynamic
         self.schedule: Schedule = settings["schedule"]
         self.report = Report()
-        self.stacked = False  # whether this model's encoder gives one tensor for all images, not a list
+        self.whole = False  # whether this model's encoder gives one tensor for all images, not a list
         self.local = threading.local()
-        self.originals = {
-            (owner, name): getattr(owner, name)
-            for owner, name in (
-                (model, "forward"),
-                (model, "generate"),
-                (model.base_model, "get_image_features"),
-            )
-        }
-        self.on_instance = {key: key[1] in vars(key[0]) for key in self.originals}
+        self.kinds = modalities(model)
+        hooked = [(model, "forward"), (model, "generate")]
+        hooked += [(model.base_model, kind.method) for kind in self.kinds]
+        self.originals = {(owner, name): getattr(owner, name) for owner, name in hooked}
+        self.replaced = controls.numpy_free(model.base_model)
+        kept = [*self.originals, *((model.base_model, name) for name in self.replaced)]
+        self.on_instance = {key: vars(key[0])[key[1]] for key in kept if key[1] in vars(key[0])}
         self.signature = inspect.signature(self.original("forward"))
         unmerged = Schedule(prune=self.schedule.prune)
-        self.vision = self._compiled(self._encode_body(), self.schedule)
-        self.vision_unmerged = self._compiled(self._encode_body(), unmerged)
+        self.encoders = {
+            kind.name: Encoder(
+                model,
+                kind,
+                self.original(kind.method),
+                lambda body, merge: self._compiled(body, self.schedule if merge else unmerged),
+            )
+            for kind in self.kinds
+        }
         self.prefill = self._compiled(self._forward_body(), unmerged)
         self.decode = self._compiled(self._forward_body(), unmerged)
         self.plain = self._compiled(self._forward_body(), Schedule())
@@ -81,19 +88,19 @@ class FrontDoor:
 
     def install(self) -> None:
         """Put the hooks on the instance."""
-        bodies = {
-            "forward": self._forward,
-            "generate": self._generate,
-            "get_image_features": self._get_image_features,
-        }
+        bodies = {"forward": self._forward, "generate": self._generate}
+        for kind in self.kinds:
+            bodies[kind.method] = functools.partial(self._get_features, kind.name)
         for (owner, name), wrapped in self.originals.items():
             setattr(owner, name, Hook(bodies[name], wrapped))
+        for name, method in self.replaced.items():
+            setattr(self.model.base_model, name, method)
 
     def remove(self) -> None:
         """Take the hooks off; what was on the instance before is there again."""
-        for (owner, name), wrapped in self.originals.items():
-            if self.on_instance[owner, name]:
-                setattr(owner, name, wrapped)
+        for owner, name in [*self.originals, *((self.model.base_model, name) for name in self.replaced)]:
+            if (owner, name) in self.on_instance:
+                setattr(owner, name, self.on_instance[owner, name])
             else:
                 delattr(owner, name)
 
@@ -114,17 +121,6 @@ class FrontDoor:
 
         return call
 
-    def _encode_body(self) -> Callable[..., Any]:
-        encode = self.original("get_image_features")
-
-        def body(pixel_values: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, int, bool]:
-            features = encode(pixel_values=pixel_values, return_dict=True, **options).pooler_output
-            stacked = torch.stack(list(features))
-            # Dynamo takes this size for a constant, so a merge does not change it: the placeholders.
-            return stacked, markers.SLOTS(stacked), stacked.shape[1], isinstance(features, Tensor)
-
-        return _compat.with_own_code(body)
-
     def _forward_body(self) -> Callable[..., Any]:
         forward = self.original("forward")
         takes_features = "mm_encoder_outputs" in self.signature.parameters
@@ -132,22 +128,25 @@ class FrontDoor:
         def body(
             kwargs: dict[str, Any],
             padding: Tensor | None = None,
-            features: list[Tensor] | None = None,
-            stacked: bool = False,
-            grid: tuple[int, int] | None = None,
+            encoded: dict[str, tuple[Any, str, dict[str, Any]]] | None = None,
             rows: bool = False,
         ) -> tuple[Any, Tensor | None]:
             if padding is not None:
                 mask = markers.CACHE_MASK(padding, kwargs["input_ids"].shape[1])
                 kwargs = {**kwargs, "attention_mask": mask}
-            if features is not None:
-                if grid is not None:
-                    features = [markers.IMAGE_GRID(feature, grid[0], grid[1]) for feature in features]
+            outputs = {}
+            for name, (features, grid, extra) in (encoded or {}).items():
+                if grid:
+                    ((height, width),) = controls.rows_of(grid)
+                    parts = [features] if isinstance(features, Tensor) else features
+                    parts = [markers.IMAGE_GRID(part, height, width) for part in parts]
+                    features = parts[0] if isinstance(features, Tensor) else parts
                 if takes_features:
-                    found = _compat.encoder_output(torch.stack(features) if stacked else features)
-                    kwargs = {**kwargs, "mm_encoder_outputs": {"image": found}}
+                    outputs[name] = _compat.encoder_output(features, extra)
                 else:
                     kwargs = {**kwargs, "pixel_values": features}
+            if outputs:
+                kwargs = {**kwargs, "mm_encoder_outputs": outputs}
             places = markers.PROMPT_ROWS(kwargs["input_ids"]) if rows else None
             return forward(**kwargs), places
 
@@ -163,26 +162,20 @@ class FrontDoor:
         finally:
             self.local.call = before
 
-    def _get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(kwargs.get("pixel_values"), list):
+    def _get_features(self, kind: str, *args: Any, **kwargs: Any) -> Any:
+        encoder = self.encoders[kind]
+        given = kwargs.get(encoder.kind.pixels, args[0] if args else None)
+        if not isinstance(given, Tensor):
             # Before transformers 5.2x a forward takes no features: it gets them in the place of pixels,
             # asks here, and (this is being traced) has them back.
-            features = kwargs["pixel_values"]
-            return _compat.encoder_output(torch.stack(features) if self.stacked else features)
+            return _compat.encoder_output(given)
         call: Allowed | None = getattr(self.local, "call", None)
-        if call is None or not call.shorten or len(args) > 1:
-            return self.original("get_image_features")(*args, **kwargs)
-        pixel_values = args[0] if args else kwargs.pop("pixel_values")
-        options = {k: v for k, v in kwargs.items() if v is not None and k != "return_dict"}
-        return self._encode(pixel_values, options, call.merge)
-
-    def _encode(self, pixel_values: Tensor, options: dict[str, Any], merge: bool) -> Any:
-        """The encoder's output with one feature tensor an image, and what the prefill must know."""
-        run = self.vision if merge and self.schedule.merge else self.vision_unmerged
-        features, slots, patches, self.stacked = run(pixel_values, options)
-        output = _compat.encoder_output(features if self.stacked else list(features))
-        output.luvc_slots, output.luvc_patches = slots, patches
-        return output
+        if call is None or not call.shorten:
+            return self.original(encoder.kind.method)(*args, **kwargs)
+        bound = encoder.signature.bind_partial(*args, **kwargs).arguments
+        bound.update(bound.pop("kwargs", {}))
+        options = {k: v for k, v in bound.items() if v is not None and k != "return_dict"}
+        return encoder(options.pop(encoder.kind.pixels), options, call.merge and bool(self.schedule.merge))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(self.signature.bind_partial(*args, **kwargs).arguments)
@@ -195,63 +188,49 @@ class FrontDoor:
             call = NOTHING
         empty = cache is None or cache.get_seq_length() == 0
         tell_rows = call is None
-        if kwargs.get("pixel_values") is not None:
+        if any(kwargs.get(kind.pixels) is not None for kind in self.kinds):
             call = call or for_images(self.model, kwargs, self._refuse)
             if call.shorten:
                 kwargs = self._encode_inputs(kwargs, merge=empty and call.merge)
-        output = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        outputs = kwargs.get("mm_encoder_outputs") or {}
         if call is not None and not call.shorten:
             run = self.plain
-        elif output is None or not empty:
+        elif not outputs or not empty:
             run = self.decode
         else:
-            return self._prefill(kwargs, output, tell_rows)
+            return self._prefill(kwargs, outputs, tell_rows)
         kwargs, padding = self._over_cache(kwargs, cache)
         return run(kwargs, padding)[0]
 
-    def _prefill(self, kwargs: dict[str, Any], output: Any, tell_rows: bool) -> Any:
-        features = list(output.pooler_output)
-        slots: Tensor | None = getattr(output, "luvc_slots", None)
+    def _prefill(self, kwargs: dict[str, Any], outputs: dict[str, Any], tell_rows: bool) -> Any:
         rows = kwargs["input_ids"].shape[1]
         places: Tensor | None = None
-        grid: tuple[int, int] | None = None
         kwargs = {k: v for k, v in kwargs.items() if k != "mm_encoder_outputs"}
-        if slots is not None:
-            if slots.shape[1] > 1 and slots.shape[0] == len(features):
-                grid = (slots.shape[1], slots.shape[2])
-            if slots.shape[1] * slots.shape[2] < output.luvc_patches:
-                kwargs, places = self._compact_prompt(kwargs, slots, output.luvc_patches)
-        stacked = isinstance(output.pooler_output, Tensor)
-        out, final = self.prefill(kwargs, None, features, stacked, grid, tell_rows)
+        masked = kwargs.get("past_key_values") is None and not self._uses_cache(kwargs)
+        encoded = {}
+        for kind in self.kinds:
+            output = outputs.get(kind.name)
+            if output is None:
+                continue
+            features, grid = output.pooler_output, ""
+            slots: Tensor | None = getattr(output, "luvc_slots", None)
+            if slots is not None:
+                # Each size of the features is a plan of its own, so it must not become symbolic.
+                for part in [features] if isinstance(features, Tensor) else features:
+                    torch._dynamo.mark_static(part)
+                if slots.shape[1] > 1 and slots.shape[0] > 0:
+                    grid = controls.as_text([slots.shape[1:]])
+                if slots.numel() < output.luvc_placeholders:
+                    # Without mask and cache transformers reads gaps in the position ids as packed rows.
+                    visual = kwargs["input_ids"] == getattr(self.model.config, kind.token)
+                    kwargs, found = prompts.compact(kwargs, visual, slots, output.luvc_placeholders, masked)
+                    places = found if places is None else places.gather(1, found)
+            encoded[kind.name] = (features, grid, _compat.extra_features(output))
+        out, final = self.prefill(kwargs, None, encoded, tell_rows)
         adopt(out.past_key_values, rows)
         if final is not None:
             out.row_index = final if places is None else places.gather(1, final)
         return out
-
-    def _compact_prompt(
-        self, kwargs: dict[str, Any], slots: Tensor, patches: int
-    ) -> tuple[dict[str, Any], Tensor]:
-        """The prompt without the placeholders that were merged away, and each row's old number."""
-        ids = kwargs["input_ids"]
-        visual = ids == self.model.config.image_token_id
-        places, ascending = surviving_rows(visual, slots, patches)
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        short = {
-            **kwargs,
-            "input_ids": ids.gather(1, ascending),
-            "position_ids": gather_rows(positions, places, 1),
-        }
-        if kwargs.get("labels") is not None:
-            short["labels"] = kwargs["labels"].gather(1, places)
-        mask = kwargs.get("attention_mask")
-        if mask is not None:
-            short["attention_mask"] = mask.gather(1, ascending)
-        elif kwargs.get("past_key_values") is None and not self._uses_cache(kwargs):
-            # Without mask and cache transformers reads gaps in the position ids as packed sequences.
-            short["attention_mask"] = torch.ones_like(short["input_ids"])
-        return short, places
 
     def _uses_cache(self, kwargs: dict[str, Any]) -> bool:
         given = kwargs.get("use_cache")
@@ -285,11 +264,19 @@ class FrontDoor:
         return {**kwargs, "attention_mask": None}, padding
 
     def _encode_inputs(self, kwargs: dict[str, Any], merge: bool) -> dict[str, Any]:
-        names = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
-        options = {k: kwargs[k] for k in names[1:] if kwargs.get(k) is not None}
-        output = self._encode(kwargs["pixel_values"], options, merge)
-        rest = {k: v for k, v in kwargs.items() if k not in names}
-        return {**rest, "mm_encoder_outputs": {"image": output}}
+        """Encode each modality that came as pixels; positions are computed from the whole prompt first."""
+        rest = prompts.with_positions(self.model, kwargs)
+        outputs = {}
+        for kind in self.kinds:
+            encoder = self.encoders[kind.name]
+            if kwargs.get(kind.pixels) is not None:
+                options = encoder.options(kwargs)
+                outputs[kind.name] = encoder(
+                    kwargs[kind.pixels], options, merge and bool(self.schedule.merge)
+                )
+        steering = {name for encoder in self.encoders.values() for name in encoder.signature.parameters}
+        rest = {k: v for k, v in rest.items() if k not in steering}
+        return {**rest, "mm_encoder_outputs": outputs}
 
     def _refuse(self, refusal: Refusal) -> None:
         if not self.report.refuse(refusal):

@@ -30,7 +30,7 @@ def compact_followers(context: Context, site: str, at: fx.Node, places: fx.Node,
     for number, join in enumerate(axes.joins):
         if place[join.consumer] <= place[at]:
             continue
-        root, consumer = _root(join, place, place[at])
+        root, consumer = root_of(join, place, place[at])
         if root.follower in cut.values():
             continue
         if root.follower not in cut:
@@ -56,7 +56,7 @@ def _compact_rows_outputs(context: Context, site: str, at: fx.Node, places: fx.N
         context.rows[marker] = rows
 
 
-def _root(join: Join, place: dict[fx.Node, int], site: int) -> tuple[Join, fx.Node | None]:
+def root_of(join: Join, place: dict[fx.Node, int], site: int) -> tuple[Join, fx.Node | None]:
     """Walk up from a follower that is made behind the site to what it is made of.
 
     Rotary tables are unsqueezed again in every layer; cutting the table itself serves them all.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from luvc_fx._compat import FakeTensor, fake_run, make_fx
@@ -17,6 +18,18 @@ MARK = "luvc_fx"
 def inserted(node: fx.Node) -> bool:
     """Whether a pass of ours put this node there."""
     return MARK in node.meta
+
+
+def constant(graph: fx.Graph, numbers: Any, like: fx.Node) -> fx.Node:
+    """Insert integers, nested lists or tuples of them, as an int64 tensor beside `like`."""
+    found = torch.tensor(numbers, dtype=torch.int64)
+    with graph.inserting_after(like):
+        settings = {"dtype": torch.int64, "device": value(like).device}
+        node = graph.call_function(torch.tensor, (found.tolist(),), settings)
+    with fake_run([value(like)]):
+        made = torch.empty(found.shape, **settings)
+    node.meta = {"example_value": made, MARK: "constant"}
+    return node
 
 
 def emit(

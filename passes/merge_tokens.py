@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx
 
-from luvc_fx.extents import HEIGHT, WIDTH
-from luvc_fx.fx_util import shape
+from luvc_fx.encoder_anatomy import Encoder
 from luvc_fx.ops import orthogonal_merge
 from luvc_fx.passes.context import Context
-from luvc_fx.passes.emit import emit
-from luvc_fx.plan import MergeSite
+from luvc_fx.passes.emit import constant, emit
+from luvc_fx.passes.merge_angles import find_angles, turn_followers
+from luvc_fx.passes.place_features import answer_slots, place_features
+from luvc_fx.plan import Grid, MergeSite, Step, side_counts
 
 
 def merge_tokens(context: Context) -> None:
@@ -18,82 +21,154 @@ def merge_tokens(context: Context) -> None:
     encoder = context.anatomy.encoder
     if encoder is None:
         return
-    sizes: fx.Node | None = None
+    state: tuple[fx.Node, ...] = ()
+    slots: tuple[fx.Node, ...] = ()
+    leaving = encoder.leaving[-1]
     for site in context.plan.merges:
         context.retarget.advance(site.node)
-        carried = () if sizes is None or context.slots is None else (sizes, context.slots)
         name = f"merge after encoder block {site.block}"
-        body = _merge_body(site, encoder.lead, encoder.unit)
-        merged, sizes, context.slots = emit(context.graph, name, body, site.node, site.keys, *carried)
-        sides = {HEIGHT: site.merged[0], WIDTH: site.merged[1]}
-        context.retarget.replace(site.node, merged, sides)
-        steps = ", ".join(f"{merge.axis} {before} -> {after}" for merge, before, after in site.steps)
-        context.report.inserted.append(f"{name}: {steps}")
+        angles = find_angles(context, site)
+        extra = () if angles is None else (angles,)
+        keys = site.keys if _by_keys(site) else ()
+        runs = [constant(context.graph, step.runs, site.node) for step in site.steps if step.runs is not None]
+        body = _merge_body(site, encoder, len(extra), len(keys), len(runs))
+        results = emit(context.graph, name, body, site.node, *extra, *keys, *runs, *state)
+        merged, *rest = results
+        if angles is not None:
+            turn_followers(context, name, site, angles, rest.pop(0))
+        state = tuple(rest)
+        slots = state[len(encoder.frames) :]
+        context.retarget.replace(site.node, merged, side_counts(encoder, site.merged))
+        leaving = merged if site.node is leaving else leaving
+        context.report.inserted.append(f"{name}: {'; '.join(map(str, site.steps))}")
+    if context.plan.merges:
+        for filler in encoder.axes.fillers:
+            context.retarget.fill(filler, side_counts(encoder, context.plan.merges[-1].merged))
+        place_features(context, encoder, slots, leaving)
     if encoder.slots is not None:
-        _answer_slots(context, encoder.slots, encoder.feature_grid)
+        answer_slots(context, encoder)
     context.report.merged_grid = context.plan.merged_grid
 
 
-def _merge_body(site: MergeSite, lead: int, unit: tuple[int, int]):  # type: ignore[no-untyped-def]
-    height, width = site.grid[0] // unit[0], site.grid[1] // unit[1]
-    by_keys = any(merge.feature == "keys" for merge, _, _ in site.steps)
+def _by_keys(site: MergeSite) -> bool:
+    return any(step.merge.feature == "keys" for step in site.steps)
 
-    def body(
-        x: Tensor, keys: Tensor, sizes: Tensor | None = None, slots: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        images, rows = x.shape[:2]
-        grid = _to_blocks(x.narrow(1, lead, rows - lead), site.grid, unit)
-        if sizes is None or slots is None:
-            sizes = torch.ones(images, height, width, dtype=torch.float32, device=x.device)
-            slots = torch.arange(height * width, device=x.device).reshape(1, height, width)
-            slots = slots.expand(images, height, width)
-        channels = grid.shape[-1]
-        if by_keys:
-            # Keys merge along, so that a further step at this site compares what the tokens have become.
-            seen = keys.transpose(1, 2).flatten(2).narrow(1, lead, rows - lead)
-            grid = torch.cat([grid, _to_blocks(seen, site.grid, unit).to(grid.dtype)], dim=-1)
-        for merge, _, after in site.steps:
-            length = after // unit[0 if merge.axis == "height" else 1]
-            start, end = (channels, grid.shape[-1]) if merge.feature == "keys" else (0, channels)
-            feature = grid.narrow(-1, start, end - start) if by_keys else None
-            grid, sizes, slots, *_ = orthogonal_merge(
-                grid, sizes, slots, merge.axis, length, merge.pairing, feature
+
+def _merge_body(
+    site: MergeSite, encoder: Encoder, angles: int, keys: int, runs: int
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The steps of one site, as a function of the residual value and what goes with it.
+
+    It takes the residual value, the angles and keys (0 or 1, and any number), the `runs` of the steps
+    that have some, and, from a site before, sizes and slots of all frames. It returns the merged
+    value, angles, sizes and slots.
+    """
+    groups = len(encoder.frames)
+
+    def body(x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        parts = [x, *given[:angles]]
+        if keys:
+            heads = torch.cat(
+                [key.transpose(1, 2).flatten(2) for key in given[angles : angles + keys]], dim=1
             )
-        tokens = _to_rows(grid.narrow(-1, 0, channels), unit)
-        return torch.cat([x.narrow(1, 0, lead), tokens], dim=1), sizes, slots
+            parts.append(heads if x.dim() == 3 else heads.squeeze(0))
+        limits = given[angles + keys : angles + keys + runs]
+        state = given[angles + keys + runs :]
+        rows = [_split(part.flatten(x.dim() - 1), encoder, site.grids) for part in parts]
+        out: list[list[Tensor]] = []
+        for group, frames in enumerate(encoder.frames):
+            grids = [_to_blocks(part[group], site.grids[group], encoder) for part in rows]
+            if not state:
+                sizes, slots = _fresh(grids[0], frames.count)
+            else:
+                sizes, slots = state[group], state[groups + group]
+            merged, sizes, slots = _steps(site.steps, group, grids, sizes, slots, limits, encoder, keys > 0)
+            out.append([*(_to_rows(grid, encoder) for grid in merged), sizes, slots])
+        results = [_joined(x, [found[0] for found in out], encoder)]
+        if angles:
+            table = torch.cat([found[1].flatten(0, 1) for found in out])
+            results.append(table.unflatten(1, parts[1].shape[1:]))
+        return (*results, *(found[-2] for found in out), *(found[-1] for found in out))
 
     return body
 
 
-def _to_blocks(rows: Tensor, grid: tuple[int, int], unit: tuple[int, int]) -> Tensor:
+def _steps(
+    steps: tuple[Step, ...],
+    group: int,
+    grids: list[Tensor],
+    sizes: Tensor,
+    slots: Tensor,
+    limits: tuple[Tensor, ...],
+    encoder: Encoder,
+    by_keys: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """All steps on the grids ``[n, H, W, C]`` of the tokens, and of angles and keys that merge along."""
+    # Together, so that all merge alike; in single precision, which angles and keys are kept in.
+    wide = grids[0].dtype if len(grids) == 1 else torch.promote_types(grids[0].dtype, torch.float32)
+    channels = [grid.shape[-1] for grid in grids]
+    joined = torch.cat([grid.to(wide) for grid in grids], dim=-1) if len(grids) > 1 else grids[0]
+    waiting = list(limits)
+    for step in steps:
+        along = 0 if step.merge.axis == "height" else 1
+        last = by_keys and step.merge.feature == "keys"
+        start, width = (sum(channels[:-1]), channels[-1]) if last else (0, channels[0])
+        feature = joined.narrow(-1, start, width) if len(grids) > 1 else None
+        joined, sizes, slots, *_ = orthogonal_merge(
+            joined,
+            sizes,
+            slots,
+            step.merge.axis,
+            step.after[group] // encoder.unit[along],
+            step.merge.pairing,
+            feature,
+            waiting.pop(0) if step.runs is not None else None,
+            step.shortest,
+        )
+    parts = joined.split(channels, dim=-1) if len(grids) > 1 else [joined]
+    return [part.to(grid.dtype) for part, grid in zip(parts, grids, strict=True)], sizes, slots
+
+
+def _fresh(grid: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Sizes and slots of tokens of which none has merged."""
+    height, width = grid.shape[1:3]
+    sizes = torch.ones(images, height, width, dtype=torch.float32, device=grid.device)
+    slots = torch.arange(height * width, device=grid.device).reshape(1, height, width)
+    return sizes, slots.expand(images, height, width)
+
+
+def _split(rows: Tensor, encoder: Encoder, grids: tuple[Grid, ...]) -> list[Tensor]:
+    """``[images, lead + T, C]`` or ``[P, C]`` -> ``[count, T, C]`` for each of the encoder's frames."""
+    if rows.dim() == 3:
+        return [rows.narrow(1, encoder.lead, rows.shape[1] - encoder.lead)]
+    lengths = [f.count * grid[0] * grid[1] for f, grid in zip(encoder.frames, grids, strict=True)]
+    parts, start = [], 0
+    for length, frames in zip(lengths, encoder.frames, strict=True):
+        parts.append(rows.narrow(0, start, length).unflatten(0, (frames.count, -1)))
+        start += length
+    return parts
+
+
+def _joined(x: Tensor, parts: list[Tensor], encoder: Encoder) -> Tensor:
+    """The inverse of `_split` for the residual value, whose rows in front stay."""
+    if x.dim() == 3:
+        return torch.cat([x.narrow(1, 0, encoder.lead), *parts], dim=1)
+    return torch.cat([part.flatten(0, 1) for part in parts])
+
+
+def _to_blocks(rows: Tensor, grid: Grid, encoder: Encoder) -> Tensor:
     """``[n, H * W, C]`` -> ``[n, H / h, W / w, h * w * C]``: what becomes one feature stays together."""
+    (high, wide), (height, width) = encoder.unit, encoder.blocks_of(grid)
     images, _, channels = rows.shape
-    height, width = grid[0] // unit[0], grid[1] // unit[1]
-    blocks = rows.reshape(images, height, unit[0], width, unit[1], channels).transpose(2, 3)
-    return blocks.reshape(images, height, width, unit[0] * unit[1] * channels)
+    if not encoder.blockwise:
+        rows = rows.reshape(images, height, high, width, wide, channels).transpose(2, 3)
+    return rows.reshape(images, height, width, high * wide * channels)
 
 
-def _to_rows(blocks: Tensor, unit: tuple[int, int]) -> Tensor:
+def _to_rows(blocks: Tensor, encoder: Encoder) -> Tensor:
     """``[n, H / h, W / w, h * w * C]`` -> ``[n, H * W, C]``."""
     images, height, width, _ = blocks.shape
-    return blocks.reshape(images, height, width, unit[0], unit[1], -1).transpose(2, 3).flatten(1, 4)
-
-
-def _answer_slots(context: Context, marker: fx.Node, grid: tuple[int, int]) -> None:
-    """Put the representatives where the front door asked for them; whole grids stand for themselves."""
-    slots = context.slots
-    if slots is None:
-        features = marker.args[0]
-        assert isinstance(features, fx.Node)
-        images = shape(features)[0]
-        height, width = grid
-        if height * width != shape(features)[1]:
-            return
-
-        def body(x: Tensor) -> Tensor:
-            places = torch.arange(height * width, device=x.device)
-            return places.reshape(1, height, width).expand(images, height, width).clone()
-
-        (slots,) = emit(context.graph, "slots", body, features)
-    context.retarget.advance(marker.prev)
-    marker.replace_all_uses_with(slots)
+    high, wide = encoder.unit
+    if encoder.blockwise:
+        return blocks.reshape(images, height * width * high * wide, -1)
+    return blocks.reshape(images, height, width, high, wide, -1).transpose(2, 3).flatten(1, 4)

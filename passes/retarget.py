@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from luvc_fx._compat import FakeTensor, FakeTensorMode, fake_run, hint
-from luvc_fx.extents import TOKENS, Counts, Extent
+from luvc_fx.extents import TOKENS, Axis, Counts
 from luvc_fx.fx_util import concrete, op_name, run, value
 from luvc_fx.passes.emit import MARK, inserted
 from luvc_fx.report import Reason, Refused
@@ -31,11 +31,15 @@ class Retarget:
 
     def __init__(self, graph: fx.Graph, *axes: TokenAxes) -> None:
         self.graph = graph
-        self.extents: dict[fx.Node, dict[int, Extent]] = {}
+        self.extents: dict[fx.Node, dict[int, Axis]] = {}
         self.space: dict[fx.Node, int] = {}
+        self.pieces: dict[fx.Node, tuple[int, list[Axis]]] = {}
+        self.crops: dict[fx.Node, dict[int, slice]] = {}
         for number, found in enumerate(axes):
             self.extents.update(found.extents)
-            self.space.update(dict.fromkeys(found.extents, number))
+            self.pieces.update(found.pieces)
+            self.crops.update(found.crops)
+            self.space.update(dict.fromkeys((*found.extents, *found.pieces), number))
         self.counts: dict[fx.Node, Counts] = {}
         self.dirty: set[fx.Node] = set()
         self.cursor: fx.Node = next(iter(graph.nodes))
@@ -59,6 +63,11 @@ class Retarget:
         user.replace_input_with(old, new)
         self.dirty.add(user)
 
+    def fill(self, node: fx.Node, counts: Counts) -> None:
+        """Let a constant that is expanded to lie beside the tokens be as long as `counts` tokens."""
+        self.counts[node] = counts
+        self.dirty.add(node)
+
     def advance(self, until: fx.Node | None = None) -> None:
         """Bring every node up to `until`, itself included, up to date (all of them if None)."""
         node = self.cursor
@@ -79,6 +88,9 @@ class Retarget:
 
     def _update(self, node: fx.Node) -> None:
         counts, extents = self._counts_of(node), self.extents.get(node)
+        if node in self.pieces and counts is not None:
+            self._update_split(node, counts)
+            return
         if not extents or counts is None:
             node.meta["example_value"] = _run(node)
             return
@@ -89,6 +101,8 @@ class Retarget:
             raise Refused(Reason.TOKEN_AXIS, str(error), node) from None
         if op_name(node) in SIZED:
             self._resize(node, extents, lengths)
+        elif node in self.crops:
+            self._recrop(node)
         sizes = list(old.shape)
         for axis, length in lengths.items():
             sizes[axis] = length
@@ -97,7 +111,29 @@ class Retarget:
         with fake_run([old]):
             node.meta["example_value"] = torch.empty(sizes, dtype=old.dtype, device=old.device)
 
+    def _update_split(self, node: fx.Node, counts: Counts) -> None:
+        dim, parts = self.pieces[node]
+        lengths = [part.length(counts) for part in parts]
+        node.args = (node.args[0], lengths, dim)
+        node.kwargs = {}
+        self.counts[node] = counts
+        node.meta["example_value"] = _run(node)
+
+    def _recrop(self, node: fx.Node) -> None:
+        """As much off the end as off the front, of a value that has another length now."""
+        source, index = node.args
+        assert isinstance(source, fx.Node)
+        crops, rank = self.crops[node], value(source).dim()
+        items = list(index) if isinstance(index, tuple) else [index]
+        place = items.index(Ellipsis) if Ellipsis in items else len(items)
+        items[place : place + 1] = [slice(None)] * (rank - len(items) + (Ellipsis in items))
+        for axis, crop in crops.items():
+            items[axis] = slice(crop.start, hint(value(source).shape[axis]) - crop.start)
+        node.args = (source, tuple(items))
+
     def _counts_of(self, node: fx.Node) -> Counts | None:
+        if node in self.counts:
+            return self.counts[node]
         space = self.space.get(node)
         sources = [m for n in node.all_input_nodes for m in (n.all_input_nodes if _is_tuple(n) else [n])]
         counts = [self.counts[n] for n in sources if n in self.counts and self.space[n] == space]
@@ -105,7 +141,7 @@ class Retarget:
             raise Refused(Reason.TOKEN_AXIS, "values with different token counts meet", node)
         return counts[0] if counts else None
 
-    def _resize(self, node: fx.Node, extents: dict[int, Extent], lengths: dict[int, Any]) -> None:
+    def _resize(self, node: fx.Node, extents: dict[int, Axis], lengths: dict[int, Any]) -> None:
         sizes = sizes_of(node)
         for axis, length in lengths.items():
             if isinstance(sizes[axis], int) and sizes[axis] == -1:
@@ -113,7 +149,7 @@ class Retarget:
             sizes[axis] = length if isinstance(length, int) else self._size_node(node, extents[axis])
         set_sizes(node, sizes)
 
-    def _size_node(self, node: fx.Node, extent: Extent) -> fx.Node:
+    def _size_node(self, node: fx.Node, extent: Axis) -> fx.Node:
         """A node for a symbolic length, computed from the value that `node` reshapes."""
         source = node.args[0]
         assert isinstance(source, fx.Node)

@@ -22,17 +22,17 @@ def shrink_fusion(context: Context) -> None:
     decoder, encoder = context.anatomy.decoder, context.anatomy.encoder
     if decoder is None or encoder is None or context.slots is None:
         return
-    images = encoder.images // decoder.batch
-    patches = encoder.feature_grid[0] * encoder.feature_grid[1]
+    total = encoder.placeholders
+    each = total // decoder.batch
     name = "shrink fusion"
 
     def body(embeds: Tensor, mask: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
         visual = mask.select(-1, 0)
         torch.ops.aten._assert_async.msg(
-            (visual.sum(1) == images * patches).all(),
-            f"luvc_fx was compiled for {images * patches} visual tokens in each row of the batch",
+            (visual.sum(1) == each).all(),
+            f"luvc_fx was compiled for {each} visual tokens in each row of the batch",
         )
-        places, ascending = surviving_rows(visual, slots, patches)
+        places, ascending = surviving_rows(visual, slots, total)
         short = visual.gather(1, ascending)
         return gather_rows(embeds, places, 1), gather_rows(mask, ascending, 1), places, ascending, short
 

@@ -27,6 +27,8 @@ def orthogonal_merge(
     length: int,
     pairing: str = "line",
     feature: Tensor | None = None,
+    runs: Tensor | None = None,
+    shortest: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Shorten one axis of a token grid to `length` by merging similar neighbours.
 
@@ -45,6 +47,10 @@ def orthogonal_merge(
         pairing: ``"line"``: each line chooses for itself; ``"shared"``: all lines of a grid merge at
             the places that the mean of their cosines chooses.
         feature: ``[B, H, W, F]``, compared in place of `x` and merged as `x` is.
+        runs: int64 ``[B, 2]``, first and last + 1 of the places on the axis that may merge: those that
+            show the picture and not its padding. Tokens outside of a run stay as they are.
+        shortest: length of the shortest of `runs` that is not the whole axis; at least
+            1 + (what the axis loses).
 
     Returns:
         `x`, `sizes` and `slots`, and `feature` where it was given, with the axis shortened:
@@ -71,7 +77,14 @@ def orthogonal_merge(
         parts = tuple(t.transpose(1, 2) for t in parts)
     while parts[0].shape[2] > length:
         now = parts[0].shape[2]
-        parts = _merge_round(parts, min(now // 2, now - length), pairing == "shared")
+        merges = min(now // 2, now - length)
+        if shortest is not None:
+            merges = min(merges, shortest // 2)
+            shortest -= merges
+        parts = _merge_round(parts, merges, pairing == "shared", runs)
+        if runs is not None:
+            # A run loses what every line loses.
+            runs = torch.stack([runs.select(1, 0), runs.select(1, 1) - merges], dim=1)
     if axis == "height":
         parts = tuple(t.transpose(1, 2).clone(memory_format=torch.contiguous_format) for t in parts)
     return parts
@@ -91,11 +104,13 @@ def _neighbour_cosine(x: Tensor) -> Tensor:
     return torch.nan_to_num(cosine, nan=_COSINE_OF_NAN)
 
 
-def _merge_round(parts: tuple[Tensor, ...], merges: int, shared: bool) -> tuple[Tensor, ...]:
+def _merge_round(
+    parts: tuple[Tensor, ...], merges: int, shared: bool, runs: Tensor | None
+) -> tuple[Tensor, ...]:
     """``[B, L, n, ...]`` -> ``[B, L, n - merges, ...]`` each; `merges` is at most n // 2."""
     x, sizes, slots, *feature = parts
     length = x.shape[2]
-    goes_left, goes_right = _proposals(feature[0] if feature else x, merges, shared)
+    goes_left, goes_right = _proposals(feature[0] if feature else x, merges, shared, runs)
 
     # Output place j holds the token that has j survivors before it.
     survivors = torch.logical_not(goes_left | goes_right).cumsum(-1)
@@ -122,12 +137,16 @@ def _merge_round(parts: tuple[Tensor, ...], merges: int, shared: bool) -> tuple[
     return merged(x), total, slots.gather(2, here), *map(merged, feature)
 
 
-def _proposals(compared: Tensor, merges: int, shared: bool) -> tuple[Tensor, Tensor]:
+def _proposals(compared: Tensor, merges: int, shared: bool, runs: Tensor | None) -> tuple[Tensor, Tensor]:
     """Which tokens merge into their left, which into their right neighbour: bool ``[B, L, n]``."""
     lines = compared.shape[:3]
     cosine = _neighbour_cosine(compared)
     if shared:
         cosine = cosine.mean(1, keepdim=True)
+    if runs is not None:
+        pair = torch.arange(lines[2] - 1, device=compared.device).reshape(1, 1, -1)
+        first, end = runs.select(1, 0).reshape(-1, 1, 1), runs.select(1, 1).reshape(-1, 1, 1)
+        cosine = torch.where((pair >= first) & (pair + 1 < end), cosine, float("-inf"))
     left = F.pad(cosine, (1, 0), value=float("-inf"))
     right = F.pad(cosine, (0, 1), value=float("-inf"))
     even = torch.arange(lines[2], device=compared.device) % 2 == 0

@@ -8,30 +8,28 @@ from torch import Tensor
 from luvc_fx.ops.compact import mask_to_index
 
 
-def surviving_rows(visual: Tensor, slots: Tensor, patches: int) -> tuple[Tensor, Tensor]:
+def surviving_rows(visual: Tensor, slots: Tensor, placeholders: int) -> tuple[Tensor, Tensor]:
     """Which rows of a prompt stay when its images were merged.
 
-    Of an image's placeholders those of the representatives stay. The j-th merged token, in raster
-    order, sits at the j-th place that its image has left and takes the position of its own
-    representative; those need not ascend, as columns that merged in height may each have kept
-    another row.
+    Of the placeholders those of the representatives stay. The j-th merged token of a row sits at the
+    j-th place that the row has left and takes the position of its own representative; those need not
+    ascend, as columns that merged in height may each have kept another row.
 
     Args:
-        visual: bool ``[B, S]``, True on placeholders; each row has ``images * patches`` of them.
-        slots: int64 ``[B * images, H', W']``, the representative of each merged token.
-        patches: placeholders of one image before merging.
+        visual: bool ``[B, S]``, True on placeholders; each row has ``placeholders / B`` of them.
+        slots: int64, of any shape with B N' entries: the representative of each merged token, in
+            order, among the placeholders of all rows.
+        placeholders: of all rows, before merging.
 
     Returns:
         ``(places, ascending)``, both int64 ``[B, S']``: the row whose position each new row takes,
         and the same rows in sequence order.
     """
     batch, length = visual.shape
-    images = slots.shape[0] // batch
-    merged = slots.shape[1] * slots.shape[2]
-    first = torch.arange(images, device=slots.device).reshape(1, images, 1) * patches
-    chosen = (slots.reshape(batch, images, merged) + first).reshape(batch, images * merged)
-    chosen = mask_to_index(visual, images * patches).gather(1, chosen)
+    merged, each = slots.numel() // batch, placeholders // batch
+    before = torch.arange(batch, device=slots.device).unsqueeze(1) * each
+    chosen = mask_to_index(visual, each).gather(1, slots.reshape(batch, merged) - before)
     stays = visual.logical_not().scatter(1, chosen, True)
-    ascending = mask_to_index(stays, length - images * (patches - merged))
+    ascending = mask_to_index(stays, length - each + merged)
     short = visual.gather(1, ascending)
-    return ascending.scatter(1, mask_to_index(short, images * merged), chosen), ascending
+    return ascending.scatter(1, mask_to_index(short, merged), chosen), ascending

@@ -1,0 +1,74 @@
+"""Image features that are not plain grids: tiles that a model lays out, crops and separates by rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from luvc_fx.token_numbers import MADE
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Which patch each feature is, as captured.
+
+    Attributes:
+        numbers: per feature ``tile * height * width + patch``, or `MADE` for a row that no patch became.
+        tiles: how many; grid: height and width of each, in patches.
+    """
+
+    numbers: tuple[int, ...]
+    tiles: int
+    grid: tuple[int, int]
+
+    def runs(self, along: int) -> list[tuple[int, int]] | None:
+        """Per tile the first and last + 1 of the places on axis 0 (height) or 1 (width) that are no padding.
+
+        None where a tile is nothing but padding.
+        """
+        height, width = self.grid
+        seen: list[set[int]] = [set() for _ in range(self.tiles)]
+        for number in self.numbers:
+            if number != MADE:
+                tile, patch = divmod(number, height * width)
+                seen[tile].add(patch // width if along == 0 else patch % width)
+        if not all(seen):
+            return None
+        return [(min(places), max(places) + 1) for places in seen]
+
+    def places(self) -> list[int]:
+        """Per patch of all tiles the feature that it became, 0 for padding."""
+        found = [0] * (self.tiles * self.grid[0] * self.grid[1])
+        for place, number in enumerate(self.numbers):
+            if number != MADE:
+                found[number] = place
+        return found
+
+    def separators(self, numbers: Sequence[int], per_tile: int) -> list[int]:
+        """Per row of the features after a merge the captured separator that it stands for, or -1.
+
+        Separators end the lines of a row of tiles. Of n' that are left of n there the j-th takes the
+        place of the last in its share, number floor((j + 1) n / n') - 1.
+
+        Args:
+            numbers: as `Packing.numbers`, of the merged features; per_tile: tokens of a merged tile.
+        """
+        before = _by_tile(self.numbers, self.grid[0] * self.grid[1])
+        found = [-1] * len(numbers)
+        for tile, places in _by_tile(numbers, per_tile).items():
+            old = before[tile]
+            for j, place in enumerate(places):
+                found[place] = old[(j + 1) * len(old) // len(places) - 1]
+        return found
+
+
+def _by_tile(numbers: Sequence[int], per_tile: int) -> dict[int, list[int]]:
+    """Where the separators are, by the tile of the token before each."""
+    found: dict[int, list[int]] = {}
+    tile = 0
+    for place, number in enumerate(numbers):
+        if number != MADE:
+            tile = number // per_tile
+        else:
+            found.setdefault(tile, []).append(place)
+    return found

@@ -1,0 +1,82 @@
+"""Say which placeholder of the prompt each image feature stands for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from luvc_fx.encoder_anatomy import Encoder
+from luvc_fx.fx_util import shape
+from luvc_fx.passes.context import Context
+from luvc_fx.passes.emit import constant, emit
+from luvc_fx.plan import Grid
+from luvc_fx.token_numbers import MADE, follow
+
+
+def place_features(context: Context, encoder: Encoder, slots: tuple[fx.Node, ...], leaving: fx.Node) -> None:
+    """`context.slots`: among all placeholders, those of the features that are left.
+
+    Args:
+        slots: int64 ``[n, H', W']`` for each of the encoder's frames, within each grid.
+        leaving: the residual value that leaves the last block, merged if it is.
+    """
+    grids = tuple(frames.grid for frames in encoder.frames)
+    if encoder.packing is not None:
+        context.slots = _packed(context, encoder, slots[0], leaving)
+        return
+    sizes = [blocks[0] * blocks[1] for blocks in map(encoder.blocks_of, grids)]
+
+    def body(*parts: Tensor) -> Tensor:
+        found, start = [], 0
+        for part, size, frames in zip(parts, sizes, encoder.frames, strict=True):
+            first = torch.arange(frames.count, device=part.device).reshape(-1, 1, 1) * size + start
+            found.append(part + first)
+            start += size * frames.count
+        if len(found) == 1:
+            return found[0]
+        return torch.cat([part.flatten() for part in found]).reshape(1, 1, -1)
+
+    (context.slots,) = emit(context.graph, "placeholders", body, *slots)
+
+
+def _packed(context: Context, encoder: Encoder, slots: fx.Node, leaving: fx.Node) -> fx.Node:
+    """Follow the merged tokens to the features; the separators between lines keep their share."""
+    packing = encoder.packing
+    assert packing is not None
+    tiles, height, width = shape(slots)
+    context.retarget.advance(encoder.features)
+    rows = torch.full((tiles, encoder.lead + height * width), -2)
+    rows[:, encoder.lead :] = torch.arange(tiles * height * width).reshape(tiles, -1)
+    numbers = follow(context.graph, leaving, encoder.features, rows)
+    separators = packing.separators(numbers, height * width)
+    tokens = [0 if number == MADE else number for number in numbers]
+    made = [constant(context.graph, table, slots) for table in (tokens, separators, packing.places())]
+    per_tile = packing.grid[0] * packing.grid[1]
+
+    def body(slots: Tensor, tokens: Tensor, separators: Tensor, places: Tensor) -> Tensor:
+        first = torch.arange(tiles, device=slots.device).reshape(-1, 1, 1) * per_tile
+        patch = (slots + first).flatten().gather(0, tokens)
+        return torch.where(separators >= 0, separators, places.gather(0, patch)).reshape(1, 1, -1)
+
+    (placed,) = emit(context.graph, "placeholders", body, slots, *made)
+    return placed
+
+
+def answer_slots(context: Context, encoder: Encoder) -> None:
+    """Put the placeholders where the front door asked for them; whole grids stand for themselves."""
+    marker, slots = encoder.slots, context.slots
+    assert marker is not None
+    if slots is None:
+        if encoder.grid is None or encoder.packing is not None:
+            return
+        grid: Grid = encoder.blocks_of(encoder.grid)
+        images, tokens = encoder.images, encoder.placeholders
+        if images * grid[0] * grid[1] != tokens:
+            return
+
+        def body(x: Tensor) -> Tensor:
+            return torch.arange(tokens, device=x.device).reshape(images, *grid).clone()
+
+        (slots,) = emit(context.graph, "placeholders", body, encoder.features)
+    context.retarget.advance(marker.prev)
+    marker.replace_all_uses_with(slots)
