@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,11 @@ PLAIN = (
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What one call may do."""
+    """What one call may do, with a prompt of `rows` rows."""
 
     merge: bool
     shorten: bool
+    rows: int = 1
 
 
 ALL = Allowed(merge=True, shorten=True)
@@ -54,7 +56,7 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
     allowed = for_images(model, kwargs, note)
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
-        return Allowed(merge=False, shorten=allowed.shorten)
+        return dataclasses.replace(allowed, merge=False)
     return allowed
 
 
@@ -74,8 +76,8 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
         return NOTHING
     if mask is not None and mask.dim() != 2:
         note(Refusal(Reason.INPUTS, "an attention_mask that is not 2-D: pruned, but not merged"))
-        return UNMERGED
-    return ALL
+        return dataclasses.replace(UNMERGED, rows=ids.shape[0])
+    return dataclasses.replace(ALL, rows=ids.shape[0])
 
 
 def refusal_of_forward(model: Any, cache: object) -> Refusal | None:

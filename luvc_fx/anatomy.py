@@ -8,6 +8,7 @@ dominates the layer's attention. No module name or class is read.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -32,7 +33,8 @@ class Decoder:
 
     Attributes:
         entering: per layer, the residual value `[batch, rows, dim]` entering it.
-        fusion: the `masked_scatter` node; `embeds`, `mask`, `features` are its inputs.
+        fusion: the `masked_scatter` node, the last one where there is one a modality.
+        embeds: the text that the first one fills; `masks` and `features`: of each of them.
         visual: visual tokens of one row, as captured.
         images: images per row, or 1 where the graph does not tell.
         grid: height and width of one image's tokens, where known.
@@ -42,8 +44,8 @@ class Decoder:
     entering: tuple[fx.Node, ...]
     fusion: fx.Node
     embeds: fx.Node
-    mask: fx.Node
-    features: fx.Node
+    masks: tuple[fx.Node, ...]
+    features: tuple[fx.Node, ...]
     batch: int
     visual: int
     grid: tuple[int, int] | None
@@ -89,13 +91,14 @@ def recognise(graph: fx.Graph) -> Anatomy:
     anatomy.queries = shape(attentions[0].all_input_nodes[0])[-2] if attentions else 0
     anatomy.has_vision = bool(slots) or any(patch_convolution(graph, n) for n in attentions[:1])
     try:
-        if len(fusions) > 1:
-            raise Refused(
-                Reason.NO_FUSION, "image features enter the text at more than one place", fusions[1]
-            )
         if fusions:
-            anatomy.encoder = _encoder(graph, live, fusions[0].args[2], None, fusions[0], anatomy)
-            anatomy.decoder = _decoder(graph, live, attentions, fusions[0], anatomy.encoder)
+            _check_fusions(fusions)
+            if len(fusions) == 1:
+                anatomy.encoder = _encoder(graph, live, fusions[0].args[2], None, fusions[0], anatomy)
+            elif anatomy.has_vision:
+                text = "features enter the text at more than one place: tokens are pruned, but not merged"
+                anatomy.encoder_refusals.append(Refusal(Reason.NO_FUSION, text, str(fusions[1])))
+            anatomy.decoder = _decoder(graph, live, attentions, fusions, anatomy.encoder)
         elif slots:
             anatomy.encoder = _encoder(graph, live, slots[0].args[0], slots[0], None, anatomy)
         elif anatomy.has_vision:
@@ -103,6 +106,17 @@ def recognise(graph: fx.Graph) -> Anatomy:
     except Refused as refused:
         anatomy.refusals.append(refused.refusal)
     return anatomy
+
+
+def _check_fusions(fusions: list[fx.Node]) -> None:
+    """Several are fine (images, then videos) where nothing but casts lies between."""
+    for before, after in itertools.pairwise(fusions):
+        node = after.args[0]
+        while isinstance(node, fx.Node) and node is not before and op_name(node) in ("to", "clone"):
+            node = node.args[0]
+        if node is not before:
+            text = "image features enter the text at more than one place"
+            raise Refused(Reason.NO_FUSION, text, after)
 
 
 def _encoder(
@@ -136,11 +150,12 @@ def _decoder(
     graph: fx.Graph,
     live: set[fx.Node],
     attentions: list[fx.Node],
-    fusion: fx.Node,
+    fusions: list[fx.Node],
     encoder: Encoder | None,
 ) -> Decoder:
-    embeds, mask, features = (arg for arg in fusion.args[:3])
-    assert isinstance(embeds, fx.Node) and isinstance(mask, fx.Node) and isinstance(features, fx.Node)
+    fusion, embeds = fusions[-1], fusions[0].args[0]
+    masks, features = (tuple(n.args[i] for n in fusions) for i in (1, 2))
+    assert isinstance(embeds, fx.Node)
     below = descendants(fusion)
     layers = [n for n in attentions if n in below]
     if not layers:
@@ -149,7 +164,7 @@ def _decoder(
     sinks = [n for n in output_node(graph).all_input_nodes if n in after_last]
     idom = dominators(graph, fusion, [*sinks, *layers])
     sites = entering(idom, chain_to(idom, fusion, sinks), [[layer] for layer in layers])
-    batch, visual = _visual_tokens(fusion, features, encoder)
+    batch, visual = _visual_tokens(fusion, features, encoder)  # type: ignore[arg-type]
     length = {ex.TOKENS: shape(fusion)[1]}
     labels = _labels(graph, live & below, fusion)
     seeds = {node: {1: ex.of(ex.TOKENS)} for node in (fusion, *labels)}
@@ -162,13 +177,13 @@ def _decoder(
         if any(extent.plus for extent in axes.extents.get(keys, {}).values()):  # type: ignore[arg-type]
             raise Refused(Reason.PAST_NOT_EMPTY, "the cache already holds rows before this prompt", attention)
     rows = tuple(n for n in graph.nodes if n in live and markers.is_call(n, markers.PROMPT_ROWS))
-    grid = _marked_grid(features)
+    grid = _marked_grid(features[0]) if len(features) == 1 else None  # type: ignore[arg-type]
     if encoder is not None:
         plain = encoder.grid is not None and encoder.packing is None
         grid = encoder.blocks_of(encoder.grid) if plain and encoder.grid is not None else None
     if grid is not None and visual % (grid[0] * grid[1]):
         grid = None
-    return Decoder(sites, fusion, embeds, mask, features, batch, visual, grid, axes, rows)
+    return Decoder(sites, fusion, embeds, masks, features, batch, visual, grid, axes, rows)  # type: ignore[arg-type]
 
 
 def _labels(graph: fx.Graph, inside: set[fx.Node], fusion: fx.Node) -> list[fx.Node]:
@@ -189,17 +204,21 @@ def _labels(graph: fx.Graph, inside: set[fx.Node], fusion: fx.Node) -> list[fx.N
     return found
 
 
-def _visual_tokens(fusion: fx.Node, features: fx.Node, encoder: Encoder | None) -> tuple[int, int]:
-    batch = shape(fusion)[0]
-    rows = 1
-    for size in value(features).shape[:-1]:
-        rows *= int(size)  # a plan is for one number of tokens: a symbolic one becomes a guard
-    images = 0 if encoder is None or encoder.blockwise else encoder.images
-    if rows % batch or images % batch:
-        what = f"{images} images" if images % batch else f"{rows} image features"
-        text = f"{what} cannot be the same number in each of {batch} rows"
-        raise Refused(Reason.UNEVEN_BATCH, text, fusion)
-    return batch, rows // batch
+def _visual_tokens(
+    fusion: fx.Node, features: tuple[fx.Node, ...], encoder: Encoder | None
+) -> tuple[int, int]:
+    batch, total = shape(fusion)[0], 0
+    for found in features:
+        rows = 1
+        for size in value(found).shape[:-1]:
+            rows *= int(size)  # a plan is for one number of tokens: a symbolic one becomes a guard
+        images = 0 if encoder is None or encoder.blockwise else encoder.images
+        if rows % batch or images % batch:
+            what = f"{images} images" if images % batch else f"{rows} image features"
+            text = f"{what} cannot be the same number in each of {batch} rows"
+            raise Refused(Reason.UNEVEN_BATCH, text, fusion)
+        total += rows // batch
+    return batch, total
 
 
 def _marked_grid(features: fx.Node) -> tuple[int, int] | None:

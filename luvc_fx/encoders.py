@@ -73,6 +73,7 @@ class Encoder:
     def __init__(self, model: Any, kind: Modality, encode: Callable[..., Any], compile: Compile) -> None:
         self.base = model.base_model
         self.kind = kind
+        self.whole = False  # whether the model's own gives one tensor for all images, not a list
         self.signature = inspect.signature(encode)
         self.merging = compile(self._body(encode), True)
         self.plain = compile(self._body(encode), False)
@@ -82,21 +83,25 @@ class Encoder:
         names = set(self.signature.parameters) - {self.kind.pixels, "kwargs", "return_dict"}
         return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
 
-    def __call__(self, pixels: Tensor, options: dict[str, Any], merge: bool) -> Any:
+    def __call__(self, pixels: Tensor, options: dict[str, Any], merge: bool, rows: int) -> Any:
         """The encoder's output, and what the prefill must know about it.
+
+        The images belong to `rows` rows of a prompt, with as many placeholders in each.
 
         `luvc_slots` are the placeholders of the tokens that are left, ``[n, H', W']`` where they are
         grids and ``[1, 1, N']`` else; `luvc_placeholders` is how many there were.
         """
         plain, text = controls.constants(self.base, self.kind.name, options)
         grid = text.get(f"{self.kind.name}_grid_thw")
-        told = None if grid is None else f"{self.base.visual.config.spatial_merge_size};{grid}"
+        told = {"rows": str(rows)}
+        if grid is not None:
+            told |= {"unit": str(self.base.visual.config.spatial_merge_size), "grids": grid}
         run = self.merging if merge else self.plain
-        flat, slots, lengths, whole, extra = run(pixels, plain, text, told)
+        flat, slots, lengths, self.whole, extra = run(pixels, plain, text, told)
         total = sum(lengths)
-        features: Any = flat.unsqueeze(0) if whole else (flat,)
+        features: Any = flat.unsqueeze(0) if self.whole else (flat,)
         if flat.shape[0] == total:
-            features = flat.unflatten(0, (len(lengths), -1)) if whole else flat.split(lengths)
+            features = flat.unflatten(0, (len(lengths), -1)) if self.whole else flat.split(lengths)
         output = _compat.encoder_output(features, extra)
         output.luvc_slots, output.luvc_placeholders = slots, total
         return output
@@ -105,14 +110,13 @@ class Encoder:
         pixels_name = self.kind.pixels
 
         def body(
-            pixels: Tensor, plain: dict[str, Any], text: dict[str, str], told: str | None
+            pixels: Tensor, plain: dict[str, Any], text: dict[str, str], told: dict[str, str]
         ) -> tuple[Tensor, Tensor, list[int], bool, dict[str, Any]]:
             options = {**plain, **{name: controls.from_text(name, value) for name, value in text.items()}}
-            if told is not None:
+            if "grids" in told:
                 # A packed encoder gets patches in a row: only the front door knows their grids.
-                unit, grids = told.split(";", 1)
-                flat_grids = [int(number) for number in grids.replace(";", ",").split(",")]
-                pixels = markers.PATCHES(pixels, flat_grids, int(unit))
+                grids = [size for row in controls.rows_of(told["grids"]) for size in row]
+                pixels = markers.PATCHES(pixels, grids, int(told["unit"]))
             output = encode(**{pixels_name: pixels}, return_dict=True, **options)
             found = output.pooler_output
             parts = list(found)
@@ -121,7 +125,7 @@ class Encoder:
             lengths = [part.shape[0] for part in parts]
             return (
                 flat,
-                markers.SLOTS(flat),
+                markers.SLOTS(flat, int(told["rows"])),
                 lengths,
                 isinstance(found, Tensor),
                 _compat.extra_features(output),

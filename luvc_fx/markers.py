@@ -10,14 +10,14 @@ import torch
 
 _LIBRARY = torch.library.Library("luvc_fx", "FRAGMENT")
 
-_LIBRARY.define("slots(Tensor features) -> Tensor")
+_LIBRARY.define("slots(Tensor features, int rows) -> Tensor")
 _LIBRARY.define("patches(Tensor pixels, int[] grids, int unit) -> Tensor")
 _LIBRARY.define("image_grid(Tensor features, int height, int width) -> Tensor")
 _LIBRARY.define("prompt_rows(Tensor embeds_or_ids) -> Tensor")
 _LIBRARY.define("cache_mask(Tensor padding, SymInt queries) -> Tensor")
 
 
-def _slots(features: torch.Tensor) -> torch.Tensor:
+def _slots(features: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.arange(features.shape[0], device=features.device).reshape(1, 1, -1).clone()
 
 
@@ -52,9 +52,10 @@ _LIBRARY.impl("cache_mask", _cache_mask, "CompositeExplicitAutograd")
 torch.library.register_fake("luvc_fx::cache_mask", _cache_mask_shape, lib=_LIBRARY)
 
 SLOTS = torch.ops.luvc_fx.slots
-"""`slots(features [N, D]) -> [1, 1, N]`: which placeholder each feature stands for, over all images.
+"""`slots(features [N, D], rows) -> [1, 1, N]`: which placeholder each feature stands for, over all images.
 
-The merge pass replaces it by the representatives, `[n, H', W']` where the features are n equal grids."""
+The features belong to that many rows of a batch, as many to each. The merge pass replaces it by the
+representatives, `[n, H', W']` where the features are n equal grids."""
 
 PATCHES = torch.ops.luvc_fx.patches
 """`patches(pixels [P, C], [t, h, w, ...], unit) -> pixels`: these rows are the patches of images or

@@ -44,6 +44,15 @@ class Packing:
                 found[number] = place
         return found
 
+    def firsts(self) -> list[int]:
+        """Per tile the first feature that is one of its patches."""
+        size = self.grid[0] * self.grid[1]
+        found: dict[int, int] = {}
+        for place, number in enumerate(self.numbers):
+            if number != MADE:
+                found.setdefault(number // size, place)
+        return [found.get(tile, 0) for tile in range(self.tiles)]
+
     def separators(self, numbers: Sequence[int], per_tile: int) -> list[int]:
         """Per row of the features after a merge the captured separator that it stands for, or -1.
 

@@ -58,7 +58,6 @@ class FrontDoor:
         self.dynamic = dynamic
         self.schedule: Schedule = settings["schedule"]
         self.report = Report()
-        self.whole = False  # whether this model's encoder gives one tensor for all images, not a list
         self.local = threading.local()
         self.kinds = modalities(model)
         hooked = [(model, "forward"), (model, "generate")]
@@ -144,7 +143,10 @@ class FrontDoor:
                 if takes_features:
                     outputs[name] = _compat.encoder_output(features, extra)
                 else:
-                    kwargs = {**kwargs, "pixel_values": features}
+                    kwargs = {
+                        **kwargs,
+                        "pixel_values": [features] if isinstance(features, Tensor) else [*features],
+                    }
             if outputs:
                 kwargs = {**kwargs, "mm_encoder_outputs": outputs}
             places = markers.PROMPT_ROWS(kwargs["input_ids"]) if rows else None
@@ -165,17 +167,19 @@ class FrontDoor:
     def _get_features(self, kind: str, *args: Any, **kwargs: Any) -> Any:
         encoder = self.encoders[kind]
         given = kwargs.get(encoder.kind.pixels, args[0] if args else None)
-        if not isinstance(given, Tensor):
+        if isinstance(given, list):
             # Before transformers 5.2x a forward takes no features: it gets them in the place of pixels,
             # asks here, and (this is being traced) has them back.
-            return _compat.encoder_output(given)
+            return _compat.encoder_output(given[0] if encoder.whole else given)
         call: Allowed | None = getattr(self.local, "call", None)
-        if call is None or not call.shorten:
+        # One encoder may call another (videos as images), while it is traced.
+        if call is None or not call.shorten or torch.compiler.is_compiling():
             return self.original(encoder.kind.method)(*args, **kwargs)
         bound = encoder.signature.bind_partial(*args, **kwargs).arguments
         bound.update(bound.pop("kwargs", {}))
         options = {k: v for k, v in bound.items() if v is not None and k != "return_dict"}
-        return encoder(options.pop(encoder.kind.pixels), options, call.merge and bool(self.schedule.merge))
+        pixels = options.pop(encoder.kind.pixels)
+        return encoder(pixels, options, call.merge and bool(self.schedule.merge), call.rows)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = dict(self.signature.bind_partial(*args, **kwargs).arguments)
@@ -191,7 +195,7 @@ class FrontDoor:
         if any(kwargs.get(kind.pixels) is not None for kind in self.kinds):
             call = call or for_images(self.model, kwargs, self._refuse)
             if call.shorten:
-                kwargs = self._encode_inputs(kwargs, merge=empty and call.merge)
+                kwargs = self._encode_inputs(kwargs, empty and call.merge)
         outputs = kwargs.get("mm_encoder_outputs") or {}
         if call is not None and not call.shorten:
             run = self.plain
@@ -266,14 +270,12 @@ class FrontDoor:
     def _encode_inputs(self, kwargs: dict[str, Any], merge: bool) -> dict[str, Any]:
         """Encode each modality that came as pixels; positions are computed from the whole prompt first."""
         rest = prompts.with_positions(self.model, kwargs)
+        merge, rows = merge and bool(self.schedule.merge), kwargs["input_ids"].shape[0]
         outputs = {}
         for kind in self.kinds:
-            encoder = self.encoders[kind.name]
-            if kwargs.get(kind.pixels) is not None:
-                options = encoder.options(kwargs)
-                outputs[kind.name] = encoder(
-                    kwargs[kind.pixels], options, merge and bool(self.schedule.merge)
-                )
+            encoder, pixels = self.encoders[kind.name], kwargs.get(kind.pixels)
+            if pixels is not None:
+                outputs[kind.name] = encoder(pixels, encoder.options(kwargs), merge, rows)
         steering = {name for encoder in self.encoders.values() for name in encoder.signature.parameters}
         rest = {k: v for k, v in rest.items() if k not in steering}
         return {**rest, "mm_encoder_outputs": outputs}

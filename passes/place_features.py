@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, fx
 
@@ -10,6 +12,7 @@ from luvc_fx.fx_util import shape
 from luvc_fx.passes.context import Context
 from luvc_fx.passes.emit import constant, emit
 from luvc_fx.plan import Grid
+from luvc_fx.report import Reason, Refused
 from luvc_fx.token_numbers import MADE, follow
 
 
@@ -20,11 +23,18 @@ def place_features(context: Context, encoder: Encoder, slots: tuple[fx.Node, ...
         slots: int64 ``[n, H', W']`` for each of the encoder's frames, within each grid.
         leaving: the residual value that leaves the last block, merged if it is.
     """
-    grids = tuple(frames.grid for frames in encoder.frames)
     if encoder.packing is not None:
         context.slots = _packed(context, encoder, slots[0], leaving)
         return
+    grids = tuple(frames.grid for frames in encoder.frames)
     sizes = [blocks[0] * blocks[1] for blocks in map(encoder.blocks_of, grids)]
+    merged = [shape(part)[1] * shape(part)[2] for part in slots]
+    places, start = [], 0
+    for size, left, frames in zip(sizes, merged, encoder.frames, strict=True):
+        for frame in range(frames.count):
+            places += [start + frame * size] * left
+        start += size * frames.count
+    _check_rows(context, encoder, places)
 
     def body(*parts: Tensor) -> Tensor:
         found, start = [], 0
@@ -50,8 +60,17 @@ def _packed(context: Context, encoder: Encoder, slots: fx.Node, leaving: fx.Node
     numbers = follow(context.graph, leaving, encoder.features, rows)
     separators = packing.separators(numbers, height * width)
     tokens = [0 if number == MADE else number for number in numbers]
-    made = [constant(context.graph, table, slots) for table in (tokens, separators, packing.places())]
     per_tile = packing.grid[0] * packing.grid[1]
+    firsts = packing.firsts()
+    _check_rows(
+        context,
+        encoder,
+        [
+            separator if separator >= 0 else firsts[token // (height * width)]
+            for token, separator in zip(tokens, separators, strict=True)
+        ],
+    )
+    made = [constant(context.graph, table, slots) for table in (tokens, separators, packing.places())]
 
     def body(slots: Tensor, tokens: Tensor, separators: Tensor, places: Tensor) -> Tensor:
         first = torch.arange(tiles, device=slots.device).reshape(-1, 1, 1) * per_tile
@@ -60,6 +79,23 @@ def _packed(context: Context, encoder: Encoder, slots: fx.Node, leaving: fx.Node
 
     (placed,) = emit(context.graph, "placeholders", body, slots, *made)
     return placed
+
+
+def _check_rows(context: Context, encoder: Encoder, places: list[int]) -> None:
+    """Every row of a batch must keep as many tokens as the others.
+
+    Args:
+        places: per feature that is left, a captured feature of the same image.
+    """
+    decoder, marker = context.anatomy.decoder, encoder.slots
+    rows = decoder.batch if decoder is not None else 1 if marker is None else marker.args[1]
+    assert isinstance(rows, int)
+    each = encoder.placeholders // rows
+    counts = Counter(place // each for place in places)
+    if len(set(counts.values())) > 1 or len(counts) != rows:
+        left = [counts[row] for row in range(rows)]
+        text = f"merging would leave {left} visual tokens in the rows of this batch: nothing is merged"
+        raise Refused(Reason.UNEVEN_BATCH, text, encoder.features)
 
 
 def answer_slots(context: Context, encoder: Encoder) -> None:

@@ -38,8 +38,10 @@ def _visual_rows(context: Context) -> fx.Node:
     assert decoder is not None
     tokens = decoder.visual
 
-    def body(mask: Tensor) -> Tensor:
-        visual = mask.select(-1, 0)
+    def body(*masks: Tensor) -> Tensor:
+        visual = masks[0].select(-1, 0)
+        for mask in masks[1:]:
+            visual = visual.logical_or(mask.select(-1, 0))
         if visual.shape[0] != 1:
             right = (visual.sum(1) == tokens).all()
             torch.ops.aten._assert_async.msg(
@@ -47,7 +49,7 @@ def _visual_rows(context: Context) -> fx.Node:
             )
         return visual.clone()
 
-    (visual,) = emit(context.graph, "visual rows", body, decoder.mask)
+    (visual,) = emit(context.graph, "visual rows", body, *decoder.masks)
     return visual
 
 

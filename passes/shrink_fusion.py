@@ -22,6 +22,7 @@ def shrink_fusion(context: Context) -> None:
     decoder, encoder = context.anatomy.decoder, context.anatomy.encoder
     if decoder is None or encoder is None or context.slots is None:
         return
+    (mask,) = decoder.masks
     total = encoder.placeholders
     each = total // decoder.batch
     name = "shrink fusion"
@@ -37,14 +38,14 @@ def shrink_fusion(context: Context) -> None:
         return gather_rows(embeds, places, 1), gather_rows(mask, ascending, 1), places, ascending, short
 
     context.retarget.advance(decoder.fusion.prev)
-    for node in (decoder.embeds, decoder.mask, context.slots):
+    for node in (decoder.embeds, mask, context.slots):
         assert is_tensor(node)
     before = decoder.fusion.prev
-    embeds, mask, places, ascending, context.visual = emit(
-        context.graph, name, body, decoder.embeds, decoder.mask, context.slots, after=before
+    embeds, short_mask, places, ascending, context.visual = emit(
+        context.graph, name, body, decoder.embeds, mask, context.slots, after=before
     )
     fusion: fx.Node = decoder.fusion
     context.retarget.place(embeds, fusion, {TOKENS: value(embeds).shape[1]})
     context.retarget.rewire(fusion, decoder.embeds, embeds)
-    context.retarget.rewire(fusion, decoder.mask, mask)
+    context.retarget.rewire(fusion, mask, short_mask)
     compact_followers(context, name, fusion, places, ascending)
