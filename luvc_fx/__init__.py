@@ -3,12 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 from luvc_fx.backend import LuvcBackend, LuvcWarning, NotRewritten, backend, prepare
+from luvc_fx.buckets import SizeBuckets
 from luvc_fx.report import Reason, Refusal, Report
 from luvc_fx.schedule import Merge, Prune, Schedule
 from luvc_fx.selectors import register as register_selector
 
 if TYPE_CHECKING:
     from luvc_fx.frontdoor import applied, compile, report_of, restore
+    from luvc_fx.warming import warmup
 
 __all__ = [
     "LuvcBackend",
@@ -20,6 +22,7 @@ __all__ = [
     "Refusal",
     "Report",
     "Schedule",
+    "SizeBuckets",
     "applied",
     "backend",
     "compile",
@@ -27,6 +30,7 @@ __all__ = [
     "register_selector",
     "report_of",
     "restore",
+    "warmup",
 ]
 
 _FRONT_DOOR = ("applied", "compile", "report_of", "restore")
@@ -34,6 +38,10 @@ _FRONT_DOOR = ("applied", "compile", "report_of", "restore")
 
 def __getattr__(name: str) -> Any:
     # The backend alone needs no transformers; the front door does (extra "hf").
+    if name == "warmup":
+        from luvc_fx.warming import warmup
+
+        return warmup
     if name not in _FRONT_DOOR:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from luvc_fx import frontdoor

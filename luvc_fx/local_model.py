@@ -104,11 +104,15 @@ def _image_token(model: Any, processor: Any) -> str:
     return str(token)
 
 
-def synthetic_image(model: Any, processor: Any) -> Image:
-    """A test image with something in it: a slope of colours and a disc, of the size that is expected."""
+def synthetic_image(model: Any, processor: Any, size: tuple[int, int] | None = None) -> Image:
+    """A test image with something in it: a slope of colours and a disc.
+
+    Args:
+        size: height and width; without it the size that is expected.
+    """
     from PIL import Image
 
-    height, width = preferred_size(processor.image_processor, model.config)
+    height, width = size or preferred_size(processor.image_processor, model.config)
     down = torch.linspace(0, 1, height).unsqueeze(1).expand(height, width)
     right = torch.linspace(0, 1, width).expand(height, width)
     disc = (down - 0.4) ** 2 + (right - 0.6) ** 2 < 0.06
