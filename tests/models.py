@@ -274,16 +274,21 @@ def rename_everything(model: nn.Module) -> nn.Module:
     from transformers import PreTrainedModel
     from transformers.utils import output_capturing
 
+    registry: dict[Any, Any] = output_capturing._CAN_RECORD_REGISTRY
+
+    def key(module: nn.Module) -> Any:
+        return str(type(module)) if type(registry) is dict else module  # a plain dict in transformers 5.17
+
     renamed: dict[type, type] = {}
     for module in list(model.modules()):
         kind = type(module)
         recorded = None
         if isinstance(module, PreTrainedModel):  # recorded by class name, so it has to be told
-            recorded = output_capturing._CAN_RECORD_REGISTRY.get(module)
+            recorded = registry.get(key(module))
         if kind not in renamed:
             name = f"K{len(renamed)}"
             renamed[kind] = type(name, (kind,), {"__qualname__": name, "__module__": "nowhere"})
         module.__class__ = renamed[kind]
         if recorded is not None:
-            output_capturing._CAN_RECORD_REGISTRY[module] = recorded
+            registry[key(module)] = recorded
     return model
