@@ -89,13 +89,20 @@ def allow_recompiles(limit: int) -> None:
         torch._dynamo.config.recompile_limit = limit
 
 
-def tracing_settings() -> Any:
+def tracing_settings(dynamic_outputs: bool = False) -> Any:
     """A context manager that holds, for this thread only, what a call into Dynamo of ours needs.
 
     Scalars are captured, and the limit after which Dynamo runs a function eagerly, with only a line in
     the log, is out of the way of ordinary use (2.11 - 2.13).
+
+    Args:
+        dynamic_outputs: capture operations whose size depends on data, too. Some graphs that would break
+            there become an error by it, so it is for those that are known to be written anew.
     """
-    return torch._dynamo.config.patch(capture_scalar_outputs=True, recompile_limit=RECOMPILE_LIMIT)
+    settings = {"capture_scalar_outputs": True, "recompile_limit": RECOMPILE_LIMIT}
+    if dynamic_outputs:
+        settings["capture_dynamic_output_shape_ops"] = True
+    return torch._dynamo.config.patch(settings)
 
 
 def with_own_code(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,7 +115,7 @@ def with_own_code(body: Callable[..., Any]) -> Callable[..., Any]:
     return own
 
 
-def encoder_output(features: Any, extra: dict[str, Any] | None = None) -> Any:
+def encoder_output(features: Any, extra: dict[str, list[torch.Tensor]] | None = None) -> Any:
     """Image features, `[N, dim]` each or `[images, N, dim]`, as `generate` passes them to `forward`.
 
     Args:
@@ -117,15 +124,18 @@ def encoder_output(features: Any, extra: dict[str, Any] | None = None) -> Any:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     output = BaseModelOutputWithPooling(pooler_output=features)
-    for name, value in (extra or {}).items():
-        setattr(output, name, value)
+    for name, levels in (extra or {}).items():
+        setattr(output, name, [(level,) for level in levels])
     return output
 
 
-def extra_features(output: Any) -> dict[str, Any]:
-    """Features of an encoder's output that enter the decoder later (deepstack, 5.17 - 5.23)."""
+def extra_features(output: Any) -> dict[str, list[torch.Tensor]]:
+    """Features of an encoder's output that enter the decoder later, each level ``[N, dim]``.
+
+    (deepstack, 5.17 - 5.23)
+    """
     found = getattr(output, "deepstack_features", None)
-    return {} if found is None else {"deepstack_features": list(found)}
+    return {} if found is None else {"deepstack_features": [torch.cat(list(level)) for level in found]}
 
 
 def compile_inductor(

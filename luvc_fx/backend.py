@@ -20,6 +20,7 @@ from luvc_fx.fx_util import drop_dead, live_nodes, op_name
 from luvc_fx.generate_warning import warn_when_generating
 from luvc_fx.passes import PASSES, Context
 from luvc_fx.passes.retarget import Retarget
+from luvc_fx.passes.spread_deepstack import deepstack_additions, spread_deepstack
 from luvc_fx.plan import Plan, make_plan
 from luvc_fx.report import GraphReport, LuvcWarning, NotRewritten, Reason, Refusal, Refused, Report
 from luvc_fx.schedule import Schedule
@@ -163,10 +164,16 @@ class LuvcBackend:
         report = GraphReport(nodes_before=len(gm.graph.nodes), nodes_after=len(gm.graph.nodes))
         report.compile_id, report.recompile_reason = _compat.compile_id(), _compat.recompile_reason()
         started = time.perf_counter()
+        captured = None
+        if self.schedule.prune and deepstack_additions(gm.graph):
+            captured = _save(gm)
         try:
+            if captured is not None:
+                spread_deepstack(gm.graph)
             anatomy = recognise(gm.graph)
             plan = make_plan(self.schedule, anatomy, self.identity_sites)
         except Exception as error:
+            _restore(gm, captured)
             self._failed(report, error, "recognition failed and the graph was left as it is")
             return report
         _describe(report, anatomy, plan, self.schedule)
@@ -175,14 +182,14 @@ class LuvcBackend:
         report.flops_after, report.kv_bytes_after = report.flops_before, report.kv_bytes_before
         wants_grid = anatomy.encoder is not None and anatomy.encoder.slots is not None
         if plan.empty and not anatomy.cache_attentions and not (wants_grid and self.schedule.prune):
+            _restore(gm, captured)
             return report
-        saved = _save(gm)
+        saved = captured or _save(gm)
         try:
             _refuse_training(gm.graph)
             self._run_passes(gm, anatomy, plan, report)
         except Exception as error:
-            gm.graph = saved
-            gm.recompile()
+            _restore(gm, saved)
             if anatomy.cache_attentions:
                 # The captured mask only stands for the real one: without the pass the answer is wrong.
                 raise
@@ -351,6 +358,13 @@ def _save(gm: fx.GraphModule) -> fx.Graph:
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     return saved
+
+
+def _restore(gm: fx.GraphModule, saved: fx.Graph | None) -> None:
+    """Roll back to what `_save` gave, if anything."""
+    if saved is not None:
+        gm.graph = saved
+        gm.recompile()
 
 
 def _refuse_training(graph: fx.Graph) -> None:

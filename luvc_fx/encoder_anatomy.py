@@ -9,7 +9,7 @@ from torch import fx
 
 from luvc_fx import extents as ex
 from luvc_fx import markers
-from luvc_fx.fx_util import ancestors, descendants, is_tensor, op_name, shape, value
+from luvc_fx.fx_util import ancestors, descendants, is_tensor, op_name, output_node, shape, value
 from luvc_fx.packing import Packing
 from luvc_fx.report import Reason, Refused
 from luvc_fx.stream import by_layer, chain_to, dominators, entering, last_residual
@@ -45,6 +45,8 @@ class Encoder:
         blockwise: whether the patches of such a block lie one behind the other.
         lead: rows in front of each grid (CLS).
         packing: how patches became features, where those are not the grids row by row.
+        last: the last block after which tokens may merge; later ones would not reach features that
+            leave the encoder early (deepstack).
     """
 
     leaving: tuple[fx.Node, ...]
@@ -56,6 +58,7 @@ class Encoder:
     blockwise: bool
     lead: int
     packing: Packing | None
+    last: int
     axes: TokenAxes
 
     @property
@@ -118,7 +121,21 @@ def find_encoder(
     elif not _whole_blocks(axes, features, axis, unit):
         raise Refused(Reason.NO_GRID, "the image features do not follow the blocks of the patches", features)
     keys = tuple(tuple(call.args[1] for call in layer) for layer in layers)
-    return Encoder(leaving, keys, features, slots, frames, unit, blockwise, lead, packing, axes)  # type: ignore[arg-type]
+    last = len(leaving) - 1 if slots is None else _last_block(graph, axes, leaving, features, slots)
+    return Encoder(leaving, keys, features, slots, frames, unit, blockwise, lead, packing, last, axes)  # type: ignore[arg-type]
+
+
+def _last_block(
+    graph: fx.Graph, axes: TokenAxes, leaving: tuple[fx.Node, ...], features: fx.Node, slots: fx.Node
+) -> int:
+    """The first block whose tokens leave the graph by another way than as `features`."""
+    late = descendants(features, slots)
+    last = len(leaving) - 1
+    for node in output_node(graph).all_input_nodes:
+        if node in axes.extents and node not in late:
+            above = ancestors(node)
+            last = min(last, max((i for i, site in enumerate(leaving) if site in above), default=last))
+    return last
 
 
 def patch_convolution(graph: fx.Graph, attention: fx.Node) -> fx.Node | None:

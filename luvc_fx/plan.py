@@ -126,6 +126,11 @@ def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bo
     by_block: dict[int, list[Step]] = {}
     lost = [0, 0]
     for block, merge in schedule.merges_at(len(encoder.leaving)):
+        if block > encoder.last:
+            raise ValueError(
+                f"Schedule.merge after encoder block {block}: features of block {encoder.last} enter the "
+                f"decoder, too, so tokens must merge by then; allowed: up to block {encoder.last}"
+            )
         along = 0 if merge.axis == "height" else 1
         before = tuple(grid[along] for grid in grids)
         after = tuple(_target(plan, merge, size, encoder.unit[along]) for size in before)

@@ -58,6 +58,7 @@ class FrontDoor:
         self.dynamic = dynamic
         self.schedule: Schedule = settings["schedule"]
         self.report = Report()
+        self.prunes = bool(self.schedule.prune)
         self.local = threading.local()
         self.kinds = modalities(model)
         hooked = [(model, "forward"), (model, "generate")]
@@ -114,8 +115,8 @@ class FrontDoor:
     def _compiled(self, body: Callable[..., Any], schedule: Schedule) -> Callable[..., Any]:
         compiled = torch.compile(body, backend=self._backend(schedule), dynamic=self.dynamic)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with _compat.tracing_settings():
+        def call(*args: Any, deepstack: bool = False, **kwargs: Any) -> Any:
+            with _compat.tracing_settings(dynamic_outputs=deepstack):
                 return compiled(*args, **kwargs)
 
         return call
@@ -230,7 +231,9 @@ class FrontDoor:
                     kwargs, found = prompts.compact(kwargs, visual, slots, output.luvc_placeholders, masked)
                     places = found if places is None else places.gather(1, found)
             encoded[kind.name] = (features, grid, _compat.extra_features(output))
-        out, final = self.prefill(kwargs, None, encoded, tell_rows)
+        # Of one modality, luvc_fx writes additions by a mask anew; of two, they end the graph.
+        deepstack = len(encoded) == 1 and any(extra for _, _, extra in encoded.values())
+        out, final = self.prefill(kwargs, None, encoded, tell_rows, deepstack=deepstack and self.prunes)
         adopt(out.past_key_values, rows)
         if final is not None:
             out.row_index = final if places is None else places.gather(1, final)
