@@ -172,9 +172,10 @@ class FrontDoor:
             # Before transformers 5.2x a forward takes no features: it gets them in the place of pixels,
             # asks here, and (this is being traced) has them back.
             return _compat.encoder_output(given[0] if encoder.whole else given)
+        if torch.compiler.is_compiling():  # one encoder calls another: videos as images
+            return self.original(encoder.kind.method)(*args, **kwargs)
         call: Allowed | None = getattr(self.local, "call", None)
-        # One encoder may call another (videos as images), while it is traced.
-        if call is None or not call.shorten or torch.compiler.is_compiling():
+        if call is None or not call.shorten:
             return self.original(encoder.kind.method)(*args, **kwargs)
         bound = encoder.signature.bind_partial(*args, **kwargs).arguments
         bound.update(bound.pop("kwargs", {}))
