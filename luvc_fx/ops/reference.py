@@ -23,32 +23,39 @@ def orthogonal_merge(
     pairing: str = "line",
     feature: Array | None = None,
     cast: Callable[[Array], Array] = lambda token: token,
+    runs: Array | None = None,
 ) -> tuple[Array, ...]:
     """Twin of `luvc_fx.ops.orthogonal_merge` for float32 or float64 `x` ``[B, H, W, C]``.
 
-    `cast` rounds one token ``[C]`` to the values that a narrower dtype can hold.
+    `cast` rounds one token ``[C]`` to the values that a narrower dtype can hold. The shortest of `runs`
+    ``[B, 2]`` is found here.
     """
     parts = [x, sizes, slots] if feature is None else [x, sizes, slots, feature]
     if axis == "height":
         turn = [np.swapaxes(part, 1, 2) for part in parts]
         last = None if feature is None else turn[3]
-        merged = orthogonal_merge(turn[0], turn[1], turn[2], "width", length, pairing, last, cast)
+        merged = orthogonal_merge(turn[0], turn[1], turn[2], "width", length, pairing, last, cast, runs)
         return tuple(np.swapaxes(part, 1, 2) for part in merged)
     out = [np.empty((*part.shape[:2], length, *part.shape[3:]), part.dtype) for part in parts]
     compared = x if feature is None else feature
+    padding = [0] * len(x) if runs is None else [x.shape[2] - (end - first) for first, end in runs.tolist()]
     for b in range(len(x)):
         lines = [
             list(zip(x[b, row], sizes[b, row], slots[b, row], compared[b, row], strict=True))
             for row in range(x.shape[1])
         ]
         while len(lines[0]) > length:
-            merges = min(len(lines[0]) // 2, len(lines[0]) - length)
+            now = len(lines[0])
+            # All grids lose as many, and each but from its own run.
+            merges = min(now - length, *((now - outside) // 2 for outside in padding))
+            first = 0 if runs is None else int(runs[b, 0])
+            end = first + now - padding[b]
             cosines = [[_cosine(a[3], b[3]) for a, b in itertools.pairwise(line)] for line in lines]
             if pairing == "shared":
                 mean = [float(np.mean(np.array(column, x.dtype))) for column in zip(*cosines, strict=True)]
                 cosines = [mean] * len(lines)
             lines = [
-                _merge_line(line, _targets(cosine, merges), cast)
+                _merge_line(line, _targets(cosine, merges, first, end), cast)
                 for line, cosine in zip(lines, cosines, strict=True)
             ]
         for row, line in enumerate(lines):
@@ -58,15 +65,20 @@ def orthogonal_merge(
     return tuple(out)
 
 
-def _targets(cosine: list[float], merges: int) -> dict[int, int]:
-    """Which even place goes to which neighbour, from the cosine of each place with the next."""
+def _targets(cosine: list[float], merges: int, first: int, end: int) -> dict[int, int]:
+    """Which even place goes to which neighbour, from the cosine of each place with the next.
+
+    Only places of the run ``first .. end - 1`` take part.
+    """
     proposals = []
-    for i in range(0, len(cosine) + 1, 2):
+    for i in (place for place in range(first, end) if place % 2 == 0):
         options = []
-        if i < len(cosine):
+        if i + 1 < end:
             options.append((cosine[i], i + 1))
-        if i > 0:
+        if i > first:
             options.append((cosine[i - 1], i - 1))
+        if not options:
+            continue
         score, to = max(options, key=lambda option: option[0])  # the first of equals: right
         proposals.append((score, i, to))
     best = sorted(proposals, key=lambda proposal: (-proposal[0], proposal[1]))[:merges]
@@ -180,6 +192,26 @@ def gather_rows(x: Array, index: Array, dim: int) -> Array:
 def compact(x: Array, mask: Array, count: int) -> Array:
     """Twin of `luvc_fx.ops.compact`."""
     return gather_rows(x, mask_to_index(mask, count), 1)
+
+
+def surviving_rows(visual: Array, slots: Array, placeholders: int) -> tuple[Array, Array]:
+    """Twin of `luvc_fx.ops.surviving_rows`."""
+    batch, length = visual.shape
+    all_of = [(b, row) for b in range(batch) for row in range(length) if visual[b, row]]
+    assert len(all_of) == placeholders
+    places: list[list[int]] = [[] for _ in range(batch)]
+    ascending: list[list[int]] = [[] for _ in range(batch)]
+    chosen = [all_of[slot] for slot in slots.flatten()]
+    for b in range(batch):
+        tokens = iter([row for owner, row in chosen if owner == b])
+        for row in range(length):
+            if not visual[b, row]:
+                places[b].append(row)
+                ascending[b].append(row)
+            elif (b, row) in chosen:
+                places[b].append(next(tokens))
+                ascending[b].append(row)
+    return _index(places, len(places[0])), _index(ascending, len(ascending[0]))
 
 
 def random_positions(tokens: int, count: int, seed: int, layer: int) -> Array:
