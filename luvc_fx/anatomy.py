@@ -109,14 +109,23 @@ def recognise(graph: fx.Graph) -> Anatomy:
 
 
 def _check_fusions(fusions: list[fx.Node]) -> None:
-    """Several are fine (images, then videos) where nothing but casts lies between."""
-    for before, after in itertools.pairwise(fusions):
+    """Several are fine where nothing but casts lies between, and each has placeholders of its own."""
+    seen = [_placeholder(fusion) for fusion in fusions]
+    for number, (before, after) in enumerate(itertools.pairwise(fusions), 1):
         node = after.args[0]
         while isinstance(node, fx.Node) and node is not before and op_name(node) in ("to", "clone"):
             node = node.args[0]
-        if node is not before:
+        if node is not before or seen[number] is None or seen[number] in seen[:number]:
             text = "image features enter the text at more than one place"
             raise Refused(Reason.NO_FUSION, text, after)
+
+
+def _placeholder(fusion: fx.Node) -> object:
+    """The token id whose rows `fusion` fills, or None where the graph does not tell."""
+    node = fusion.args[1]
+    while isinstance(node, fx.Node) and op_name(node) != "eq":
+        node = node.args[0] if node.op.startswith("call_") and node.args else None
+    return node.args[1] if isinstance(node, fx.Node) and isinstance(node.args[1], int) else None
 
 
 def _encoder(

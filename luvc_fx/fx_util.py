@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils._pytree import tree_leaves
 
 from luvc_fx._compat import hint
@@ -107,3 +108,27 @@ def live_nodes(graph: fx.Graph) -> set[fx.Node]:
 def drop_dead(graph: fx.Graph) -> None:
     """Remove what is not live; torch's own notion of impure misses in-place methods."""
     graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or writes(node))
+
+
+def settled_size(node: fx.Node) -> int | None:
+    """The number, where `node` reads a size that turned out to be constant only later in the capture.
+
+    Dynamo writes constant sizes as numbers, except those that were symbolic when they were read.
+    """
+    source = node.args[0] if node.op.startswith("call_") and node.args else None
+    reads = op_name(node) in ("size", "sym_size")
+    if node.target is operator.getitem and isinstance(source, fx.Node):
+        reads = op_name(source) == "size"
+    size = value(node)
+    return int(size) if reads and isinstance(size, int | torch.SymInt) and is_concrete_int(size) else None
+
+
+def fold_sizes(graph: fx.Graph) -> None:
+    """Write settled sizes as numbers, as everywhere else: what is made of them keeps the captured length."""
+    for node in graph.nodes:
+        number = settled_size(node)
+        if number is not None:
+            for user in list(node.users):
+                user.args, user.kwargs = fx.map_arg(
+                    (user.args, user.kwargs), lambda n, node=node, number=number: number if n is node else n
+                )

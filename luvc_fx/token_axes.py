@@ -21,7 +21,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from luvc_fx import extents as ex
 from luvc_fx._compat import FakeTensorMode, hint
 from luvc_fx.extents import Axis, Counts, Extent
-from luvc_fx.fx_util import concrete, is_tensor, op_name, run, shape, value, writes
+from luvc_fx.fx_util import (
+    carries_tensor,
+    concrete,
+    is_tensor,
+    op_name,
+    run,
+    settled_size,
+    shape,
+    value,
+    writes,
+)
 from luvc_fx.report import Reason, Refused
 
 _PRIMES = (10_007, 10_009, 10_037, 10_039, 10_061, 10_067, 10_069, 10_079, 10_091, 10_093, 10_099, 10_103)
@@ -183,6 +193,12 @@ class _Probe:
         return run(node, lambda n: swaps[n] if n in swaps else self.of(n))
 
     def visit(self, node: fx.Node) -> None:
+        if settled_size(node) is not None:
+            return
+        made = is_tensor(node) and node not in self.known
+        if made and not any(carries_tensor(n) for n in node.all_input_nodes if n in self.changed):
+            # After a merge it would count the rows that are left, as positions must not.
+            raise Refused(Reason.TOKEN_AXIS, "a value is made of the number of rows alone", node)
         result = self._sized(node) if op_name(node) in SIZED else self._general(node)
         old = value(node)
         self.changed[node] = result

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from luvc_fx._compat import FakeTensor, FakeTensorMode, fake_run, hint
 from luvc_fx.extents import TOKENS, Axis, Counts
-from luvc_fx.fx_util import concrete, op_name, run, value
+from luvc_fx.fx_util import concrete, fold_sizes, op_name, run, value
 from luvc_fx.passes.emit import MARK, inserted
 from luvc_fx.report import Reason, Refused
 from luvc_fx.token_axes import SIZED, TokenAxes, set_sizes, sizes_of
@@ -44,6 +44,7 @@ class Retarget:
         self.dirty: set[fx.Node] = set()
         self.cursor: fx.Node = next(iter(graph.nodes))
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fold_sizes(graph)
 
     def place(self, new: fx.Node, like: fx.Node, counts: Counts) -> None:
         """Declare that `new` has its token axes where `like` has them, and holds `counts` tokens."""

@@ -19,8 +19,11 @@ from random_graphs import (
     explained,
 )
 from random_spec import EXTRAS, TROUBLES, Body, Spec, in_trouble, keep_all, specs
+from random_vlm import RandomVLM, Rows, Tables
 from replay import BACKEND, examples
+from torch import Tensor
 
+from luvc_fx.fx_util import settled_size
 from luvc_fx.passes import PASSES
 from luvc_fx.report import Reason, Refusal
 from luvc_fx.schedule import Merge, Prune, Schedule
@@ -109,6 +112,32 @@ def test_another_length_has_its_own_graph_where_one_row_was_left(words: int, gra
     assert len(session.graphs) == graphs
     assert check_schedule(session, Schedule(prune=Prune(tokens=3, layer=0))) == "rewritten"
     assert len(session.graphs) == 1
+
+
+class ReadsTheStream(RandomVLM):
+    """Rows are numbered by the length of the fused stream, which is settled only after it was read."""
+
+    def fuse(self, embeds: Tensor, ids: Tensor, features: Tensor) -> Tensor:
+        x = super().fuse(embeds, ids, features)
+        self.length = x.shape[1]
+        torch._check(ids.shape[1] == 17)
+        return x
+
+    def tables(self, rows: Rows) -> Tables:
+        order = torch.arange(self.length)[None]
+        return super().tables(Rows(rows.ids, order, order, rows.valid) if len(rows.order[0]) == 17 else rows)
+
+
+@pytest.mark.parametrize("mask", ["causal", "bool", "flag"])
+def test_positions_made_of_a_length_that_was_read_late(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is merged or dropped, the rows that are left keep the numbers of the whole prompt."""
+    monkeypatch.setattr("random_vlm.RandomVLM", ReadsTheStream)
+    session = Session(Spec(mask=mask, extras=("hidden",)), dynamic=True)
+    session.dynamic = False  # there is no other length
+    reads = [n for n in session.captured.gm.graph.nodes if settled_size(n) is not None]
+    assert any(made.target is torch.arange for n in reads for made in n.users)
+    for schedule in (Schedule(merge=BOTH.merge), Schedule(prune=BOTH.prune), BOTH):
+        assert check_schedule(session, schedule) == "rewritten"
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)

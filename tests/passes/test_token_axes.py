@@ -15,7 +15,7 @@ from replay import capture
 from torch import Tensor, fx
 
 from luvc_fx.extents import CONSTANT, HEIGHT, TOKENS, WIDTH, Extent, Factor, align, of
-from luvc_fx.fx_util import op_name, output_node
+from luvc_fx.fx_util import op_name, output_node, value
 from luvc_fx.report import Reason, Refused
 from luvc_fx.token_axes import Join, trace
 
@@ -297,3 +297,21 @@ def test_what_another_count_would_break_is_refused(name: str) -> None:
 def test_rows_in_front_may_be_cut_off() -> None:
     axes, outputs = traced(lambda x: (x[:, 1:], x[:, :1]), torch.randn(2, 9, 8), lead=1)
     assert [axes.extents.get(node, {}) for node in outputs] == [{1: ROWS}, {}]
+
+
+def test_a_value_made_of_the_number_of_rows_is_refused() -> None:
+    """Rows numbered anew after a merge: no join would bring the old numbers back."""
+    captured = capture(
+        lambda x: (x + 0.0) * torch.arange(x.shape[1])[None, :, None], True, x=torch.ones(2, 5, 3)
+    )
+    graph = captured.copy().graph
+    site, numbers = (next(n for n in graph.nodes if op_name(n) == name) for name in ("add", "arange"))
+    with graph.inserting_after(site):
+        size = graph.call_method("size", (site, 1))
+    size.meta["example_value"] = value(site).shape[1]
+    numbers.args = (size,)
+    size.append(numbers)
+    with pytest.raises(Refused) as caught:
+        trace(graph, {site: {1: ROWS}}, {TOKENS: value(site).shape[1]}, set(graph.nodes))
+    assert caught.value.refusal.reason is Reason.TOKEN_AXIS
+    assert caught.value.refusal.text == "a value is made of the number of rows alone"
