@@ -228,7 +228,8 @@ def _layout(
     patches = frames.grid[0] * frames.grid[1]
     numbers[:, lead:] = torch.arange(frames.count * patches).reshape(frames.count, patches)
     found = tuple(follow(graph, last, features, numbers))
-    return (1, 1), Packing(found, frames.count, frames.grid)
+    pooled = any(op_name(n) == "interpolate" for n in descendants(last) & ancestors(features))
+    return (1, 1), Packing(found, frames.count, frames.grid, pooled)
 
 
 def _unit(axes: TokenAxes, extent: ex.Extent, features: fx.Node) -> tuple[int, int]:

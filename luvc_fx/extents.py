@@ -52,7 +52,7 @@ class Extent(NamedTuple):
     negative where rows were cut off.
     """
 
-    factors: tuple[Any, ...]  # of Factor, Extent and Row
+    factors: tuple[Any, ...]  # of Factor, Extent, Row and Half
     plus: int = 0
     tail: int = 0
 
@@ -131,6 +131,20 @@ class Row(NamedTuple):
         """As of `Extent`, for all of them."""
         parts = [part.without_inner(number) for part in self.parts]
         return None if None in parts else Row(tuple(part for part in parts if part is not None))
+
+
+class Half(NamedTuple):
+    """A factor: half of an axis, rounded up, as pooling leaves it."""
+
+    of: Extent | Row
+
+    def size(self, counts: Counts) -> Any:
+        """The size for these counts."""
+        return -(-self.of.length(counts) // 2)
+
+    def symbols(self) -> list[str]:
+        """As of `Extent`."""
+        return self.of.symbols()
 
 
 Axis = Extent | Row

@@ -15,17 +15,21 @@ class Packing:
     Attributes:
         numbers: per feature ``tile * height * width + patch``, or `MADE` for a row that no patch became.
         tiles: how many; grid: height and width of each, in patches.
+        pooled: whether a feature is made of several patches; its number is that of the first.
     """
 
     numbers: tuple[int, ...]
     tiles: int
     grid: tuple[int, int]
+    pooled: bool = False
 
     def runs(self, along: int) -> list[tuple[int, int]] | None:
         """Per tile the first and last + 1 of the places on axis 0 (height) or 1 (width) that are no padding.
 
         None where a tile is nothing but padding.
         """
+        if self.pooled:
+            return [(0, self.grid[along])] * self.tiles
         height, width = self.grid
         seen: list[set[int]] = [set() for _ in range(self.tiles)]
         for number in self.numbers:
@@ -69,6 +73,35 @@ class Packing:
             for j, place in enumerate(places):
                 found[place] = old[(j + 1) * len(old) // len(places) - 1]
         return found
+
+    def shares(self, numbers: Sequence[int], merged: tuple[int, int]) -> list[int]:
+        """Per pooled feature after a merge, the captured one whose place it takes; separators as above.
+
+        No pooled feature is one token, so none represents it: the n' lines (and the n' columns) that are
+        left of n of a tile take places at even distance, the i-th that of floor((2 i + 1) n / 2 n').
+
+        Args:
+            numbers: as `Packing.numbers`, of the merged features; merged: the grid of a merged tile.
+        """
+        before, after = _grids(self.numbers, self.grid), _grids(numbers, merged)
+        found = self.separators(numbers, merged[0] * merged[1])
+        for tile, lines in after.items():
+            old = before[tile]
+            for i, line in enumerate(lines):
+                source = old[(2 * i + 1) * len(old) // (2 * len(lines))]
+                for j, place in enumerate(line):
+                    found[place] = source[(2 * j + 1) * len(source) // (2 * len(line))]
+        return found
+
+
+def _grids(numbers: Sequence[int], grid: tuple[int, int]) -> dict[int, list[list[int]]]:
+    """Per tile its lines of features, as places in `numbers`."""
+    found: dict[int, dict[int, list[int]]] = {}
+    for place, number in enumerate(numbers):
+        if number != MADE:
+            tile, patch = divmod(number, grid[0] * grid[1])
+            found.setdefault(tile, {}).setdefault(patch // grid[1], []).append(place)
+    return {tile: list(lines.values()) for tile, lines in found.items()}
 
 
 def _by_tile(numbers: Sequence[int], per_tile: int) -> dict[int, list[int]]:

@@ -275,6 +275,8 @@ class _Probe:
             if name == "split":
                 return self._split(node, tokens[0])
             raise Refused(Reason.TOKEN_AXIS, f"tokens are cut at a fixed place by {name}", node)
+        if name == "interpolate" and tokens:
+            return self._pool(node, tokens[0])
         followers = {}
         if name == "cat":
             self._see_cat(node)
@@ -307,6 +309,18 @@ class _Probe:
             sizes[axis] = extents[axis].length(self.sizes)
         self.known[node] = extents
         self.result.crops[node] = crops
+        return self.like(node, tuple(sizes))
+
+    def _pool(self, node: fx.Node, source: fx.Node) -> torch.Tensor:
+        """Both sides of a grid resampled to half of their length."""
+        extents, sizes = self.result.extents[source], list(shape(node))
+        halves = all(-(-old // 2) == new for old, new in zip(shape(source)[2:], sizes[2:], strict=True))
+        plain = all(isinstance(e, Extent) and e.splits and len(e.factors) == 1 for e in extents.values())
+        if len(sizes) != 4 or set(extents) != {2, 3} or not halves or not plain:
+            raise Refused(Reason.TOKEN_AXIS, "tokens are resampled, and not to half of their number", node)
+        self.known[node] = {axis: Extent((ex.Half(extent),)) for axis, extent in extents.items()}
+        for axis, extent in self.known[node].items():
+            sizes[axis] = extent.length(self.sizes)
         return self.like(node, tuple(sizes))
 
     def _split(self, node: fx.Node, source: fx.Node) -> tuple[torch.Tensor, ...]:

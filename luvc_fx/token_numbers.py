@@ -66,6 +66,8 @@ def _step(node: fx.Node, found: dict[fx.Node, _Numbered]) -> _Numbered:
         return _reshaped(node, sources[0], first)
     if name == "cat":
         return _joined(node, sources[0], found)
+    if name == "interpolate" and first.channels == 1:
+        return _sampled(node, first)
     if len(sources) == 1 and name in _MOVING:
         channels = _moved(node, sources[0], first.channels)
         return _Numbered(run(node, lambda _: first.numbers), channels)
@@ -96,6 +98,16 @@ def _joined(node: fx.Node, source: fx.Node, found: dict[fx.Node, _Numbered]) -> 
         return torch.full(sizes, MADE)
 
     return _Numbered(run(node, numbers), channels)
+
+
+def _sampled(node: fx.Node, given: _Numbered) -> _Numbered:
+    """Of the tokens that a resampled one is made of, the first."""
+    numbers = given.numbers
+    for axis in (2, 3):
+        old, new = numbers.shape[axis], shape(node)[axis]
+        places = ((torch.arange(new) + 0.5) * old / new - 0.5).floor().clamp(min=0).long()
+        numbers = numbers.index_select(axis, places)
+    return _Numbered(numbers, 1)
 
 
 def _moved(node: fx.Node, source: fx.Node, channels: int) -> int:

@@ -58,18 +58,18 @@ def _packed(context: Context, encoder: Encoder, slots: fx.Node, leaving: fx.Node
     rows = torch.full((tiles, encoder.lead + height * width), -2)
     rows[:, encoder.lead :] = torch.arange(tiles * height * width).reshape(tiles, -1)
     numbers = follow(context.graph, leaving, encoder.features, rows)
+    if packing.pooled:
+        shares = packing.shares(numbers, (height, width))
+        _check_rows(context, encoder, shares)
+        table = constant(context.graph, [[shares]], slots)
+        (placed,) = emit(context.graph, "placeholders", lambda x: x.clone(), table)
+        return placed
     separators = packing.separators(numbers, height * width)
     tokens = [0 if number == MADE else number for number in numbers]
-    per_tile = packing.grid[0] * packing.grid[1]
-    firsts = packing.firsts()
-    _check_rows(
-        context,
-        encoder,
-        [
-            separator if separator >= 0 else firsts[token // (height * width)]
-            for token, separator in zip(tokens, separators, strict=True)
-        ],
-    )
+    per_tile, firsts = packing.grid[0] * packing.grid[1], packing.firsts()
+    owners = [firsts[token // (height * width)] for token in tokens]
+    pairs = zip(owners, separators, strict=True)
+    _check_rows(context, encoder, [own if separator < 0 else separator for own, separator in pairs])
     made = [constant(context.graph, table, slots) for table in (tokens, separators, packing.places())]
 
     def body(slots: Tensor, tokens: Tensor, separators: Tensor, places: Tensor) -> Tensor:

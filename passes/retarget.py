@@ -104,6 +104,9 @@ class Retarget:
             self._resize(node, extents, lengths)
         elif node in self.crops:
             self._recrop(node)
+        elif op_name(node) == "interpolate":
+            rest = {k: v for k, v in node.kwargs.items() if k not in ("size", "scale_factor")}
+            node.args, node.kwargs = node.args[:1], {**rest, "size": [lengths[2], lengths[3]]}
         sizes = list(old.shape)
         for axis, length in lengths.items():
             sizes[axis] = length
