@@ -74,9 +74,9 @@ def build_processor(
 
 def build_model(
     hidden: int = 768,
-    decoder_layers: int = 6,
+    decoder_layers: int = 3,
     vision_hidden: int = 384,
-    encoder_layers: int = 4,
+    encoder_layers: int = 2,
     seed: int = 0,
 ) -> Qwen2VLForConditionalGeneration:
     """The stock class, small, in float32, with random weights from `seed`."""
