@@ -247,10 +247,11 @@ class FrontDoor:
     def _over_cache(self, kwargs: dict[str, Any], cache: object) -> tuple[dict[str, Any], Tensor | None]:
         """Over a shortened cache every layer needs its own mask: the padding of each row, to build it from.
 
-        One query without padding needs no mask at all.
+        One query without padding would need none, but transformers 5.17 makes one all the same, for the
+        rows of layer 0.
         """
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if not isinstance(cache, PrunedCache) or (mask is None and ids is not None and ids.shape[1] == 1):
+        if not isinstance(cache, PrunedCache):
             return kwargs, None
         if ids is None:
             raise NotImplementedError("luvc_fx: inputs_embeds over a cache with dropped visual tokens")
