@@ -34,8 +34,8 @@ class Tile:
     """One tile and what of it survives the crop.
 
     Attributes:
-        image: which image of the batch it belongs to.
-        place: its (row, column) in the composite, or None for the whole image in one tile.
+        image: which image (or video) of the batch it belongs to.
+        place: its (row, column) in the composite, or None for the whole image (frame) in one tile.
         valid: of the height and of the width, the run [a, b) of positions that stay.
         sides: positions along the height and the width, as merged so far.
     """

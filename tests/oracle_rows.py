@@ -19,8 +19,9 @@ class Piece:
 
     Attributes:
         features: [n, D].
-        slots: [n] int64, each one's representative, among the placeholders of its row (0 .. V - 1).
-        sizes: [n] float32, how many placeholders each one stands for.
+        slots: [n] int64, each one's representative, among the placeholders of its row (0 .. V - 1); of a
+            pooled feature, which has none, the placeholder whose place it takes.
+        sizes: [n] float32, how many placeholders each one stands for; pooled ones share them evenly.
         grid: (h, w) of the n features, or None where they are not a grid.
         deep: each [n, D], what is added to the tokens after each of the first decoder layers.
     """

@@ -10,8 +10,12 @@ newline takes the placeholder of the old newline number floor((j + 1) * n / n') 
 All features, newlines too, are visual tokens for prunes. They are not one grid: `VisualRows.grid` is
 None, so `per_image` filters over the whole row.
 
-Not merged: images whose features OneVision would interpolate (anyres_max_N), and prompts with videos
-(2-D pooling). They are pruned on the stock features.
+A frame of a video (OneVision) is one tile without padding. Its merged grid (H', W') is pooled as stock
+pools H x W: bilinear, to (ceil(H' / 2), ceil(W' / 2)). The frames follow one another, one newline row
+ends the video. No pooled feature is one token, so the places are shared out evenly: `pooled_places`.
+
+Not merged: images whose features OneVision would interpolate (anyres_max_N). They are pruned on the
+stock features.
 
 Shapes: T tiles of g x g patches, C channels of the tower, D of the text model.
 """
@@ -70,6 +74,15 @@ def tile_layout(model: nn.Module, vision: dict[str, Tensor]) -> list[Tile]:
     return tiles_of(sizes, tiled, config.image_grid_pinpoints, size, side)
 
 
+def frame_layout(model: nn.Module, vision: dict[str, Tensor]) -> list[Tile]:
+    """The frames of all videos of a batch, each as a whole tile; `Tile.image` is the video."""
+    config = model.config.vision_config
+    side = config.image_size // config.patch_size
+    videos, frames = vision["pixel_values_videos"].shape[:2]
+    whole = ((0, side), (0, side))
+    return [Tile(video, None, whole, (side, side)) for video in range(videos) for _ in range(frames)]
+
+
 def encode_tiles(
     model: nn.Module, schedule: Schedule, pixel_values: Tensor, tiles: list[Tile], gaps: list[float]
 ) -> tuple[Tensor, Grid, list[Tile]]:
@@ -114,11 +127,39 @@ def encode_tiles(
 
 
 def tile_counts(model: nn.Module, merges: Sequence[Merge], vision: dict[str, Tensor]) -> list[int]:
-    """The visual tokens of each image after `merges`, newlines too."""
-    tiles = tile_layout(model, vision)
-    for _, merge in Schedule(merge=tuple(merges)).merges_at(encoder_blocks(model)):
-        tiles = shortened(tiles, merge)
-    return [tokens_of(tiles, image) for image in range(1 + max(tile.image for tile in tiles))]
+    """The visual tokens of each image, then of each video, after `merges`, newlines too."""
+    due = [merge for _, merge in Schedule(merge=tuple(merges)).merges_at(encoder_blocks(model))]
+    counts = []
+    if "pixel_values" in vision:
+        tiles = tile_layout(model, vision)
+        for merge in due:
+            tiles = shortened(tiles, merge)
+        counts += [tokens_of(tiles, image) for image in range(1 + max(tile.image for tile in tiles))]
+    if "pixel_values_videos" in vision:
+        tiles = frame_layout(model, vision)
+        for merge in due:
+            tiles = shortened(tiles, merge)
+        height, width = pooled(tiles[0].sides)
+        videos, frames = vision["pixel_values_videos"].shape[:2]
+        counts += [frames * height * width + 1] * videos
+    return counts
+
+
+def pooled(sides: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a frame of `sides` after the pooling."""
+    return -(-sides[0] // 2), -(-sides[1] // 2)
+
+
+def pooled_places(before: tuple[int, int], after: tuple[int, int]) -> list[int]:
+    """The placeholder of each pooled feature among those of its frame, both in raster order.
+
+    Args:
+        before, after: (height, width) of the pooled grid without merges and with them.
+    """
+    lines, columns = (
+        [(2 * i + 1) * old // (2 * new) for i in range(new)] for old, new in zip(before, after, strict=True)
+    )
+    return [line * before[1] + column for line in lines for column in columns]
 
 
 def newlines(before: int, after: int) -> list[tuple[int, int]]:
@@ -221,6 +262,26 @@ def _images(
     return pieces
 
 
+def _videos(
+    model: nn.Module, schedule: Schedule, vision: dict[str, Tensor], gaps: list[float]
+) -> list[Piece]:
+    """The videos of a batch, slots among each video's own placeholders."""
+    pixels = vision["pixel_values_videos"]
+    videos, frames = pixels.shape[:2]
+    tiles = frame_layout(model, vision)
+    features, _, after = encode_tiles(model, schedule, pixels.flatten(0, 1), tiles, gaps)
+    old, new = pooled(tiles[0].sides), pooled(after[0].sides)
+    small = nn.functional.interpolate(features.permute(0, 3, 1, 2), size=new, mode="bilinear")
+    small = small.permute(0, 2, 3, 1).reshape(videos, frames * new[0] * new[1], -1)
+    area = old[0] * old[1]
+    slots = [frame * area + place for frame in range(frames) for place in pooled_places(old, new)]
+    share = area / (new[0] * new[1])
+    return [
+        _piece([*video, model.model.image_newline], [*slots, frames * area], [*[share] * len(slots), 1.0])
+        for video in small
+    ]
+
+
 def _whole(features: Tensor) -> Piece:
     """Stock features [n, D], of which none has merged."""
     n = len(features)
@@ -231,19 +292,13 @@ def tile_rows(
     model: nn.Module, schedule: Schedule, input_ids: Tensor, vision: dict[str, Tensor], gaps: list[float]
 ) -> VisualRows:
     """The visual tokens of each row, images and videos in the order in which they stand in it."""
-    if schedule.merge and "pixel_values_videos" in vision:
-        raise NotImplementedError("the oracle does not merge with videos, whose features are pooled")
     visual = placeholders(model, input_ids)
     found: list[tuple[int, Piece]] = []
     for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if name not in vision:
             continue
-        if kind == "image":
-            pieces = _images(model, schedule, vision, gaps)
-            counts = [int(piece.sizes.sum()) for piece in pieces]
-        else:
-            pieces = [_whole(features) for features in model.get_video_features(vision[name]).pooler_output]
-            counts = [len(piece.slots) for piece in pieces]
+        pieces = {"image": _images, "video": _videos}[kind](model, schedule, vision, gaps)
+        counts = [round(float(piece.sizes.double().sum())) for piece in pieces]
         mine = input_ids == getattr(model.config, f"{kind}_token_id")
         owners = shared_out(visual, mine, counts, kind)
         found += [

@@ -82,10 +82,9 @@ def prompt(family: str, rows: Sequence[Sequence[Any]], seed: int = 0) -> dict[st
     return made(build(family), rows, seed)
 
 
-def schedule_for(family: str, batch: dict[str, Tensor]) -> Schedule:
+def schedule_for(family: str) -> Schedule:
     """`MIXED`, without merges where they are not defined."""
-    videos = family == "onevision" and "pixel_values_videos" in batch
-    return Schedule(prune=PRUNES) if family == "qwen2.5" or videos else MIXED
+    return Schedule(prune=PRUNES) if family == "qwen2.5" else MIXED
 
 
 def alike(family: str, name: str) -> list[list[Any]]:
@@ -165,7 +164,7 @@ def test_images_in_the_second_turn_are_the_whole_prompt_at_once(family: str, nam
         if key in batch:
             whole[key] = torch.cat([torch.full_like(new, filled), batch[key]], dim=1)
     head = oracle_forward(model, Schedule(), input_ids=new)
-    for schedule in (Schedule(), schedule_for(family, batch)):
+    for schedule in (Schedule(), schedule_for(family)):
         tail = oracle_forward(model, schedule, past=head.state, **batch)
         if not schedule.prune:
             assert float((tail.logits - model(**whole).logits[:, 4:]).abs().max()) < 2e-5
@@ -196,7 +195,7 @@ def test_two_turns_equal_a_cache_free_pass_with_masks(family: str, name: str) ->
     """The rows at the fusion and the new tokens together, nothing dropped, only hidden by masks."""
     model = build(family)
     batch = prompt(family, alike(family, name))
-    schedule = schedule_for(family, batch)
+    schedule = schedule_for(family)
     result = oracle_forward(model, schedule, **batch)
     assert result.gap > 1e-6
     vision = {k: v for k, v in batch.items() if k not in ("input_ids", "attention_mask")}
@@ -258,10 +257,7 @@ def frames(item: tuple[Any, ...]) -> int:
     return item[1] if item[0] == "video" else 1
 
 
-ANY = [(family, name) for family, name in CASES if not (family == "onevision" and "video" in name)]
-
-
-@pytest.mark.parametrize(("family", "name"), ANY)
+@pytest.mark.parametrize(("family", "name"), CASES)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_counts_rows_and_positions_follow_any_schedule(family: str, name: str, data: st.DataObject) -> None:
@@ -299,7 +295,7 @@ def test_counts_rows_and_positions_follow_any_schedule(family: str, name: str, d
 def test_gaps_are_comfortable_for_ordinary_schedules(family: str) -> None:
     rows = PROMPTS[family]["an image"]
     batches = [prompt(family, rows, seed) for seed in range(10)]
-    gaps = [oracle_forward(build(family), schedule_for(family, b), **b).gap for b in batches]
+    gaps = [oracle_forward(build(family), schedule_for(family), **b).gap for b in batches]
     assert sum(gap > 1e-5 for gap in gaps) >= 9
 
 
@@ -311,4 +307,4 @@ def test_rows_need_as_many_visual_tokens_as_the_others(family: str) -> None:
     )
     batch = prompt(family, rows)
     with pytest.raises(ValueError, match="every row needs as many"):
-        oracle_forward(model, schedule_for(family, batch), **batch)
+        oracle_forward(model, schedule_for(family), **batch)

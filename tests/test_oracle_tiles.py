@@ -22,7 +22,7 @@ from oracle import (
     visual_rows,
 )
 from oracle_crop import crop, shortened, target
-from oracle_tiles import encode_tiles
+from oracle_tiles import encode_tiles, frame_layout, pooled, pooled_places
 from torch import Tensor, nn
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
@@ -293,6 +293,101 @@ def test_one_tile_and_one_newline_of_several_images() -> None:
     assert torch.equal(rows.features[0, [9, 19]], model.model.image_newline.expand(2, -1))
 
 
+# ------------------------------------------------------------------------------------ pooled videos
+
+
+def test_places_of_pooled_features_by_hand() -> None:
+    assert [pooled(sides) for sides in ((6, 6), (7, 5), (1, 2), (3, 4))] == [(3, 3), (4, 3), (1, 1), (2, 2)]
+    assert pooled_places((3, 3), (3, 3)) == list(range(9))
+    assert pooled_places((3, 3), (3, 2)) == [0, 2, 3, 5, 6, 8]
+    assert pooled_places((3, 3), (1, 2)) == [3, 5]
+    assert pooled_places((4, 4), (2, 1)) == [6, 14]
+    assert pooled_places((4, 4), (3, 4)) == [*range(4), *range(8, 16)]
+    for old in range(1, 12):
+        for new in range(1, old + 1):
+            places = pooled_places((1, old), (1, new))
+            assert places == sorted(set(places)) and places[0] >= 0 and places[-1] < old
+
+
+@pytest.mark.parametrize(
+    ("grid", "merges", "counts", "slots"),
+    [
+        (6, (), 3 * 9 + 1, list(range(9))),
+        (7, (), 3 * 16 + 1, list(range(16))),
+        (6, (WIDTH,), 3 * 3 * 2 + 1, [0, 2, 3, 5, 6, 8]),  # 6 x 3
+        (7, (WIDTH,), 3 * 4 * 2 + 1, [1, 3, 5, 7, 9, 11, 13, 15]),  # 7 x 4
+        (6, (Merge("height", length=5, layer=0),), 3 * 9 + 1, list(range(9))),  # 5 x 6, as many as before
+        (7, (Merge("height", length=5, layer=0), Merge("width", length=1, layer=1)), 3 * 3 + 1, [2, 10, 14]),
+    ],
+)
+def test_counts_and_places_of_videos(
+    grid: int, merges: tuple[Merge, ...], counts: int, slots: list[int]
+) -> None:
+    model = tiny_onevision(grid=grid)
+    batch = anyres_inputs(model, [[2, ("video", 3), 1, ("video", 3), 1]])
+    rows = visual_rows(model, Schedule(merge=merges), batch["input_ids"], batch, [])
+    assert rows is not None and rows.grid is None
+    assert tile_counts(model, merges, batch) == [counts, counts] and rows.features.shape[1] == 2 * counts
+    area = math.ceil(grid / 2) ** 2
+    video = [frame * area + slot for frame in range(3) for slot in slots] + [3 * area]
+    assert rows.slots[0].tolist() == [*video, *(3 * area + 1 + slot for slot in video)]
+    assert float(rows.sizes.sum()) == pytest.approx(2 * (3 * area + 1))
+    newline = model.model.image_newline
+    assert torch.equal(rows.features[0, [counts - 1, -1]], newline.expand(2, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", [6, 7])
+def test_videos_are_pooled_from_the_merged_grid(grid: int) -> None:
+    model = tiny_onevision(grid=grid)
+    batch = anyres_inputs(model, [[2, ("video", 2), 1, ("video", 2), 1]])
+    pixels, ids = batch["pixel_values_videos"], batch["input_ids"]
+    stock = model.get_video_features(pixels).pooler_output
+    rows = visual_rows(model, Schedule(), ids, batch, [])
+    assert rows is not None and torch.allclose(rows.features[0], stock.flatten(0, 1), atol=1e-5)
+    # every frame merges by itself, as if it were the only one
+    schedule = Schedule(merge=(WIDTH, Merge("height", keep=0.7, layer=1, pairing="shared", feature="keys")))
+    rows = visual_rows(model, schedule, ids, batch, [])
+    assert rows is not None
+    left = math.ceil(grid / 2)
+    features, grids, after = encode_tiles(
+        model, schedule, pixels[1, :1], frame_layout(model, {"pixel_values_videos": pixels[1:, :1]}), []
+    )
+    height, width = after[0].sides
+    assert (height, width) == tuple(grids.sizes.shape[1:]) and width == left < height < grid
+    small = pooled((height, width))
+    count = small[0] * small[1]
+    mine = rows.features[0].reshape(2, 2 * count + 1, -1)[1, :count].reshape(*small, -1)
+    # the middle of an even grid is half a position off: the mean of 2 x 2; an odd one has weights by hand
+    weights = [_weights(side) for side in (height, width)]
+    by_hand = torch.einsum("ih,jw,hwd->ijd", *weights, features[0])
+    assert torch.allclose(mine, by_hand, atol=1e-5)
+
+
+def _weights(side: int) -> Tensor:
+    """[ceil(side / 2), side]: what bilinear interpolation takes of each position."""
+    new = -(-side // 2)
+    out = torch.zeros(new, side)
+    for i in range(new):
+        at = min(max((i + 0.5) * side / new - 0.5, 0.0), side - 1)
+        low = int(at)
+        out[i, low] += 1 - (at - low)
+        if low + 1 < side:
+            out[i, low + 1] += at - low
+    return out
+
+
+def test_padding_of_an_image_does_not_raise_the_targets_of_a_video() -> None:
+    model = tiny_onevision()
+    batch = anyres_inputs(model, [[2, ("image", *FLAT), 1, ("video", 2), 1]])
+    merges = (Merge("height", length=1, layer=0),)
+    rows = visual_rows(model, Schedule(merge=merges), batch["input_ids"], batch, [])
+    assert rows is not None
+    # the image's 6 are left with 3, of the 4 that the crop keeps 1, 3 x 6 columns and a newline
+    assert tile_counts(model, merges, batch) == [3 * 6 + 19, 2 * 3 + 1]
+    assert rows.features.shape[1] == 37 + 7
+
+
 # ----------------------------------------------------------------------------------- what is refused
 
 
@@ -300,7 +395,7 @@ def features_of(model: nn.Module, batch: dict[str, Tensor], schedule: Schedule) 
     return oracle_forward(model, schedule, **batch).features
 
 
-def test_interpolated_features_and_videos_are_pruned_only() -> None:
+def test_interpolated_features_are_pruned_only() -> None:
     prune, merge = Schedule(prune=(Prune(keep=0.5, layer=1),)), Schedule(merge=(WIDTH,))
     model = tiny_onevision(most=1)
     batch = anyres_inputs(model, [[2, ("image", *SQUARE), 1]])
@@ -321,7 +416,6 @@ def test_interpolated_features_and_videos_are_pruned_only() -> None:
         features_of(model, anyres_inputs(model, [[2, ("image", 24, 24), ("image", 24, 24)]]), merge)
         is not None
     )
-    video = anyres_inputs(plain, [[2, ("video", 2), 1]])
-    with pytest.raises(NotImplementedError, match="video"):
-        features_of(plain, video, merge)
-    assert oracle_forward(plain, prune, **video).tokens_per_layer == [19, 10, 10, 10]
+    video = anyres_inputs(model, [[2, ("image", *SQUARE), 1, ("video", 2), 1]])
+    with pytest.raises(NotImplementedError, match="interpolated"):
+        features_of(model, video, merge)
