@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from luvc_fx.fx_util import descendants, drop_dead, is_tensor, op_name, value
+from luvc_fx._compat import hint
+from luvc_fx.fx_util import descendants, drop_dead, is_tensor, op_name, order, value
 from luvc_fx.passes.emit import MARK, emit
 
 
@@ -40,7 +41,7 @@ def spread_deepstack(graph: fx.Graph) -> int:
 
 def deepstack_additions(graph: fx.Graph) -> list[_Addition]:
     """Those of a graph, in order."""
-    found = []
+    found, place = [], order(graph)
     for put in graph.nodes:
         if put.target is not operator.setitem or not _by_mask(put.args[1]):
             continue
@@ -50,9 +51,30 @@ def deepstack_additions(graph: fx.Graph) -> list[_Addition]:
         terms = total.args[:2]
         taken = next((t for t in terms if _takes(t, written, mask)), None)
         features = next((t for t in terms if t is not taken), None)
-        if taken is not None and isinstance(features, fx.Node) and op_name(written) == "clone":
-            found.append(_Addition(written, mask, features, taken, put))
+        if taken is None or total.kwargs or not isinstance(features, fx.Node):
+            continue
+        addition = _Addition(written, mask, features, taken, put)
+        if op_name(written) == "clone" and _fits(addition) and _read_after(addition, place):
+            found.append(addition)
     return found
+
+
+def _fits(found: _Addition) -> bool:
+    """Whether each row that the mask marks gets a row of its own, as it is."""
+    written, mask, features = value(found.written), value(found.mask), value(found.features)
+    return (
+        mask.dim() + 1 == written.dim()
+        and features.dim() == 2
+        and features.shape[1] == written.shape[-1]
+        and hint(features.shape[0]) != 1
+    )
+
+
+def _read_after(found: _Addition, place: dict[fx.Node, int]) -> bool:
+    """Whether nothing else sees the rows before they are written, or those that were taken."""
+    others = [n for n in found.written.users if n not in (found.taken, found.put)]
+    sums = [n for n in found.taken.users if op_name(n) != "sym_size"]
+    return len(sums) == 1 and all(place[n] > place[found.put] for n in others)
 
 
 def _by_mask(index: object) -> bool:
@@ -74,8 +96,11 @@ def _takes(node: object, written: object, mask: object) -> bool:
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """What `node` is a copy of, on another device or in another precision."""
+    """What `node` is a copy of, on another device or in another precision, but for roundings between."""
+    dtype = value(node).dtype
     while op_name(node) == "to" and isinstance(node.args[0], fx.Node):
+        if value(node).dtype not in (dtype, value(node.args[0]).dtype):
+            break
         node = node.args[0]
     return node
 
