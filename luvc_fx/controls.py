@@ -111,11 +111,12 @@ def numpy_free(base: Any) -> dict[str, Callable[..., Any]]:
     """Methods of this instance that ask numpy for the product of a shape, asking `math` instead.
 
     Dynamo makes a tensor of numpy's answer, and the comparison after it ends the graph. The copies
-    have globals of their own; class and module stay as they are.
+    have globals of their own; class and module stay as they are, and so does a method that somebody
+    put on the instance.
     """
     found = {}
     for name in ("pack_image_features",):
-        function = getattr(type(base), name, None)
+        function = None if name in vars(base) else getattr(type(base), name, None)
         if isinstance(function, types.FunctionType) and function.__globals__.get("np") is numpy:
             shim = types.SimpleNamespace(prod=math.prod, ndarray=numpy.ndarray)
             own = types.FunctionType(
