@@ -204,7 +204,7 @@ def test_models_that_ask_numpy_for_nothing_keep_their_methods(make: Callable[...
 
 
 def test_restore_takes_the_method_off() -> None:
-    model: Any = tiny_llava_next(decoder_layers=1)
+    model: Any = luvc_fx.prepare(tiny_llava_next(decoder_layers=1))
     before = dict(vars(model.base_model))
     luvc_fx.compile(model, Schedule(), inner="eager")
     assert "pack_image_features" in vars(model.base_model)
