@@ -287,6 +287,9 @@ def _distribute(pieces: list[_Piece], new: tuple[int, ...], into: range, node: f
                 rest.insert(0, inner)
             taken[axis].append(piece)
             filled *= piece.size
+        # A side of one lies beside the other side of its grid, and not among the channels behind.
+        while rest and rest[0].size == 1 and any(not piece.constant for piece in taken[axis]):
+            taken[axis].append(rest.pop(0))
     # Only pieces of size 1 are left: a count of one row. They stay where the last ones went.
     taken[into[-1]] += rest
     found = {axis: _joined(parts, node) for axis, parts in taken.items()}
