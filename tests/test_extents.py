@@ -224,6 +224,15 @@ def test_reshapes_one_after_the_other(
         old = new
 
 
+def test_a_side_of_one_stays_beside_the_other() -> None:
+    """An image that is one block wide, whose blocks go to the channels."""
+    axis = ex.blocks(1, SIDES, 2)
+    narrow = dict(zip(SIDES, (8, 2), strict=True))
+    halves = axis.without_inner(4)
+    assert ex.align((16, 8), {0: axis}, (4, 32), narrow, NODE) == {0: halves}
+    assert ex.align((16, 8), {0: axis}, (16, 2, 4), narrow, NODE) == {0: axis}
+
+
 def test_a_row_is_split_at_its_blocks_only() -> None:
     axis = packed([(2, SIDES), (1, OTHERS)])
     length = axis.length(COUNTS)

@@ -45,6 +45,7 @@ SCHEDULES = {
 FRAMES: dict[str, tuple[Frame, ...]] = {
     "one image": ((4, 8),),
     "two alike": ((4, 8), (4, 8)),
+    "one block wide": ((8, 2),),
     "of three sizes": ((4, 8), (8, 4), (4, 8), (6, 4)),
 }
 
@@ -61,6 +62,7 @@ def whole(frames: str) -> tuple[Packed, Captured]:
         *((name, "of three sizes") for name in SCHEDULES),
         ("width", "one image"),
         ("keys, then hidden", "two alike"),
+        ("both after two", "one block wide"),
     ],
 )
 def test_it_is_the_eager_merge_on_coordinates(name: str, frames: str) -> None:
