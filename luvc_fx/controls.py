@@ -114,7 +114,7 @@ def numpy_free(base: Any) -> dict[str, Callable[..., Any]]:
     have globals of their own; class and module stay as they are, and so does a method that somebody
     put on the instance.
     """
-    found = {}
+    found: dict[str, Callable[..., Any]] = {}
     for name in ("pack_image_features",):
         function = None if name in vars(base) else getattr(type(base), name, None)
         if isinstance(function, types.FunctionType) and function.__globals__.get("np") is numpy:

@@ -51,7 +51,7 @@ def deepstack_additions(graph: fx.Graph) -> list[_Addition]:
         terms = total.args[:2]
         taken = next((t for t in terms if _takes(t, written, mask)), None)
         features = next((t for t in terms if t is not taken), None)
-        if taken is None or total.kwargs or not isinstance(features, fx.Node):
+        if not isinstance(taken, fx.Node) or not isinstance(features, fx.Node) or total.kwargs:
             continue
         addition = _Addition(written, mask, features, taken, put)
         if op_name(written) == "clone" and _fits(addition) and _read_after(addition, place):
