@@ -17,9 +17,10 @@ from luvc_fx import extents as ex
 from luvc_fx import markers
 from luvc_fx.encoder_anatomy import Encoder, find_encoder, patch_convolution
 from luvc_fx.fx_util import ancestors, descendants, is_tensor, live_nodes, op_name, output_node, shape, value
+from luvc_fx.probe import Join, TokenAxes
 from luvc_fx.report import Reason, Refusal, Refused
 from luvc_fx.stream import chain_to, dominators, entering
-from luvc_fx.token_axes import ATTENTION, Join, TokenAxes, trace
+from luvc_fx.token_axes import ATTENTION, trace
 
 MEND = (
     "the capture ended before the image features enter the text; run luvc_fx.prepare(model) or one "

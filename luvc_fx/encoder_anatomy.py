@@ -11,9 +11,10 @@ from luvc_fx import extents as ex
 from luvc_fx import markers
 from luvc_fx.fx_util import ancestors, descendants, is_tensor, op_name, output_node, shape, value
 from luvc_fx.packing import Packing
+from luvc_fx.probe import TokenAxes
 from luvc_fx.report import Reason, Refused
 from luvc_fx.stream import by_layer, chain_to, dominators, entering, last_residual
-from luvc_fx.token_axes import ATTENTION, TokenAxes, trace
+from luvc_fx.token_axes import ATTENTION, trace
 from luvc_fx.token_numbers import follow
 
 
@@ -215,21 +216,31 @@ def _layout(
         raise Refused(Reason.NO_GRID, "the image features do not follow the patch grid", features)
     extent = next(iter(extents.values()))
     sides = tuple(extent.symbols())
-    if (
-        len(extents) == 1
-        and isinstance(extent, ex.Extent)
-        and extent.splits
-        and sides == (ex.HEIGHT, ex.WIDTH)
-    ):
-        return _unit(axes, extent, features), None
-    if len(shape(features)) != 2:
+    plain = len(extents) == 1 and extent.splits and sides == (ex.HEIGHT, ex.WIDTH)
+    unit = _unit(axes, extent, features) if plain and isinstance(extent, ex.Extent) else (1, 1)
+    if not plain and len(shape(features)) != 2:
         raise Refused(Reason.NO_GRID, "the image features are not one grid, row by row", features)
     numbers = torch.full((frames.count, shape(last)[1]), -2)
     patches = frames.grid[0] * frames.grid[1]
     numbers[:, lead:] = torch.arange(frames.count * patches).reshape(frames.count, patches)
-    found = tuple(follow(graph, last, features, numbers))
-    pooled = any(op_name(n) == "interpolate" for n in descendants(last) & ancestors(features))
-    return (1, 1), Packing(found, frames.count, frames.grid, pooled)
+    between = descendants(last) & ancestors(features)
+    try:
+        found = tuple(follow(graph, last, features, numbers))
+    except Refused:
+        # Lengths cannot show that tokens change places; these operations do.
+        moves = next((n for n in graph.nodes if n in between and op_name(n) in _REORDERING), None)
+        if plain and moves is None:
+            return unit, None
+        raise
+    if found == tuple(range(frames.count * patches)):
+        return unit, None
+    if unit != (1, 1):
+        raise Refused(Reason.NO_GRID, "the image features are not one grid, row by row", features)
+    pooled = any(op_name(n) == "interpolate" for n in between)
+    return unit, Packing(found, frames.count, frames.grid, pooled)
+
+
+_REORDERING = {"flip", "fliplr", "flipud", "rot90", "roll", "sort", "gather", "index_select", "take", "index"}
 
 
 def _unit(axes: TokenAxes, extent: ex.Extent, features: fx.Node) -> tuple[int, int]:

@@ -9,6 +9,7 @@ one behind the other (images of other sizes in one row) are a `Row` of such prod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ Counts = Mapping[str, Any]
 """Symbol -> its size, an int or a SymInt."""
 
 
-class Factor(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Factor:
     """`scale` times the size of `symbol`; `CONSTANT` has the size 1."""
 
     symbol: str
@@ -45,7 +47,8 @@ class Factor(NamedTuple):
         return [] if self.symbol == CONSTANT else [self.symbol]
 
 
-class Extent(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Extent:
     """An axis of length ``plus + product of factors + tail``: rows in front, tokens, rows behind.
 
     A factor may be an axis itself (a grid with one more column, flattened). `plus` and `tail` are
@@ -71,7 +74,9 @@ class Extent(NamedTuple):
             length = int(length)
         return length + self.plus + self.tail
 
-    size = length
+    def size(self, counts: Counts) -> Any:
+        """The length, as a factor of another axis."""
+        return self.length(counts)
 
     @property
     def splits(self) -> bool:
@@ -104,19 +109,29 @@ class Extent(NamedTuple):
         return Extent(_tidy((*self.factors[:-1], Factor(CONSTANT, rest))))
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Row:
     """Axes one behind the other, at least two."""
 
     parts: tuple[Extent, ...]
 
-    plus = tail = 0
-    splits = False
+    @property
+    def plus(self) -> int:
+        """Rows in front: a row of axes has none."""
+        return 0
+
+    @property
+    def splits(self) -> bool:
+        """As of `Extent`."""
+        return False
 
     def length(self, counts: Counts) -> Any:
         """As of `Extent`."""
         return sum(part.length(counts) for part in self.parts)
 
-    size = length
+    def size(self, counts: Counts) -> Any:
+        """The length, as a factor of another axis."""
+        return self.length(counts)
 
     def symbols(self) -> list[str]:
         """The symbols in order, each once."""
@@ -133,7 +148,8 @@ class Row(NamedTuple):
         return None if None in parts else Row(tuple(part for part in parts if part is not None))
 
 
-class Half(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Half:
     """A factor: half of an axis, rounded up, as pooling leaves it."""
 
     of: Extent | Row
@@ -262,7 +278,7 @@ def _pieces(old: tuple[int, ...], extents: Mapping[int, Axis], group: range, cou
         if extent is None:
             if old[axis] != 1:
                 pieces.append(_Piece(old[axis], Factor(CONSTANT, Fraction(old[axis]))))
-        elif not extent.splits:
+        elif isinstance(extent, Row) or not extent.splits:
             pieces.append(_Piece(old[axis], Factor(CONSTANT), extent))
         else:
             pieces += [_Piece(int(factor.size(counts)), factor) for factor in extent.factors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -123,12 +124,17 @@ def settled_size(node: fx.Node) -> int | None:
     return int(size) if reads and isinstance(size, int | torch.SymInt) and is_concrete_int(size) else None
 
 
+def _known_or_itself(known: dict[fx.Node, int], node: fx.Node) -> Any:
+    return known.get(node, node)
+
+
 def fold_sizes(graph: fx.Graph) -> None:
     """Write settled sizes as numbers, as everywhere else: what is made of them keeps the captured length."""
     for node in graph.nodes:
         number = settled_size(node)
         if number is not None:
+            known: dict[fx.Node, int] = {node: number}
             for user in list(node.users):
                 user.args, user.kwargs = fx.map_arg(
-                    (user.args, user.kwargs), lambda n, node=node, number=number: number if n is node else n
+                    (user.args, user.kwargs), functools.partial(_known_or_itself, known)
                 )

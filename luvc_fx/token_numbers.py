@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from luvc_fx.fx_util import ancestors, descendants, is_tensor, op_name, run, shape, value
+from luvc_fx.probe import ALIGNED, EXPANDING
 from luvc_fx.report import Reason, Refused
-from luvc_fx.token_axes import ALIGNED, EXPANDING
 
 MADE = -1
 """Number of a row that no token became: a separator between the lines of an image."""

@@ -8,8 +8,9 @@ from luvc_fx.fx_util import is_tensor, order, value
 from luvc_fx.ops import gather_rows
 from luvc_fx.passes.context import Context
 from luvc_fx.passes.emit import emit, inserted
+from luvc_fx.probe import Join
 from luvc_fx.report import Reason, Refused
-from luvc_fx.token_axes import Join, follows
+from luvc_fx.token_axes import follows
 
 
 def compact_followers(context: Context, site: str, at: fx.Node, places: fx.Node, ascending: fx.Node) -> None:

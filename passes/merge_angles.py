@@ -14,8 +14,8 @@ from luvc_fx.passes.compact_rows import root_of
 from luvc_fx.passes.context import Context
 from luvc_fx.passes.emit import emit
 from luvc_fx.plan import MergeSite
+from luvc_fx.probe import Join
 from luvc_fx.report import Reason, Refused
-from luvc_fx.token_axes import Join
 
 
 def find_angles(context: Context, site: MergeSite) -> fx.Node | None:
@@ -33,10 +33,10 @@ def find_angles(context: Context, site: MergeSite) -> fx.Node | None:
         found |= angles
     if not found:
         return None
-    angles, rows = found.pop(), shape(site.node)
-    if found or shape(angles)[0] != rows[0] or len(rows) != 2:
-        raise Refused(Reason.TOKEN_AXIS, "the angles of a rotary table do not lie patch by patch", angles)
-    return angles
+    table, rows = found.pop(), shape(site.node)
+    if found or shape(table)[0] != rows[0] or len(rows) != 2:
+        raise Refused(Reason.TOKEN_AXIS, "the angles of a rotary table do not lie patch by patch", table)
+    return table
 
 
 def _angles_of(table: fx.Node) -> set[fx.Node]:

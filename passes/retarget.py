@@ -18,8 +18,8 @@ from luvc_fx._compat import FakeTensor, FakeTensorMode, fake_run, hint
 from luvc_fx.extents import TOKENS, Axis, Counts
 from luvc_fx.fx_util import concrete, fold_sizes, op_name, run, value
 from luvc_fx.passes.emit import MARK, inserted
+from luvc_fx.probe import SIZED, TokenAxes, set_sizes, sizes_of
 from luvc_fx.report import Reason, Refused
-from luvc_fx.token_axes import SIZED, TokenAxes, set_sizes, sizes_of
 
 
 class Retarget:

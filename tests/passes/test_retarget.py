@@ -16,8 +16,9 @@ from luvc_fx.extents import TOKENS, of
 from luvc_fx.fx_util import op_name, shape, value
 from luvc_fx.passes.emit import emit, inserted
 from luvc_fx.passes.retarget import Retarget
+from luvc_fx.probe import set_sizes, sizes_of
 from luvc_fx.report import Reason, Refused
-from luvc_fx.token_axes import set_sizes, sizes_of, trace
+from luvc_fx.token_axes import trace
 
 LEFT = 5
 

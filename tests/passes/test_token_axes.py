@@ -16,8 +16,9 @@ from torch import Tensor, fx
 
 from luvc_fx.extents import CONSTANT, HEIGHT, TOKENS, WIDTH, Extent, Factor, align, of
 from luvc_fx.fx_util import op_name, output_node, value
+from luvc_fx.probe import Join
 from luvc_fx.report import Reason, Refused
-from luvc_fx.token_axes import Join, trace
+from luvc_fx.token_axes import trace
 
 NODE = fx.Graph().placeholder("x")
 ROWS = of(TOKENS)

@@ -19,8 +19,9 @@ from luvc_fx.extents import CONSTANT, HEIGHT, WIDTH, Axis, Extent, Factor
 from luvc_fx.fx_util import op_name, output_node, shape
 from luvc_fx.passes.emit import emit
 from luvc_fx.passes.retarget import Retarget
+from luvc_fx.probe import TokenAxes, probe_sizes
 from luvc_fx.report import Reason, Refused
-from luvc_fx.token_axes import TokenAxes, probe_sizes, trace
+from luvc_fx.token_axes import trace
 
 C = 8
 GRID = ex.of(HEIGHT, WIDTH)
