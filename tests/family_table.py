@@ -67,7 +67,9 @@ def lines_of(rows: list[Row]) -> list[str]:
     for row in rows:
         shown = {**row, "family": "" if row["family"] == before else row["family"]}
         before = row["family"]
-        lines.append("| " + " | ".join(str(shown[column]) for column in COLUMNS) + " |")
+        lines.append(
+            ("| " + " | ".join(str(shown[column]) for column in COLUMNS) + " |").replace("|  |", "| |")
+        )
     return lines
 
 

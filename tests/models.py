@@ -265,11 +265,15 @@ def inputs(
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
-def rename_everything(model: nn.Module) -> nn.Module:
+def rename_everything(model: nn.Module, paths: bool = False) -> nn.Module:
     """Give every submodule of `model` (in place) a class with a meaningless name, and return it.
 
     Nothing that looks at class names, qualified names or defining modules can recognise the model
-    afterwards; weights, code and behaviour stay. Attribute paths stay too: stock code needs them.
+    afterwards; weights, code and behaviour stay.
+
+    Args:
+        paths: the same for module paths: children get meaningless names, and properties of the new
+            classes find them for stock code. Members of lists keep their numbers.
     """
     from transformers import PreTrainedModel
     from transformers.utils import output_capturing
@@ -291,4 +295,24 @@ def rename_everything(model: nn.Module) -> nn.Module:
         module.__class__ = renamed[kind]
         if recorded is not None:
             registry[key(module)] = recorded
+    if paths:
+        _rename_paths(model)
     return model
+
+
+def _rename_paths(model: nn.Module) -> None:
+    """Of a model whose classes are its own."""
+    names: dict[str, str] = {}
+
+    def stand_in(new: str) -> property:
+        return property(lambda self: self._modules[new])
+
+    for module in list(model.modules()):
+        if isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        kind, moved = type(module), {}
+        for old, child in module._modules.items():
+            moved[names.setdefault(old, f"m{len(names)}")] = child
+            if old not in vars(kind):
+                setattr(kind, old, stand_in(names[old]))
+        module._modules = moved

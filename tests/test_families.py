@@ -1,0 +1,205 @@
+"""The matrix of model families against the oracle, and the README's table against the matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import GAP
+from family_matrix import (
+    BACKEND,
+    CELLS,
+    FAMILIES,
+    MERGES,
+    PRUNES,
+    SCHEDULE,
+    Batch,
+    cell,
+    done_to,
+    first_input,
+    model_of,
+    prompt_of,
+    run,
+)
+from family_table import COLUMNS, readme_rows, row_of
+from hypothesis import HealthCheck, assume, given, settings
+from oracle import encoder_blocks, oracle_forward, schedules, tile_counts
+from replay import assert_close, examples
+
+import luvc_fx
+from luvc_fx import LuvcWarning, Schedule
+from luvc_fx.backend import NotRewritten
+
+INDUCTOR = [("qwen2", "an image and a video"), ("onevision", "padding cropped")]
+
+
+def planned(family: str, name: str, batch: Batch) -> list[int]:
+    """Visual tokens entering each layer, as the oracle counts them."""
+    given = cell(family, name)
+    return oracle_forward(
+        model_of(family, *given.model), done_to(given) or Schedule(), **batch
+    ).tokens_per_layer
+
+
+def encoders_of(batch: Batch) -> int:
+    """How many kinds of visual input a prompt has."""
+    return sum(name in batch for name in ("pixel_values", "pixel_values_videos"))
+
+
+@pytest.mark.parametrize(("family", "name"), CELLS)
+def test_a_cell_is_the_oracle_and_the_readme(family: str, name: str) -> None:
+    given, batch = cell(family, name), prompt_of(family, name)
+    told = run(family, name)
+    assert told.differences == []
+    assert told.gap >= GAP, "a tie, which shows nothing"
+    assert told.reasons == given.reasons
+    assert told.repeated == 0
+    if given.pruned:
+        assert told.tokens_per_layer == planned(family, name, batch)
+        if name != BACKEND:
+            assert dict(told.forward) == {"vision": encoders_of(batch), "prefill": 1}
+            assert dict(told.generate) == {"prefill": 1, "decode": 2}
+    # Whoever does not read the report is warned, with its words.
+    assert all(any(refusal.text in text for text in told.warned) for refusal in told.refusals)
+    assert bool(told.warned) == bool(given.reasons)
+    written = readme_rows()[family, name]
+    made = row_of(family, name, told)
+    tried = {column: made[column] for column in COLUMNS if made[column] is not None}
+    assert {column: written[column] for column in tried} == tried, "run tests/family_table.py --write"
+
+
+def test_the_readme_has_the_rows_of_the_matrix() -> None:
+    assert list(readme_rows()) == CELLS
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        (family, name)
+        if (family, name) in (("llava", "an image"), ("qwen2", "an image"))
+        else pytest.param(family, name, marks=pytest.mark.slow)
+        for family, name in CELLS
+        if name != BACKEND
+    ],
+)
+def test_new_shapes(family: str, name: str) -> None:
+    """More text and another image: the oracle's answers, and as many recompiles as the README says."""
+    told = run(family, name, longer=True, other=True)
+    assert told.differences == []
+    assert told.gap >= GAP
+    assert row_of(family, name, told) == readme_rows()[family, name], "run tests/family_table.py --write"
+
+
+REFUSED = {
+    (cell(family, name).reasons, cell(family, name).pruned, name == BACKEND): (family, name)
+    for family, name in reversed(CELLS)
+    if cell(family, name).reasons
+}
+"""One cell of each kind; the others differ in the model only."""
+
+
+@pytest.mark.parametrize(("family", "name"), REFUSED.values())
+@torch.no_grad()
+def test_strict_raises_what_is_refused(family: str, name: str) -> None:
+    """With the reason; whether Dynamo wraps the error or not."""
+    given = cell(family, name)
+    model, batch = model_of(family, *given.model), prompt_of(family, name)
+    with pytest.raises(Exception, match=rf"{given.reasons[0].value}: \w") as caught:
+        if name == BACKEND:
+            backend = luvc_fx.backend(SCHEDULE, inner="eager", strict=True)
+            torch.compile(model, backend=backend)(**batch)
+        else:
+            with luvc_fx.applied(model, SCHEDULE, inner="eager", strict=True):
+                model(**batch)
+    assert isinstance(caught.value, NotRewritten) or "NotRewritten" in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------- any schedule
+
+DRAWN = {
+    "qwen2": ("an image and a video", [(4, 8), (8, 4), (8, 4)]),
+    "onevision": ("padding cropped", [(4, 4)]),
+    "next": ("padding cropped", [(4, 4)]),
+}
+"""The input, and the patch grids of its images (frames, tiles)."""
+
+
+def drawn_for(family: str) -> Any:
+    """Schedules for a model and its prompt."""
+    name, grids = DRAWN[family]
+    model, batch = model_of(family), prompt_of(family, name)
+    limits: dict[str, Any] = {"unit": 2} if family == "qwen2" else {}
+    if family != "qwen2":
+        limits["fused"] = lambda merges: sum(tile_counts(model, merges, batch))
+    return schedules(encoder_blocks(model), layers=3, grids=grids, **limits)
+
+
+@pytest.mark.parametrize("family", DRAWN)
+@torch.no_grad()
+def test_any_schedule_is_the_oracle(family: str) -> None:
+    model, batch = model_of(family), prompt_of(family, DRAWN[family][0])
+    drawn = {"all": 0, "close": 0}
+
+    @settings(
+        max_examples=examples(9),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+    @given(drawn_for(family))
+    def check(schedule: Schedule) -> None:
+        want = oracle_forward(model, schedule, **batch)
+        drawn["all"] += 1
+        drawn["close"] += want.gap < GAP
+        assume(want.gap >= GAP)
+        torch._dynamo.reset()
+        # A merge that padding stops early is a reason in the report, and the oracle's stops there too.
+        with luvc_fx.applied(model, schedule, inner="eager", on_no_match="ignore"):
+            out = model(**batch)
+            report = luvc_fx.report_of(model)
+        stopped = [r for graph in report.graphs for r in graph.refusals]
+        assert all("became" in refusal.text for refusal in stopped)
+        assert report.tokens_per_layer() == want.tokens_per_layer
+        assert torch.equal(out.row_index, want.rows)
+        assert_close(out.logits, want.logits, 2e-5, "logits")
+
+    check()
+    assert drawn["close"] <= 0.3 * drawn["all"], f"too many ties: {drawn}"
+
+
+# ---------------------------------------------------------------------------------------- Inductor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "name"), INDUCTOR)
+def test_inductor_is_the_oracle(family: str, name: str) -> None:
+    told = run(family, name, inner="inductor", strict=True)
+    assert told.differences == []
+    assert told.repeated == 0
+    assert told.tokens_per_layer == planned(family, name, prompt_of(family, name))
+
+
+# -------------------------------------------------------------------------------------- the matrix
+
+
+def test_the_matrix_reaches_every_kind_of_input() -> None:
+    """Or a family that is added would be green by having no inputs."""
+    for family, found in FAMILIES.items():
+        names = " ".join(found.inputs)
+        assert "left padding" in names, family
+        assert "images" in names, family
+        for declared in (*found.inputs.values(), found.whole):
+            whole = declared.merged and declared.pruned
+            assert bool(declared.reasons) or whole, "what is left alone has a reason"
+        assert found.inputs[first_input(family)].pruned
+    assert {len(MERGES), len(PRUNES)} == {2}
+
+
+@torch.no_grad()
+def test_a_warning_says_which_family_member_is_left_alone() -> None:
+    """The front door's words for a merge that it refuses name the graph node."""
+    model, batch = model_of("qwen2.5"), prompt_of("qwen2.5", "an image")
+    with (
+        luvc_fx.applied(model, SCHEDULE, inner="eager"),
+        pytest.warns(LuvcWarning, match=r"token-axis: .* \[\w+\]"),
+    ):
+        model(**batch)
