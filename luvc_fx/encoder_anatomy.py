@@ -151,7 +151,7 @@ def _seen(graph: fx.Graph, attention: fx.Node) -> tuple[fx.Node, ex.Axis, tuple[
     conv = patch_convolution(graph, attention)
     if conv is None:
         raise Refused(Reason.NO_GRID, "no patch convolution before the first encoder block", attention)
-    images, _, height, width = shape(conv)
+    images, _, height, width = (int(size) for size in value(conv).shape)  # guards, where symbolic
     frames = (Frames(images, (height, width), (ex.HEIGHT, ex.WIDTH)),)
     return _flattened(conv), ex.of(ex.HEIGHT, ex.WIDTH), frames
 

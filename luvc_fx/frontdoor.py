@@ -34,10 +34,10 @@ def compile(
     ``output.row_index`` ``[batch, rows]``.
 
     Args:
-        model: `LlavaForConditionalGeneration` or `InternVLForConditionalGeneration` today, or a PEFT
-            model around one.
+        model: a vision-language model of transformers that encodes its images by `get_image_features`
+            (the README has a table of the families that tests cover), or a PEFT model around one.
         schedule, inner, mode, options, on_no_match, strict: as of `luvc_fx.backend`.
-        dynamic: as of `torch.compile`.
+        dynamic: as of `torch.compile`, for the text; each number and shape of images is a graph.
 
     Raises:
         ValueError: an argument that is not allowed, or a schedule that this model cannot follow.

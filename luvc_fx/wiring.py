@@ -74,13 +74,14 @@ class FrontDoor:
                 model,
                 kind,
                 self.original(kind.method),
-                lambda body, merge: self._compiled(body, self.schedule if merge else unmerged),
+                # A plan is for one number of images of one shape: nothing of it may become symbolic.
+                lambda body, merge: self._compiled(body, self.schedule if merge else unmerged, False),
             )
             for kind in self.kinds
         }
-        self.prefill = self._compiled(self._forward_body(), unmerged)
-        self.decode = self._compiled(self._forward_body(), unmerged)
-        self.plain = self._compiled(self._forward_body(), Schedule())
+        self.prefill = self._compiled(self._forward_body(), unmerged, dynamic)
+        self.decode = self._compiled(self._forward_body(), unmerged, dynamic)
+        self.plain = self._compiled(self._forward_body(), Schedule(), dynamic)
 
     def original(self, name: str) -> Callable[..., Any]:
         """What `model.<name>` was before the hooks."""
@@ -112,8 +113,10 @@ class FrontDoor:
         made.warn_on_generate = False
         return made
 
-    def _compiled(self, body: Callable[..., Any], schedule: Schedule) -> Callable[..., Any]:
-        compiled = torch.compile(body, backend=self._backend(schedule), dynamic=self.dynamic)
+    def _compiled(
+        self, body: Callable[..., Any], schedule: Schedule, dynamic: bool | None
+    ) -> Callable[..., Any]:
+        compiled = torch.compile(body, backend=self._backend(schedule), dynamic=dynamic)
 
         def call(*args: Any, deepstack: bool = False, **kwargs: Any) -> Any:
             with _compat.tracing_settings(dynamic_outputs=deepstack):
