@@ -34,12 +34,6 @@ from luvc_fx.backend import LuvcBackend
 from luvc_fx.report import Reason, Report
 
 NEW_TOKENS = 4
-SYMBOLIC = {
-    "internvl": "a merged graph asserts on a size of its own and stops",
-    "qwen2": "angles are turned by a SymFloat that the merge pass cannot trace (pass-failed)",
-    "onevision": "the crop of the padding is a slice with symbolic ends (token-axis): not merged",
-}
-"""Families that do not merge with ``dynamic=True``, and why."""
 FLEX = [family for family, found in FAMILIES.items() if found.flex]
 
 
@@ -110,15 +104,7 @@ def test_no_module_stack_and_static_shapes(family: str, monkeypatch: pytest.Monk
     assert_as_declared(family, model, out, report)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, marks=pytest.mark.xfail(strict=True, reason=SYMBOLIC[family]))
-        if family in SYMBOLIC
-        else family
-        for family in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_symbolic_shapes_of_a_model_that_never_ran(family: str) -> None:
     """From the first call on: ``dynamic=True``, the prompt's length is a symbol."""
