@@ -20,6 +20,7 @@ __all__ = [
     "RECOMPILE_LIMIT",
     "FakeTensor",
     "FakeTensorMode",
+    "InPlaceOfPixels",
     "OptimizedModule",
     "allow_recompiles",
     "being_compiled",
@@ -127,6 +128,18 @@ def encoder_output(features: Any, extra: dict[str, list[torch.Tensor]] | None = 
     for name, levels in (extra or {}).items():
         setattr(output, name, [(level,) for level in levels])
     return output
+
+
+class InPlaceOfPixels(list[torch.Tensor]):
+    """Features for a forward that takes none (5.17): it asks for those of its pixels, and has them back."""
+
+    def __init__(self, features: Any, extra: dict[str, list[torch.Tensor]]) -> None:
+        super().__init__([features] if isinstance(features, torch.Tensor) else features)
+        self.extra = extra
+
+    def size(self, axis: int) -> int:
+        """LLaVA-NeXT wants to know whether there are any images."""
+        return len(self)
 
 
 def extra_features(output: Any) -> dict[str, list[torch.Tensor]]:

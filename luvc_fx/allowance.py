@@ -60,14 +60,25 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
     return allowed
 
 
+def pixels_in(kwargs: dict[str, Any]) -> list[str]:
+    """The arguments that bring images or videos."""
+    return [name for name, given in kwargs.items() if name.startswith("pixel_values") and given is not None]
+
+
 def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
     """Whether each row has the same number of visual tokens, and a prompt that can be cut."""
     ids, mask = kwargs.get("input_ids", kwargs.get("inputs")), kwargs.get("attention_mask")
     if ids is None:
         note(Refusal(Reason.INPUTS, "inputs_embeds without input_ids: all visual tokens stay"))
         return NOTHING
+    kinds = modalities(model)
+    for name in pixels_in(kwargs):
+        if name not in {kind.pixels for kind in kinds}:
+            # Encoded in the text graph, out of sight of what counts its tokens and adopts its cache.
+            note(Refusal(Reason.INPUTS, f"{name} has no known encoder in this model: all visual tokens stay"))
+            return NOTHING
     uneven = False
-    for kind in modalities(model):
+    for kind in kinds:
         counts = (ids == getattr(model.config, kind.token)).sum(1)
         uneven = uneven or int(counts.min()) != int(counts.max())
     if uneven:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from luvc_fx import _compat, controls, markers
 from luvc_fx import prompt as prompts
-from luvc_fx.allowance import NOTHING, Allowed, for_generate, for_images, refusal_of_forward
+from luvc_fx.allowance import NOTHING, Allowed, for_generate, for_images, pixels_in, refusal_of_forward
 from luvc_fx.backend import LuvcBackend, LuvcWarning, NotRewritten, backend
 from luvc_fx.cache import PrunedCache, adopt
 from luvc_fx.encoders import Encoder, modalities
@@ -127,6 +127,7 @@ class FrontDoor:
     def _forward_body(self) -> Callable[..., Any]:
         forward = self.original("forward")
         takes_features = "mm_encoder_outputs" in self.signature.parameters
+        pixels = {kind.name: kind.pixels for kind in self.kinds}
 
         def body(
             kwargs: dict[str, Any],
@@ -147,10 +148,7 @@ class FrontDoor:
                 if takes_features:
                     outputs[name] = _compat.encoder_output(features, extra)
                 else:
-                    kwargs = {
-                        **kwargs,
-                        "pixel_values": [features] if isinstance(features, Tensor) else [*features],
-                    }
+                    kwargs = {**kwargs, pixels[name]: _compat.InPlaceOfPixels(features, extra)}
             if outputs:
                 kwargs = {**kwargs, "mm_encoder_outputs": outputs}
             places = markers.PROMPT_ROWS(kwargs["input_ids"]) if rows else None
@@ -171,10 +169,8 @@ class FrontDoor:
     def _get_features(self, kind: str, *args: Any, **kwargs: Any) -> Any:
         encoder = self.encoders[kind]
         given = kwargs.get(encoder.kind.pixels, args[0] if args else None)
-        if isinstance(given, list):
-            # Before transformers 5.2x a forward takes no features: it gets them in the place of pixels,
-            # asks here, and (this is being traced) has them back.
-            return _compat.encoder_output(given[0] if encoder.whole else given)
+        if isinstance(given, _compat.InPlaceOfPixels):  # this is being traced
+            return _compat.encoder_output(given[0] if encoder.whole else [*given], given.extra)
         if torch.compiler.is_compiling():  # one encoder calls another: videos as images
             return self.original(encoder.kind.method)(*args, **kwargs)
         call: Allowed | None = getattr(self.local, "call", None)
@@ -197,7 +193,7 @@ class FrontDoor:
             call = NOTHING
         empty = cache is None or cache.get_seq_length() == 0
         tell_rows = call is None
-        if any(kwargs.get(kind.pixels) is not None for kind in self.kinds):
+        if pixels_in(kwargs):
             call = call or for_images(self.model, kwargs, self._refuse)
             if call.shorten:
                 kwargs = self._encode_inputs(kwargs, empty and call.merge)

@@ -30,6 +30,8 @@ from replay import assert_close, examples
 import luvc_fx
 from luvc_fx import LuvcWarning, Schedule
 from luvc_fx.backend import NotRewritten
+from luvc_fx.encoders import ALL as ENCODED
+from luvc_fx.report import Reason
 
 INDUCTOR = [("qwen2", "an image and a video"), ("onevision", "padding cropped")]
 
@@ -113,6 +115,23 @@ def test_strict_raises_what_is_refused(family: str, name: str) -> None:
             with luvc_fx.applied(model, SCHEDULE, inner="eager", strict=True):
                 model(**batch)
     assert isinstance(caught.value, NotRewritten) or "NotRewritten" in str(caught.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["a video", "an image and a video"])
+def test_pixels_without_a_known_encoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As videos of LLaVA-OneVision in transformers 5.17: nothing is cut that the cache would not show."""
+    monkeypatch.setattr("luvc_fx.encoders.ALL", ENCODED[:1])
+    given, batch = cell("qwen2", name), prompt_of("qwen2", name)
+    model = model_of("qwen2", *given.model)
+    plain = model(**batch).logits
+    stock = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    with luvc_fx.applied(model, SCHEDULE, inner="eager"):
+        with pytest.warns(LuvcWarning, match="pixel_values_videos has no known encoder"):
+            got = model(**batch).logits
+        assert_close(got, plain, 2e-5, "logits")
+        assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False), stock)
+        assert [r.reason for r in luvc_fx.report_of(model).refusals] == [Reason.INPUTS]
 
 
 # -------------------------------------------------------------------------------------- any schedule
