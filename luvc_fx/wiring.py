@@ -171,7 +171,7 @@ class FrontDoor:
         given = kwargs.get(encoder.kind.pixels, args[0] if args else None)
         if isinstance(given, _compat.InPlaceOfPixels):  # this is being traced
             return _compat.encoder_output(given[0] if encoder.whole else [*given], given.extra)
-        if torch.compiler.is_compiling():  # one encoder calls another: videos as images
+        if torch.compiler.is_dynamo_compiling():  # one encoder calls another: videos as images
             return self.original(encoder.kind.method)(*args, **kwargs)
         call: Allowed | None = getattr(self.local, "call", None)
         if call is None or not call.shorten:

@@ -383,6 +383,17 @@ def test_two_threads_generate_at_once(model: Any) -> None:
     assert not failures
 
 
+def test_a_thread_that_compiles_changes_nothing_in_the_others(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's flag for it is one for the whole process."""
+    prompt = inputs(model)
+    wanted = oracle_generate(model, CASCADE, NEW_TOKENS, **prompt)
+    luvc_fx.compile(model, CASCADE, inner="eager", strict=True)
+    monkeypatch.setattr("torch.compiler._is_compiling_flag", True)
+    assert torch.equal(generate(model, **prompt), wanted)
+
+
 @pytest.mark.parametrize(
     ("schedule", "text"),
     [
