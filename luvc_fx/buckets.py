@@ -27,9 +27,9 @@ class SizeBuckets:
     - `n` + 1 prefill graphs after `luvc_fx.warmup`: the first bucket's is compiled a second time when a
       second prompt length makes the text axis symbolic, and all others are symbolic from the start.
       Without warm-up `2n`, if each bucket comes first with prompts as long as those before;
-    - 4 decode graphs, whatever `n` is: for the first cache, for other lengths of it, and again when the
-      number of rows that were merged away changes or is 0. (One more for each bucket so small that two
-      layers keep the same number of tokens only by rounding.)
+    - 4 decode graphs, whatever `n` is: for the first cache and for other lengths of it, and two more where
+      a bucket is so small that nothing was dropped. (One more for each bucket so small that two layers
+      keep the same number of tokens only by rounding.)
 
     Another number of images or rows in a prompt is another such set. `most_graphs` is that sum. An image
     processor that resizes may make the same grid of two buckets, or another grid than was meant:

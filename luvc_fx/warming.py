@@ -128,8 +128,6 @@ def warmup(
 
     What is not warmed: other options of `generate` that change what the model is called with (beams,
     caches), and another grad mode: warm up inside the ``torch.inference_mode()`` that requests run in.
-    A schedule that merges takes one more decode graph when the second size comes, with another number
-    of merged rows; two sizes settle it for all.
 
     Args:
         model: compiled by `luvc_fx.compile`.

@@ -64,7 +64,7 @@ def test_a_row_is_as_long_as_its_parts() -> None:
     row = Row((ex.of(TOKENS), ex.of(HEIGHT, WIDTH), ex.of(HEIGHT, plus=2)))
     assert row.length(COUNTS) == 7 + 15 + 5
     assert row.symbols() == [TOKENS, HEIGHT, WIDTH]
-    assert (row.splits, row.plus, row.tail) == (False, 0, 0)
+    assert (row.splits, row.plus) == (False, 0)
     assert row.times(3, outer=True) == Extent((number(3), row))
     assert row.times(3, outer=False).length(COUNTS) == 3 * 27
     assert Extent((row,), plus=1, tail=4).length(COUNTS) == 32
