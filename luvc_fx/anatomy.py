@@ -15,17 +15,18 @@ from torch import fx
 
 from luvc_fx import extents as ex
 from luvc_fx import markers
+from luvc_fx.attention import Attention, attentions
 from luvc_fx.encoder_anatomy import Encoder, find_encoder, patch_convolution
 from luvc_fx.fx_util import ancestors, descendants, is_tensor, live_nodes, op_name, output_node, shape, value
 from luvc_fx.probe import Join, TokenAxes
 from luvc_fx.report import Reason, Refusal, Refused
 from luvc_fx.stream import chain_to, dominators, entering
-from luvc_fx.token_axes import ATTENTION, trace
+from luvc_fx.token_axes import trace
 
-MEND = (
-    "the capture ended before the image features enter the text; run luvc_fx.prepare(model) or one "
-    "eager forward before compiling, leave capture_scalar_outputs on, or use luvc_fx.compile(model)"
-)
+ENDED = "the capture ended before the image features enter the text"
+APART = "the encoder of the image features is not in this graph: nothing is merged"
+
+UNKNOWN = "no attention that we know (scaled_dot_product_attention, or its products and softmax)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Anatomy:
 
     encoder: Encoder | None = None
     decoder: Decoder | None = None
-    cache_attentions: tuple[fx.Node, ...] = ()
+    cache_attentions: tuple[Attention, ...] = ()
     queries: int = 0
     has_vision: bool = False
     refusals: list[Refusal] = field(default_factory=list)
@@ -85,12 +86,12 @@ def recognise(graph: fx.Graph) -> Anatomy:
     """Read a Dynamo graph; nothing is changed and nothing raised."""
     anatomy = Anatomy()
     live = live_nodes(graph)
-    attentions = [n for n in graph.nodes if n in live and op_name(n) in ATTENTION]
+    calls = attentions(graph, live)
     fusions = [n for n in graph.nodes if n in live and op_name(n) == "masked_scatter"]
     slots = [n for n in graph.nodes if n in live and markers.is_call(n, markers.SLOTS)]
-    anatomy.cache_attentions = tuple(n for n in attentions if _uses_cache_mask(n))
-    anatomy.queries = shape(attentions[0].all_input_nodes[0])[-2] if attentions else 0
-    anatomy.has_vision = bool(slots) or any(patch_convolution(graph, n) for n in attentions[:1])
+    anatomy.cache_attentions = tuple(call for call in calls if _uses_cache_mask(call))
+    anatomy.queries = shape(calls[0].queries)[-2] if calls else 0
+    anatomy.has_vision = bool(slots) or any(patch_convolution(graph, call.node) for call in calls[:1])
     try:
         if fusions:
             _check_fusions(fusions)
@@ -99,11 +100,13 @@ def recognise(graph: fx.Graph) -> Anatomy:
             elif anatomy.has_vision:
                 text = "features enter the text at more than one place: tokens are pruned, but not merged"
                 anatomy.encoder_refusals.append(Refusal(Reason.NO_FUSION, text, str(fusions[1])))
-            anatomy.decoder = _decoder(graph, live, attentions, fusions, anatomy.encoder)
+            else:
+                anatomy.encoder_refusals.append(_apart(fusions[0]))
+            anatomy.decoder = _decoder(graph, live, calls, fusions, anatomy.encoder)
         elif slots:
             anatomy.encoder = _encoder(graph, live, slots[0].args[0], slots[0], None, anatomy)
         elif anatomy.has_vision:
-            anatomy.encoder_refusals.append(Refusal(Reason.CAPTURE_ENDED_BEFORE_FUSION, MEND))
+            anatomy.encoder_refusals.append(Refusal(Reason.CAPTURE_ENDED_BEFORE_FUSION, ENDED))
     except Refused as refused:
         anatomy.refusals.append(refused.refusal)
     return anatomy
@@ -139,10 +142,12 @@ def _encoder(
 ) -> Encoder | None:
     """The encoder above `features`, or None, with a reason noted where there is one but not for merging."""
     assert isinstance(features, fx.Node)
-    if not any(op_name(n) in ATTENTION for n in ancestors(features)):
+    if not attentions(graph, ancestors(features)):
         if slots is not None:
-            text = "no scaled_dot_product_attention before the features"
+            text = f"{UNKNOWN} before the features"
             anatomy.refusals.append(Refusal(Reason.NO_ATTENTION, text, str(slots)))
+        else:
+            anatomy.encoder_refusals.append(_apart(fusion))
         return None
     try:
         return find_encoder(graph, live, features, slots, fusion)
@@ -151,15 +156,18 @@ def _encoder(
         return None
 
 
-def _uses_cache_mask(attention: fx.Node) -> bool:
-    mask = attention.kwargs.get("attn_mask")
-    return isinstance(mask, fx.Node) and any(markers.is_call(n, markers.CACHE_MASK) for n in ancestors(mask))
+def _apart(fusion: fx.Node | None) -> Refusal:
+    return Refusal(Reason.CAPTURE_ENDED_BEFORE_FUSION, APART, str(fusion))
+
+
+def _uses_cache_mask(call: Attention) -> bool:
+    return call.mask is not None and any(markers.is_call(n, markers.CACHE_MASK) for n in ancestors(call.mask))
 
 
 def _decoder(
     graph: fx.Graph,
     live: set[fx.Node],
-    attentions: list[fx.Node],
+    calls: list[Attention],
     fusions: list[fx.Node],
     encoder: Encoder | None,
 ) -> Decoder:
@@ -167,10 +175,10 @@ def _decoder(
     masks, features = (tuple(n.args[i] for n in fusions) for i in (1, 2))
     assert isinstance(embeds, fx.Node)
     below = descendants(fusion)
-    layers = [n for n in attentions if n in below]
+    layers = {call.node: call for call in calls if call.node in below}
     if not layers:
-        raise Refused(Reason.NO_ATTENTION, "no scaled_dot_product_attention after the fusion", fusion)
-    after_last = descendants(layers[-1])
+        raise Refused(Reason.NO_ATTENTION, f"{UNKNOWN} after the fusion", fusion)
+    after_last = descendants([*layers][-1])
     sinks = [n for n in output_node(graph).all_input_nodes if n in after_last]
     idom = dominators(graph, fusion, [*sinks, *layers])
     sites = entering(idom, chain_to(idom, fusion, sinks), [[layer] for layer in layers])
@@ -180,11 +188,10 @@ def _decoder(
     seeds = {node: {1: ex.of(ex.TOKENS)} for node in (fusion, *labels)}
     axes = trace(graph, seeds, length, live & (below | descendants(*labels)))
     axes.joins += [Join(user, node, (1,)) for node in labels for user in node.users if user in live]
-    for layer, (site, attention) in enumerate(zip(sites, layers, strict=True)):
+    for layer, (site, (attention, call)) in enumerate(zip(sites, layers.items(), strict=True)):
         if axes.axis(site) != 1 or value(site).dim() != 3:
             raise Refused(Reason.RESIDUAL_STREAM, f"no [batch, rows, dim] value enters layer {layer}", site)
-        keys = attention.args[1]
-        if any(extent.plus for extent in axes.extents.get(keys, {}).values()):  # type: ignore[arg-type]
+        if any(extent.plus for extent in axes.extents.get(call.keys, {}).values()):
             raise Refused(Reason.PAST_NOT_EMPTY, "the cache already holds rows before this prompt", attention)
     rows = tuple(n for n in graph.nodes if n in live and markers.is_call(n, markers.PROMPT_ROWS))
     grid = _marked_grid(features[0]) if len(features) == 1 else None  # type: ignore[arg-type]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 
 from torch import fx
 
+from luvc_fx.attention import FUSED, attentions
 from luvc_fx.fx_util import is_tensor, live_nodes, op_name, output_node, shape, value
-from luvc_fx.token_axes import ATTENTION
 
 
 def flops(graph: fx.Graph) -> int:
@@ -33,11 +33,10 @@ def kv_bytes(graph: fx.Graph) -> list[int]:
     returned = set(output_node(graph).all_input_nodes)
     live = live_nodes(graph)
     layers = []
-    for node in graph.nodes:
-        if node in live and op_name(node) in ATTENTION:
-            stored = [_stored(_operand(node, *spot), returned) for spot in ((1, "key"), (2, "value"))]
-            if None not in stored:
-                layers.append(sum(_bytes(n) for n in stored if n is not None))
+    for call in attentions(graph, live):
+        stored = [_stored(node, returned) for node in (call.keys, call.values)]
+        if None not in stored:
+            layers.append(sum(_bytes(n) for n in stored if n is not None))
     return layers
 
 
@@ -88,5 +87,5 @@ _FORMULAS = {
     **_formulas(("linear", "matmul", "__matmul__", "bmm", "mm"), _product(0, "input")),
     **_formulas(("addmm", "baddbmm"), _product(1, "mat1")),
     **_formulas(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
-    **_formulas(ATTENTION, _attention),
+    **_formulas(FUSED, _attention),
 }

@@ -9,12 +9,13 @@ from torch import fx
 
 from luvc_fx import extents as ex
 from luvc_fx import markers
+from luvc_fx.attention import attentions
 from luvc_fx.fx_util import ancestors, descendants, is_tensor, op_name, output_node, shape, value
 from luvc_fx.packing import Packing
 from luvc_fx.probe import TokenAxes
 from luvc_fx.report import Reason, Refused
 from luvc_fx.stream import by_layer, chain_to, dominators, entering, last_residual
-from luvc_fx.token_axes import ATTENTION, trace
+from luvc_fx.token_axes import trace
 from luvc_fx.token_numbers import follow
 
 
@@ -98,22 +99,25 @@ def find_encoder(
         Refused: what keeps tokens from being merged, with the node that it is about.
     """
     above = ancestors(features)
-    calls = [n for n in graph.nodes if n in above and op_name(n) in ATTENTION]
+    calls = {call.node: call for call in attentions(graph, above)}
     stop = {n for n in (fusion, slots) if n is not None}
     told = [n for n in graph.nodes if n in above and markers.is_call(n, markers.PATCHES)]
     if told:
         first, axis, frames, unit = _told(told[0])
         blockwise = True
     else:
-        first, axis, frames = _seen(graph, calls[0])
+        first, axis, frames = _seen(graph, next(iter(calls)))
         unit, blockwise = (1, 1), False
+    if all(each.grid == unit for each in frames):
+        text = f"grid too small to merge along width or height: {unit[0]} x {unit[1]} patches, one feature"
+        raise Refused(Reason.SCHEDULE, text, first)
     sides = {side: size for each in frames for side, size in zip(each.sides, each.grid, strict=True)}
     rows = value(first).dim() - 1 if not told else 0
     axes = trace(graph, {first: {rows: axis}}, sides, live & descendants(first) - descendants(*stop), stop)
     packing = None
     idom = dominators(graph, first, [features])
     chain = chain_to(idom, first, [features])
-    layers = by_layer(idom, chain, calls) if told else [[call] for call in calls]
+    layers = by_layer(idom, chain, [*calls]) if told else [[call] for call in calls]
     sites = entering(idom, chain, layers)
     leaving = (*sites[1:], last_residual(chain, sites[-1]))
     lead = _lead(axes, leaving, axis, features)
@@ -121,9 +125,9 @@ def find_encoder(
         unit, packing = _layout(graph, axes, features, leaving[-1], frames[0], lead)
     elif not _whole_blocks(axes, features, axis, unit):
         raise Refused(Reason.NO_GRID, "the image features do not follow the blocks of the patches", features)
-    keys = tuple(tuple(call.args[1] for call in layer) for layer in layers)
+    keys = tuple(tuple(calls[node].keys for node in layer) for layer in layers)
     last = len(leaving) - 1 if slots is None else _last_block(graph, axes, leaving, features, slots)
-    return Encoder(leaving, keys, features, slots, frames, unit, blockwise, lead, packing, last, axes)  # type: ignore[arg-type]
+    return Encoder(leaving, keys, features, slots, frames, unit, blockwise, lead, packing, last, axes)
 
 
 def _last_block(

@@ -19,14 +19,18 @@ EXPANDING = {"expand", "broadcast_to"}
 SIZED = {"view", "reshape", "_unsafe_view", *EXPANDING}
 ALIGNED = {*SIZED, "flatten"}
 
-_PRIMES = (10_007, 10_009, 10_037, 10_039, 10_061, 10_067, 10_069, 10_079, 10_091, 10_093, 10_099, 10_103)
+_PRIMES = (101, 103, 107, 109, 113, 127, 131, 137, 139, 149, 151, 157)
 
 
 def probe_sizes(counts: Counts) -> Counts:
-    """Made-up counts, above any size in a model: primes, sides times what a model may divide them by."""
+    """Made-up counts: primes, sides times what a model may divide them by.
+
+    A grid of them has more tokens than any size in a model, and their square (attention scores that are
+    written out) times all heads and images still has less bytes than fit 64 bits.
+    """
     sides = [symbol for symbol in counts if symbol != ex.TOKENS]
     rounds = len(_PRIMES)
-    made = {s: 64 * (_PRIMES[i % rounds] + 2 * 10_111 * (i // rounds)) for i, s in enumerate(sides)}
+    made = {s: 64 * (_PRIMES[i % rounds] + 2 * 163 * (i // rounds)) for i, s in enumerate(sides)}
     return {symbol: made.get(symbol, 1_000_003) for symbol in counts}
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from luvc_fx import extents as ex
 from luvc_fx import token_cuts as cuts
+from luvc_fx.attention import FUSED
 from luvc_fx.extents import Axis, Counts, Extent
 from luvc_fx.fx_util import (
     carries_tensor,
@@ -34,7 +35,6 @@ from luvc_fx.probe import ALIGNED, EXPANDING, SIZED, Join, Probe, TokenAxes
 from luvc_fx.report import Reason, Refused
 
 CUTTING = {"select", "narrow", "split", "chunk", "unbind", "index_select", "slice", "tensor_split"}
-ATTENTION = {"scaled_dot_product_attention"}
 ELEMENTWISE = {
     *("add", "sub", "mul", "div", "truediv", "pow", "maximum", "minimum", "where", "masked_fill"),
     *("iadd", "isub", "imul", "itruediv", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_"),
@@ -133,7 +133,7 @@ class _Tracer(Probe):
         followers = {}
         if name == "cat":
             cuts.join(self, node)
-        elif name in ATTENTION:
+        elif name in FUSED:
             followers = self._mask_follower(node)
         elif name in ELEMENTWISE:
             followers = self._broadcast_followers(node, tokens)

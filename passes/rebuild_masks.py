@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -18,21 +20,34 @@ def rebuild_masks(context: Context) -> None:
     tokens are never padding, so the leading padding of a row is as long in every layer.
     """
     made: dict[object, fx.Node] = {}
-    for attention in context.anatomy.cache_attentions:
-        queries, keys = attention.args[0], attention.args[1]
-        mask = attention.kwargs["attn_mask"]
-        assert isinstance(queries, fx.Node) and isinstance(keys, fx.Node) and isinstance(mask, fx.Node)
-        marker = next(n for n in ancestors(mask) if markers.is_call(n, markers.CACHE_MASK))
+    for call in context.anatomy.cache_attentions:
+        assert call.mask is not None and call.masked is not None
+        marker = next(n for n in ancestors(call.mask) if markers.is_call(n, markers.CACHE_MASK))
         padding = marker.args[0]
         assert isinstance(padding, fx.Node)
-        length = str(value(keys).shape[-2])
-        if length not in made:
-            (made[length],) = emit(context.graph, "cache mask", _mask_body, queries, keys, padding)
-        attention.kwargs = {**attention.kwargs, "attn_mask": made[length]}
+        added = None if call.fused else value(call.masked).dtype
+        like = (str(value(call.keys).shape[-2]), added)
+        if like not in made:
+            (made[like],) = emit(
+                context.graph, "cache mask", _mask_body(added), call.queries, call.keys, padding
+            )
+        call.masked.replace_input_with(call.mask, made[like])
         context.report.masks_rebuilt += 1
 
 
-def _mask_body(queries: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
+def _mask_body(added: torch.dtype | None) -> Any:
+    """The mask for a fused attention, or what is `added` to the scores of one that is written out."""
+
+    def body(queries: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
+        seen = _seen(queries, keys, padding)
+        if added is None:
+            return seen
+        return torch.zeros_like(seen, dtype=added).masked_fill(~seen, torch.finfo(added).min)
+
+    return body
+
+
+def _seen(queries: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
     """Bool ``[batch, 1, Q, K]``: the last Q of K rows see what lies before them, but no padding."""
     asked, held = queries.shape[-2], keys.shape[-2]
     key = torch.arange(held, device=keys.device)

@@ -24,9 +24,11 @@ from family_matrix import (
     refused,
 )
 from models import rename_everything
-from oracle import oracle_forward
+from oracle import oracle_forward, oracle_generate
 from replay import rms
-from torch import fx
+from torch import Tensor, fx
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule
@@ -146,13 +148,47 @@ def test_bfloat16(family: str) -> None:
         assert rms(out.logits.float() - want.logits.float()) < 0.03 * rms(want.logits)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_attention_that_is_written_out(family: str) -> None:
+    """transformers' "eager": two products and a softmax, and a mask that is added."""
+    model, batch = fresh(family, attn="eager"), prompt(family)
+    out, report = forward(family, model)
+    assert_as_declared(family, model, out, report)
+    schedule = done_to(cell(family, first_input(family)))
+    with luvc_fx.applied(model, schedule, inner="eager", strict=True):
+        said = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(said, oracle_generate(model, schedule, NEW_TOKENS, **batch))
+
+
 # ------------------------------------------------------------------------- where recognition fails
+
+
+def einsum_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """An attention of somebody's own, which nobody could have told us about."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
+    weights = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bqhd", weights, value).contiguous(), None
+
+
+AttentionInterface.register("einsum", einsum_attention)
+AttentionMaskInterface.register("einsum", eager_mask)
 
 
 @pytest.mark.parametrize(
     ("family", "attn"),
     [
-        *((family, "eager") for family in FAMILIES),
+        *((family, "einsum") for family in FAMILIES),
         # Dynamo breaks flex attention's own code into dozens of graphs, which takes its time.
         *(pytest.param(family, "flex_attention", marks=pytest.mark.slow) for family in FLEX),
     ],
@@ -165,7 +201,7 @@ def test_other_attention_is_left_alone_with_a_reason(family: str, attn: str) -> 
     said = model.generate(**batch, max_new_tokens=NEW_TOKENS, do_sample=False)
     with (
         luvc_fx.applied(model, SCHEDULE, inner="eager"),
-        pytest.warns(LuvcWarning, match=r"no-attention: no scaled_dot_product_attention .* \[\w+\]"),
+        pytest.warns(LuvcWarning, match=r"no-attention: no attention that we know .* \[\w+\]"),
     ):
         out = model(**batch)
         report = luvc_fx.report_of(model)
@@ -189,7 +225,7 @@ def test_flex_attention_where_the_stock_model_refuses_it(family: str) -> None:
 @torch.no_grad()
 def test_what_is_not_recognised_is_what_inductor_gives(family: str) -> None:
     """Bit for bit: the same wiring with a schedule that does nothing, which is plain Inductor."""
-    model, batch = fresh(family, attn="eager"), prompt(family)
+    model, batch = fresh(family, attn="einsum"), prompt(family)
     got = []
     for schedule in (SCHEDULE, Schedule()):
         torch._dynamo.reset()

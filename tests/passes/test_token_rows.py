@@ -229,7 +229,15 @@ def test_made_up_sizes_of_many_sides_are_distinct() -> None:
     """Thirty image sizes in one batch: no two sides may be taken for each other."""
     made = probe_sizes({f"side {number}": 2 for number in range(60)})
     assert len(set(made.values())) == 60
-    assert min(made.values()) > 100_000 and all(size % 64 == 0 for size in made.values())
+    assert all(size % 64 == 0 for size in made.values())
+    sides = iter(made.values())
+    assert len({height * width for height, width in zip(sides, sides, strict=True)}) == 30
+
+
+def test_made_up_sizes_are_large_and_their_scores_have_a_size() -> None:
+    height, width = probe_sizes({"height": 2, "width": 2}).values()
+    assert height * width > 40_000_000, "more than any size in a model"
+    assert 64 * 16 * (height * width) ** 2 * torch.float32.itemsize < 2**63, "64 images, 16 heads"
 
 
 # ---------------------------------------------------------------------------------------- refusals

@@ -1,0 +1,108 @@
+"""Attention calls in a graph: one fused operator, or the products and the softmax that it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from luvc_fx.fx_util import is_tensor, op_name, shape, value
+
+FUSED = {"scaled_dot_product_attention"}
+
+_BETWEEN = {"to", "dropout", "type_as", "float", "contiguous"}
+"""What may lie between the softmax and the product with the values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """``softmax(queries @ keys.T + mask) @ values`` over ``[batch, heads, rows, dim]``.
+
+    Attributes:
+        node: the result.
+        masked: the node that reads `mask`: the fused operator, or the sum of scores and mask; None
+            where there is no mask.
+        fused: whether one operator does it all; its mask may then be boolean.
+    """
+
+    node: fx.Node
+    queries: fx.Node
+    keys: fx.Node
+    values: fx.Node
+    masked: fx.Node | None
+    mask: fx.Node | None
+    fused: bool
+
+
+def attentions(graph: fx.Graph, inside: set[fx.Node]) -> list[Attention]:
+    """The attention calls among the nodes `inside`, in order."""
+    found = []
+    for node in graph.nodes:
+        if node in inside and node.op.startswith("call_"):
+            call = _fused(node) if op_name(node) in FUSED else _written_out(node)
+            if call is not None:
+                found.append(call)
+    return found
+
+
+def operand(node: fx.Node, position: int, name: str) -> fx.Node | None:
+    """An argument by its position or name, where it is a value of the graph."""
+    found = node.args[position] if len(node.args) > position else node.kwargs.get(name)
+    return found if isinstance(found, fx.Node) else None
+
+
+def _fused(node: fx.Node) -> Attention | None:
+    queries, keys, values = (operand(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    if queries is None or keys is None or values is None:
+        return None
+    mask = operand(node, 3, "attn_mask")
+    return Attention(node, queries, keys, values, None if mask is None else node, mask, fused=True)
+
+
+def _written_out(node: fx.Node) -> Attention | None:
+    """`node` as the last product of an attention that is written out, as transformers' "eager" one."""
+    weights, values = operand(node, 0, "input"), operand(node, 1, "other")
+    if op_name(node) not in _PRODUCTS or weights is None or values is None:
+        return None
+    while op_name(weights) in _BETWEEN:
+        weights = _first(weights)
+        if weights is None:
+            return None
+    dim = weights.kwargs.get("dim", weights.args[1] if len(weights.args) > 1 else None)
+    if op_name(weights) != "softmax" or dim not in (-1, value(weights).dim() - 1):
+        return None
+    scores, masked, mask = _first(weights), None, None
+    while scores is not None and op_name(scores) not in _PRODUCTS:
+        if op_name(scores) in ("add", "iadd"):
+            if masked is not None:
+                return None
+            masked, mask = scores, operand(scores, 1, "other")
+            if mask is None:
+                return None
+        elif op_name(scores) not in ("mul", "div", "truediv", "imul", "to", "float"):
+            return None
+        scores = _first(scores)
+    if scores is None:
+        return None
+    queries, across = operand(scores, 0, "input"), operand(scores, 1, "other")
+    keys = None if across is None else _untransposed(across)
+    if queries is None or keys is None:
+        return None
+    return Attention(node, queries, keys, values, masked, mask, fused=False)
+
+
+_PRODUCTS = {"matmul", "__matmul__", "bmm"}
+
+
+def _first(node: fx.Node) -> fx.Node | None:
+    source = node.args[0] if node.args else None
+    return source if isinstance(source, fx.Node) and is_tensor(source) else None
+
+
+def _untransposed(node: fx.Node) -> fx.Node | None:
+    """What `node` is with its last two axes swapped."""
+    source = _first(node)
+    if op_name(node) not in ("transpose", "permute", "swapaxes") or source is None:
+        return None
+    *outer, dim, rows = shape(node)
+    return source if shape(source) == (*outer, rows, dim) else None
