@@ -8,6 +8,7 @@ import logging
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "allow_recompiles",
     "being_compiled",
     "caching_precompile",
+    "capture_end",
     "compile_id",
     "compile_inductor",
     "counters",
@@ -208,6 +210,22 @@ def recompile_reason() -> str:
     context = torch._dynamo.utils.get_metrics_context()
     reason = getattr(context, "_metrics", {}).get("recompile_reason") if context.in_progress() else None
     return str(reason or "")
+
+
+def capture_end(gm: torch.fx.GraphModule) -> tuple[str, str]:
+    """Where in the source Dynamo ended a graph, ``"file.py:12"``, and what broke it there.
+
+    The second is empty where the code returned, and both without a word of Dynamo's
+    (`compile_subgraph_reason`, 2.11 - 2.13).
+    """
+    found = getattr(gm, "compile_subgraph_reason", None)
+    if found is None:
+        return "", ""
+    place = ""
+    if found.user_stack:
+        frame = found.user_stack[-1]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+    return place, found.reason.partition("\n")[0].strip() if found.graph_break else ""
 
 
 def watch_recompile_limit(tell: Callable[[Any, str, int], None]) -> None:

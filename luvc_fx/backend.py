@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import time
 import warnings
@@ -15,6 +16,7 @@ from torch import fx
 
 from luvc_fx import _compat, costs, markers, telemetry
 from luvc_fx.anatomy import Anatomy, recognise
+from luvc_fx.capture import with_mend
 from luvc_fx.fingerprint import depends_on_us, fingerprint
 from luvc_fx.fx_util import drop_dead, live_nodes, op_name
 from luvc_fx.generate_warning import warn_when_generating
@@ -41,6 +43,7 @@ class LuvcBackend:
 
     Attributes:
         report: what happened to every graph so far.
+        front_door: whether `luvc_fx.compile` made it.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class LuvcBackend:
         self.strict = strict
         self.report = Report()
         self.identity_sites = False
-        self.warn_on_generate = True
+        self.front_door = False
         self._wrapped: Any = None
 
     def _key(self) -> tuple[Any, ...]:
@@ -123,7 +126,8 @@ class LuvcBackend:
 
     def _wrapping(self, wrapped: Any) -> None:
         """Note what `torch.compile` puts this backend on."""
-        if self.warn_on_generate and isinstance(wrapped, torch.nn.Module):
+        is_module = isinstance(wrapped, torch.nn.Module)
+        if not self.front_door and is_module:
             warn_when_generating(wrapped)
         self._wrapped = (
             type(wrapped) if isinstance(wrapped, torch.nn.Module) else getattr(wrapped, "__code__", None)
@@ -177,6 +181,7 @@ class LuvcBackend:
             self._failed(report, error, "recognition failed and the graph was left as it is")
             return report
         _describe(report, anatomy, plan, self.schedule)
+        report.refusals = [with_mend(refusal, gm, self.front_door) for refusal in report.refusals]
         report.milliseconds["recognise and plan"] = (time.perf_counter() - started) * 1e3
         report.flops_before, report.kv_bytes_before = _costs(gm.graph, report)
         report.flops_after, report.kv_bytes_after = report.flops_before, report.kv_bytes_before
@@ -343,12 +348,21 @@ def _describe(report: GraphReport, anatomy: Anatomy, plan: Plan, schedule: Sched
     report.original, report.fused = plan.original, plan.fused
     report.tokens_per_layer = plan.tokens_per_layer
     report.refusals = [*plan.refusals]
+    report.notes += plan.notes
     if schedule.merge or schedule.prune:
-        report.refusals += anatomy.refusals
+        report.refusals += [_of_both(refusal, anatomy, schedule) for refusal in anatomy.refusals]
     if schedule.merge:
         report.refusals += anatomy.encoder_refusals
     if plan.prunes and plan.merged_grid is None and anatomy.decoder is not None and not anatomy.decoder.grid:
         report.notes.append("the token grid is not known here: blocks are runs of neighbours, never 2 x 2")
+
+
+def _of_both(refusal: Refusal, anatomy: Anatomy, schedule: Schedule) -> Refusal:
+    """What keeps a decoder from being recognised keeps the encoder in its graph from merging."""
+    encoder = anatomy.encoder
+    if not schedule.merge or encoder is None or encoder.slots is not None:
+        return refusal
+    return dataclasses.replace(refusal, text=f"{refusal.text}, so nothing is merged either")
 
 
 def _save(gm: fx.GraphModule) -> fx.Graph:

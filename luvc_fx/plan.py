@@ -71,6 +71,7 @@ class Plan:
     Attributes:
         original: visual tokens of one row as captured; `fused`: after merging.
         merged_grid: grid of one image after all merges, where known.
+        notes: what a reader should know although nothing is refused.
     """
 
     merges: tuple[MergeSite, ...] = ()
@@ -80,6 +81,7 @@ class Plan:
     merged_grid: tuple[int, int] | None = None
     tokens_per_layer: list[int] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
@@ -104,14 +106,14 @@ def make_plan(schedule: Schedule, anatomy: Anatomy, identity_sites: bool = False
         try:
             plan.merges = _merges(plan, schedule, encoder, identity_sites)
         except ValueError as error:
-            plan.refusals.append(Refusal(Reason.SCHEDULE, str(error)))
+            plan.refusals.append(Refusal(Reason.SCHEDULE, f"{error}; nothing is merged"))
         if plan.merges:
             plan.merged_grid = plan.merges[-1].merged[0] if encoder.grid is not None else None
     if decoder is not None:
         try:
             _plan_decoder(plan, schedule, encoder, decoder, identity_sites)
         except ValueError as error:
-            plan.refusals.append(Refusal(Reason.SCHEDULE, str(error)))
+            plan.refusals.append(Refusal(Reason.SCHEDULE, f"{error}; nothing is pruned"))
     return plan
 
 
@@ -139,6 +141,9 @@ def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bo
             step = _beside_padding(plan, step, encoder, along, lost[along])
             lost[along] += step.before[0] - step.after[0]
         if step.after == before and not identity_sites:
+            if all(size == encoder.unit[along] for size in before) and merge.keep not in (None, 1):
+                what = f"after encoder block {block}: one feature is left there"
+                plan.notes.append(f"grid too small to merge along {merge.axis} {what}")
             continue
         by_block.setdefault(block, []).append(step)
         grids = _shortened(grids, step)

@@ -110,7 +110,7 @@ class FrontDoor:
     def _backend(self, schedule: Schedule) -> LuvcBackend:
         made = backend(**{**self.settings, "schedule": schedule}, capture_scalars=False, recompile_limit=None)
         made.report = self.report
-        made.warn_on_generate = False
+        made.front_door = True
         return made
 
     def _compiled(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from models import inputs, tiny_internvl, tiny_llava
 from models_anyres import anyres_inputs, tiny_llava_next, tiny_onevision
-from models_qwen import qwen_inputs, tiny_qwen2_5_vl, tiny_qwen2_vl
+from models_qwen import qwen_inputs, tiny_qwen2_5_vl, tiny_qwen2_vl, tiny_qwen3_vl
 from oracle import OracleResult, oracle_forward, oracle_generate
 from replay import assert_close
 from torch import Tensor
@@ -98,6 +98,7 @@ _QWEN: dict[str, tuple[Any, Any]] = {
     "two rows, left padding": ([[3, ("image", 8, 8), 4], [1, ("image", 8, 8), 3]], None),
     "two rows, images of other shapes": ([[3, ("image", 8, 12), 1], [2, ("image", 24, 4), 9]], None),
 }
+_DEEP = ("an image", "images of two sizes", "a video", "two rows, left padding")
 _UNEVEN = Input([[3, ("image", 8, 8), 2], [12]], merged=False, pruned=False, reasons=(Reason.UNEVEN_BATCH,))
 _UNEVEN_MERGED = Input(
     [[3, ("image", 8, 8), 1], [2, ("image", 4, 16), 9]], merged=False, reasons=(Reason.UNEVEN_BATCH,)
@@ -117,6 +118,8 @@ _UNEVEN_TILES = Input(
 # A merge leaves at least one place of every tile that is image: it stops early, and says so.
 _CLAMPED = Input([[3, ("image", 16, 16), 2, ("image", 16, 27), 4]], reasons=(Reason.SCHEDULE,))
 _BROKEN = (Reason.CAPTURE_ENDED_BEFORE_FUSION,)
+_PIECES = (Reason.NO_ATTENTION, *_BROKEN)
+"""Neither the decoder nor the encoder is in the graph with the fusion."""
 
 
 def _inputs(specs: dict[str, tuple[Any, Any]]) -> dict[str, Input]:
@@ -158,7 +161,7 @@ FAMILIES: dict[str, Family] = {
             "rows that would keep other numbers": _UNEVEN_MERGED,
             "rows with other numbers of tokens": _UNEVEN,
         },
-        whole=Input(_QWEN["an image"][0], merged=False, pruned=False, reasons=(Reason.NO_ATTENTION,)),
+        whole=Input(_QWEN["an image"][0], merged=False, pruned=False, reasons=_PIECES),
         flex=False,
     ),
     "qwen2.5": Family(
@@ -170,7 +173,25 @@ FAMILIES: dict[str, Family] = {
             name: Input(*_QWEN[name], merged=False, reasons=(Reason.TOKEN_AXIS,))
             for name in ("an image", "images of two sizes", "an image and a video", "two rows, left padding")
         },
-        whole=Input(_QWEN["an image"][0], merged=False, pruned=False, reasons=(Reason.NO_ATTENTION,)),
+        whole=Input(_QWEN["an image"][0], merged=False, pruned=False, reasons=_PIECES),
+        flex=False,
+    ),
+    "qwen3": Family(
+        "Qwen3-VL",
+        tiny_qwen3_vl,
+        {"decoder_layers": 3, "encoder_layers": 3},
+        _rows(qwen_inputs),
+        {
+            **{name: Input(*_QWEN[name]) for name in _DEEP},
+            # Every tap's features enter the decoder beside those that merged.
+            "merges behind the first tap": Input(
+                _QWEN["an image"][0], merged=False, reasons=(Reason.SCHEDULE,), model=(("taps", (0, 1)),)
+            ),
+            "an image and a video": Input(
+                _QWEN["an image and a video"][0], pruned=False, reasons=(Reason.NO_ATTENTION,)
+            ),
+        },
+        whole=Input(_QWEN["an image"][0], merged=False, pruned=False, reasons=_PIECES),
         flex=False,
     ),
     "onevision": Family(
@@ -266,9 +287,9 @@ class Outcome:
 
 def done_to(given: Input) -> Schedule | None:
     """The part of `SCHEDULE` that is left after the refusals; None for nothing at all."""
-    if not given.pruned:
+    if not given.merged and not given.pruned:
         return None
-    return SCHEDULE if given.merged else Schedule(prune=PRUNES)
+    return Schedule(merge=MERGES if given.merged else (), prune=PRUNES if given.pruned else ())
 
 
 def refused(report: Report) -> list[Refusal]:
