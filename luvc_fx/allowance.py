@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from luvc_fx.cache import unsupported
+from torch import Tensor
+from transformers import CompileConfig, StaticCache
+
+from luvc_fx.cache import PrunedCache, is_empty, unsupported
 from luvc_fx.encoders import modalities
 from luvc_fx.report import Reason, Refusal
 
@@ -15,7 +18,7 @@ PLAIN = (
     ("prefill_chunk_size", (None,)),
     ("assistant_model", (None,)),
     ("prompt_lookup_num_tokens", (None,)),
-    ("cache_implementation", (None, "dynamic")),
+    ("cache_implementation", (None, "dynamic", "static")),
     ("use_cache", (None, True)),
 )
 """Options of `generate`, and the values with which tokens may go."""
@@ -23,11 +26,16 @@ PLAIN = (
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What one call may do, with a prompt of `rows` rows."""
+    """What one call may do, with a prompt of `rows` rows.
+
+    Attributes:
+        decode_mode: the Inductor mode that transformers would compile the decoding of this call with.
+    """
 
     merge: bool
     shorten: bool
     rows: int = 1
+    decode_mode: str | None = None
 
 
 ALL = Allowed(merge=True, shorten=True)
@@ -54,10 +62,17 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
         note(Refusal(Reason.INPUTS, text + "; pruned, but not merged"))
         return UNMERGED
     allowed = for_images(model, kwargs, note)
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        return dataclasses.replace(allowed, merge=False)
-    return allowed
+    return dataclasses.replace(allowed, decode_mode=_decode_mode(model, option))
+
+
+def _decode_mode(model: Any, option: Callable[[str], Any]) -> str | None:
+    """Over a static cache transformers compiles decoding itself: on a GPU, or with a `CompileConfig`."""
+    static = option("cache_implementation") == "static" or isinstance(option("past_key_values"), StaticCache)
+    config = option("compile_config")
+    if not static or option("disable_compile") or (config is None and model.device.type != "cuda"):
+        return None
+    mode = (CompileConfig() if config is None else config).mode
+    return None if mode == "default" else mode
 
 
 def pixels_in(kwargs: dict[str, Any]) -> list[str]:
@@ -85,10 +100,29 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
         text = "rows with different numbers of visual tokens: all visual tokens stay"
         note(Refusal(Reason.UNEVEN_BATCH, text))
         return NOTHING
+    later = refusal_of_later_images(kwargs)
+    if later is not None:
+        note(later)
+        return dataclasses.replace(UNMERGED, rows=ids.shape[0])
     if mask is not None and mask.dim() != 2:
         note(Refusal(Reason.INPUTS, "an attention_mask that is not 2-D: pruned, but not merged"))
         return dataclasses.replace(UNMERGED, rows=ids.shape[0])
     return dataclasses.replace(ALL, rows=ids.shape[0])
+
+
+def refusal_of_later_images(kwargs: dict[str, Any]) -> Refusal | None:
+    """Why images of a later turn keep all their tokens, or None."""
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if is_empty(cache):
+        return None
+    if isinstance(cache, StaticCache):
+        what = "a static cache"
+    elif not isinstance(cache, PrunedCache) and isinstance(mask, Tensor) and mask.dim() != 2:
+        what = f"a {mask.dim()}-D attention_mask and a cache"
+    else:
+        return None
+    text = f"images of a later turn, over {what} that holds rows already: all their tokens stay"
+    return Refusal(Reason.PAST_NOT_EMPTY, text)
 
 
 def refusal_of_forward(model: Any, cache: object) -> Refusal | None:

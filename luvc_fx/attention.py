@@ -30,8 +30,14 @@ class Attention:
     keys: fx.Node
     values: fx.Node
     masked: fx.Node | None
-    mask: fx.Node | None
     fused: bool
+
+    @property
+    def mask(self) -> fx.Node | None:
+        """The mask as it is now: a pass may have put another one there."""
+        if self.masked is None:
+            return None
+        return operand(self.masked, 3, "attn_mask") if self.fused else operand(self.masked, 1, "other")
 
 
 def attentions(graph: fx.Graph, inside: set[fx.Node]) -> list[Attention]:
@@ -56,7 +62,7 @@ def _fused(node: fx.Node) -> Attention | None:
     if queries is None or keys is None or values is None:
         return None
     mask = operand(node, 3, "attn_mask")
-    return Attention(node, queries, keys, values, None if mask is None else node, mask, fused=True)
+    return Attention(node, queries, keys, values, None if mask is None else node, fused=True)
 
 
 def _written_out(node: fx.Node) -> Attention | None:
@@ -71,14 +77,14 @@ def _written_out(node: fx.Node) -> Attention | None:
     dim = weights.kwargs.get("dim", weights.args[1] if len(weights.args) > 1 else None)
     if op_name(weights) != "softmax" or dim not in (-1, value(weights).dim() - 1):
         return None
-    scores, masked, mask = _first(weights), None, None
+    scores, masked = _first(weights), None
     while scores is not None and op_name(scores) not in _PRODUCTS:
         if op_name(scores) in ("add", "iadd"):
             if masked is not None:
                 return None
-            masked, mask = scores, operand(scores, 1, "other")
-            if mask is None:
+            if operand(scores, 1, "other") is None:
                 return None
+            masked = scores
         elif op_name(scores) not in ("mul", "div", "truediv", "imul", "to", "float"):
             return None
         scores = _first(scores)
@@ -88,7 +94,7 @@ def _written_out(node: fx.Node) -> Attention | None:
     keys = None if across is None else _untransposed(across)
     if queries is None or keys is None:
         return None
-    return Attention(node, queries, keys, values, masked, mask, fused=False)
+    return Attention(node, queries, keys, values, masked, fused=False)
 
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm"}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from transformers import Cache, DynamicCache
+from typing import Any
+
+from transformers import Cache, DynamicCache, StaticCache
 
 from luvc_fx.report import Reason, Refusal
 
 
-class PrunedCache(DynamicCache):
-    """A `DynamicCache` whose layers hold fewer rows than the prompt had.
+class PrunedRows:
+    """What a cache is whose layers hold fewer rows than the conversation has.
 
     `get_seq_length` counts the dropped rows too, so that position ids and the slicing of a second turn
     continue where the conversation is; each layer's own keys and values say what it really holds.
@@ -17,33 +19,97 @@ class PrunedCache(DynamicCache):
     dropped_rows: int = 0
     """Rows of the conversation that are missing in layer 0: those merged away."""
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Rows of the conversation so far, dropped ones included."""
-        return super().get_seq_length() + self.dropped_rows
+    is_croppable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Rows of the conversation so far, dropped ones included: an int, of a static cache a tensor."""
+        held: Any = super().get_seq_length()  # type: ignore[misc]
+        return held + self.dropped_rows if self.dropped_rows else held
+
+    def reset(self) -> None:
+        """Empty it for another conversation."""
+        super().reset()  # type: ignore[misc]
+        self.dropped_rows = 0
 
     def crop(self, *args: object, **kwargs: object) -> None:
         """Raises `NotImplementedError`: which rows a length means differs from layer to layer."""
         raise NotImplementedError("luvc_fx: a cache with dropped visual tokens cannot be cropped")
 
 
+class PrunedCache(PrunedRows, DynamicCache):
+    """A `DynamicCache` whose layers hold fewer rows than the conversation has."""
+
+
+class PrunedStaticCache(PrunedRows, StaticCache):
+    """A `StaticCache` whose layers hold fewer rows than the conversation has.
+
+    Each layer has room for as many rows less as were dropped on the way to it.
+    """
+
+    def reset(self) -> None:
+        """Empty it for another conversation, which may need the room that the first one did not."""
+        super().reset()
+        for layer in self.layers:
+            layer.max_cache_len += vars(layer).pop("luvc_spared", 0)
+            layer.is_initialized = False
+
+
 def adopt(cache: object, rows: int) -> None:
-    """Turn the cache that a shortened prompt of `rows` rows filled into a `PrunedCache`, in place."""
-    if type(cache) is not DynamicCache:
+    """Turn the cache that a conversation of `rows` rows filled into a `PrunedCache`, in place."""
+    if not isinstance(cache, DynamicCache) or not cache.layers:
         return
-    lengths = [DynamicCache.get_seq_length(cache, number) for number in range(len(cache.layers))]
+    lengths = [layer.get_seq_length() for layer in cache.layers]
     if any(length < rows for length in lengths):
+        follow(cache).dropped_rows = rows - lengths[0]
+
+
+def follow(cache: DynamicCache) -> PrunedCache:
+    """Turn a cache into a `PrunedCache` in place, whether or not it has dropped any rows yet."""
+    if not isinstance(cache, PrunedCache):
         cache.__class__ = PrunedCache
-        cache.dropped_rows = rows - lengths[0]  # type: ignore[attr-defined]
+    return cache  # type: ignore[return-value]
+
+
+def fill(cache: StaticCache, filled: DynamicCache, rows: int) -> None:
+    """Write what a prompt of `rows` rows left in `filled` to an empty static cache, in place.
+
+    A layer without memory yet gets so much less of it as it was spared rows.
+    """
+    spared = [rows - layer.keys.shape[-2] for layer in filled.layers]
+    for layer, source, number in zip(cache.layers, filled.layers, spared, strict=True):
+        if number and not layer.is_initialized:
+            layer.max_cache_len -= number
+            layer.luvc_spared = number
+        layer.update(source.keys, source.values)
+    if any(spared):
+        cache.__class__ = PrunedStaticCache
+        cache.dropped_rows = spared[0]  # type: ignore[attr-defined]
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether a cache holds nothing yet; of a static one that has its memory, this waits for the device."""
+    if cache is None:
+        return True
+    if isinstance(cache, StaticCache) and not any(layer.is_initialized for layer in cache.layers):
+        return True
+    return bool(cache.get_seq_length() == 0)
+
+
+_KNOWN = {DynamicCache: {"DynamicLayer"}, StaticCache: {"StaticLayer"}}
 
 
 def unsupported(cache: object) -> Refusal | None:
     """Why visual tokens must stay when this cache is filled, or None."""
-    if cache is None or isinstance(cache, PrunedCache):
+    if cache is None or isinstance(cache, PrunedRows):
         return None
     kinds = {type(layer).__name__ for layer in cache.layers} if isinstance(cache, Cache) else set()
-    if type(cache) is DynamicCache and kinds <= {"DynamicLayer"}:
+    known = kinds <= _KNOWN.get(type(cache), set()) and (kinds or type(cache) is DynamicCache)
+    if known and not getattr(cache, "offloading", False):
         return None
     names = ", ".join(sorted(kinds)) or "no layers yet"
+    names = f"offloaded, {names}" if getattr(cache, "offloading", False) else names
     return Refusal(
-        Reason.CACHE, f"{type(cache).__name__} ({names}) needs the same rows in every layer; use DynamicCache"
+        Reason.CACHE,
+        f"{type(cache).__name__} ({names}) needs the same rows in every layer; use a DynamicCache or "
+        "StaticCache of full attention layers",
     )

@@ -1,4 +1,4 @@
-"""`generate` of a model under `torch.compile` runs eagerly, and says so."""
+"""`generate` runs past what `torch.compile` compiled with a backend of ours, and says so."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ GENERATE_HINT = (
     "does not go through that: it runs the eager model with all visual tokens. Use "
     "luvc_fx.compile(model, schedule) for generate()."
 )
+
+COMPILE_CONFIG_HINT = (
+    "generate() uses a CompileConfig for decoding alone, and runs the prompt, where visual tokens would be "
+    "dropped, by the eager model with all of them. Use luvc_fx.compile(model, schedule); a CompileConfig may "
+    "then stay, without this backend."
+)
+
+
+def warn_of_compile_config(wrapped: Any) -> None:
+    """Say so, where `wrapped` is the call of a model that `generate` compiles by a `CompileConfig`."""
+    model = getattr(wrapped, "__self__", None)
+    if hasattr(model, "generate") and wrapped.__name__ in ("__call__", "_wrapped_call_impl", "_call_impl"):
+        warnings.warn(COMPILE_CONFIG_HINT, LuvcWarning, stacklevel=2)
 
 
 def warn_when_generating(model: torch.nn.Module) -> None:

@@ -30,7 +30,7 @@ def with_positions(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def compact(
-    kwargs: dict[str, Any], visual: Tensor, slots: Tensor, placeholders: int, masked: bool
+    kwargs: dict[str, Any], visual: Tensor, slots: Tensor, placeholders: int, masked: bool, past: int
 ) -> tuple[dict[str, Any], Tensor]:
     """The prompt without the placeholders that were merged away, and each row's old number.
 
@@ -38,6 +38,7 @@ def compact(
         kwargs: of a forward with `input_ids` ``[B, S]``.
         visual: bool ``[B, S]``, the placeholders of one modality; `slots`, `placeholders`: see
             `luvc_fx.ops.surviving_rows`.
+        past: rows of the conversation before this prompt.
         masked: give a prompt without an attention mask one, full of ones.
 
     Returns:
@@ -47,7 +48,7 @@ def compact(
     places, ascending = surviving_rows(visual, slots, placeholders)
     positions = kwargs.get("position_ids")
     if positions is None:
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        positions = torch.arange(past, past + ids.shape[1], device=ids.device).expand(ids.shape)
     short = {
         **kwargs,
         "input_ids": ids.gather(1, ascending),

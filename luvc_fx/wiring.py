@@ -9,6 +9,7 @@ prompt. No class and no source is changed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import threading
@@ -18,12 +19,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import create_masks_for_generate
 
 from luvc_fx import _compat, controls, markers
 from luvc_fx import prompt as prompts
-from luvc_fx.allowance import NOTHING, Allowed, for_generate, for_images, pixels_in, refusal_of_forward
+from luvc_fx.allowance import (
+    NOTHING,
+    Allowed,
+    for_generate,
+    for_images,
+    pixels_in,
+    refusal_of_forward,
+    refusal_of_later_images,
+)
 from luvc_fx.backend import LuvcBackend, LuvcWarning, NotRewritten, backend
-from luvc_fx.cache import PrunedCache, adopt
+from luvc_fx.cache import PrunedRows, adopt, fill, follow, is_empty, unsupported
 from luvc_fx.encoders import Encoder, modalities
 from luvc_fx.report import Refusal, Report
 from luvc_fx.schedule import Schedule
@@ -64,6 +75,8 @@ class FrontDoor:
         hooked = [(model, "forward"), (model, "generate")]
         hooked += [(model.base_model, kind.method) for kind in self.kinds]
         self.originals = {(owner, name): getattr(owner, name) for owner, name in hooked}
+        masks = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+        self.originals[model, "create_masks_for_generate"] = masks
         self.replaced = controls.numpy_free(model.base_model)
         kept = [*self.originals, *((model.base_model, name) for name in self.replaced)]
         self.on_instance = {key: vars(key[0])[key[1]] for key in kept if key[1] in vars(key[0])}
@@ -81,6 +94,7 @@ class FrontDoor:
         }
         self.prefill = self._compiled(self._forward_body(), unmerged, dynamic)
         self.decode = self._compiled(self._forward_body(), unmerged, dynamic)
+        self.decoders = {None: self.decode}
         self.plain = self._compiled(self._forward_body(), Schedule(), dynamic)
 
     def original(self, name: str) -> Callable[..., Any]:
@@ -89,7 +103,11 @@ class FrontDoor:
 
     def install(self) -> None:
         """Put the hooks on the instance."""
-        bodies = {"forward": self._forward, "generate": self._generate}
+        bodies: dict[str, Callable[..., Any]] = {
+            "forward": self._forward,
+            "generate": self._generate,
+            "create_masks_for_generate": self._masks_for_generate,
+        }
         for kind in self.kinds:
             bodies[kind.method] = functools.partial(self._get_features, kind.name)
         for (owner, name), wrapped in self.originals.items():
@@ -107,16 +125,21 @@ class FrontDoor:
 
     # -- compiled callables ------------------------------------------------------------------
 
-    def _backend(self, schedule: Schedule) -> LuvcBackend:
-        made = backend(**{**self.settings, "schedule": schedule}, capture_scalars=False, recompile_limit=None)
+    def _backend(self, schedule: Schedule, settings: dict[str, Any]) -> LuvcBackend:
+        made = backend(**{**settings, "schedule": schedule}, capture_scalars=False, recompile_limit=None)
         made.report = self.report
         made.front_door = True
         return made
 
     def _compiled(
-        self, body: Callable[..., Any], schedule: Schedule, dynamic: bool | None
+        self,
+        body: Callable[..., Any],
+        schedule: Schedule,
+        dynamic: bool | None,
+        settings: dict[str, Any] | None = None,
     ) -> Callable[..., Any]:
-        compiled = torch.compile(body, backend=self._backend(schedule), dynamic=dynamic)
+        made = self._backend(schedule, settings or self.settings)
+        compiled = torch.compile(body, backend=made, dynamic=dynamic)
 
         def call(*args: Any, deepstack: bool = False, **kwargs: Any) -> Any:
             with _compat.tracing_settings(dynamic_outputs=deepstack):
@@ -160,11 +183,25 @@ class FrontDoor:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         before = getattr(self.local, "call", None)
-        self.local.call = for_generate(self.model, kwargs, self._refuse)
+        allowed = for_generate(self.model, kwargs, self._refuse)
+        if self.settings["inner"] != "inductor" or self.settings["mode"] or self.settings["options"]:
+            allowed = dataclasses.replace(allowed, decode_mode=None)
+        self.local.call = allowed
+        # Its own compilation (of decoding over a static cache, on a GPU) would trace into these hooks.
+        kwargs["disable_compile"] = True
         try:
             return self.original("generate")(*args, **kwargs)
         finally:
             self.local.call = before
+
+    def _masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """For a static cache `generate` makes one mask, of layer 0; here each layer has its own."""
+        call: Allowed | None = getattr(self.local, "call", None)
+        cache = kwargs.get("past_key_values")
+        ours = isinstance(cache, PrunedRows) or (call is not None and call.shorten and is_empty(cache))
+        if ours and unsupported(cache) is None:
+            return kwargs["attention_mask"]
+        return self.original("create_masks_for_generate")(*args, **kwargs)
 
     def _get_features(self, kind: str, *args: Any, **kwargs: Any) -> Any:
         encoder = self.encoders[kind]
@@ -191,26 +228,41 @@ class FrontDoor:
         if refusal is not None:
             self._refuse(refusal)
             call = NOTHING
-        empty = cache is None or cache.get_seq_length() == 0
         tell_rows = call is None
         if pixels_in(kwargs):
             call = call or for_images(self.model, kwargs, self._refuse)
             if call.shorten:
-                kwargs = self._encode_inputs(kwargs, empty and call.merge)
+                kwargs = self._encode_inputs(kwargs, call.merge)
         outputs = kwargs.get("mm_encoder_outputs") or {}
         if call is not None and not call.shorten:
             run = self.plain
-        elif not outputs or not empty:
-            run = self.decode
+        elif not outputs or refusal_of_later_images(kwargs) is not None:
+            run = self._decoder(call)
         else:
             return self._prefill(kwargs, outputs, tell_rows)
         kwargs, padding = self._over_cache(kwargs, cache)
         return run(kwargs, padding)[0]
 
+    def _decoder(self, call: Allowed | None) -> Callable[..., Any]:
+        """The compiled decode step, in the mode that this call of `generate` asks for."""
+        mode = None if call is None else call.decode_mode
+        if mode not in self.decoders:
+            unmerged, settings = Schedule(prune=self.schedule.prune), {**self.settings, "mode": mode}
+            self.decoders[mode] = self._compiled(self._forward_body(), unmerged, self.dynamic, settings)
+        return self.decoders[mode]
+
     def _prefill(self, kwargs: dict[str, Any], outputs: dict[str, Any], tell_rows: bool) -> Any:
-        rows = kwargs["input_ids"].shape[1]
+        rows, past = kwargs["input_ids"].shape[1], 0
         places: Tensor | None = None
         kwargs = {k: v for k, v in kwargs.items() if k != "mm_encoder_outputs"}
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, StaticCache):
+            # How long each layer's rows are is known afterwards: then they are written to the static cache.
+            kwargs["past_key_values"] = DynamicCache(config=self.model.config.get_text_config())
+        elif not is_empty(cache):
+            past = cache.get_seq_length()
+            follow(cache)
+        kwargs, padding = self._over_cache(kwargs, cache)
         masked = kwargs.get("past_key_values") is None and not self._uses_cache(kwargs)
         encoded = {}
         for kind in self.kinds:
@@ -228,13 +280,17 @@ class FrontDoor:
                 if slots.numel() < output.luvc_placeholders:
                     # Without mask and cache transformers reads gaps in the position ids as packed rows.
                     visual = kwargs["input_ids"] == getattr(self.model.config, kind.token)
-                    kwargs, found = prompts.compact(kwargs, visual, slots, output.luvc_placeholders, masked)
+                    count = output.luvc_placeholders
+                    kwargs, found = prompts.compact(kwargs, visual, slots, count, masked, past)
                     places = found if places is None else places.gather(1, found)
             encoded[kind.name] = (features, grid, _compat.extra_features(output))
         # Of one modality, luvc_fx writes additions by a mask anew; of two, they end the graph.
         deepstack = len(encoded) == 1 and any(extra for _, _, extra in encoded.values())
-        out, final = self.prefill(kwargs, None, encoded, tell_rows, deepstack=deepstack and self.prunes)
-        adopt(out.past_key_values, rows)
+        out, final = self.prefill(kwargs, padding, encoded, tell_rows, deepstack=deepstack and self.prunes)
+        if isinstance(cache, StaticCache):
+            fill(cache, out.past_key_values, rows)
+            out.past_key_values = cache
+        adopt(out.past_key_values, past + rows)
         if final is not None:
             out.row_index = final if places is None else places.gather(1, final)
         return out
@@ -250,7 +306,7 @@ class FrontDoor:
         rows of layer 0.
         """
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if not isinstance(cache, PrunedCache):
+        if not isinstance(cache, PrunedRows):
             return kwargs, None
         if ids is None:
             raise NotImplementedError("luvc_fx: inputs_embeds over a cache with dropped visual tokens")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from luvc_fx import markers
-from luvc_fx.fx_util import ancestors, value
+from luvc_fx.fx_util import ancestors, is_tensor, op_name, value
 from luvc_fx.passes.context import Context
 from luvc_fx.passes.emit import emit
 
@@ -19,6 +19,9 @@ def rebuild_masks(context: Context) -> None:
     Pruned layers hold fewer rows than layer 0, by whose length transformers sizes all masks. Visual
     tokens are never padding, so the leading padding of a row is as long in every layer.
     """
+    if not context.anatomy.cache_attentions:
+        return
+    context.retarget.advance()  # a prompt over a cache may have been pruned: its masks are for what is left
     made: dict[object, fx.Node] = {}
     for call in context.anatomy.cache_attentions:
         assert call.mask is not None and call.masked is not None
@@ -26,20 +29,35 @@ def rebuild_masks(context: Context) -> None:
         padding = marker.args[0]
         assert isinstance(padding, fx.Node)
         added = None if call.fused else value(call.masked).dtype
-        like = (str(value(call.keys).shape[-2]), added)
+        written = _written_rows(call.keys)
+        like = (str(value(call.keys).shape[-2]), added, written)
         if like not in made:
+            rows = () if written is None else (written,)
             (made[like],) = emit(
-                context.graph, "cache mask", _mask_body(added), call.queries, call.keys, padding
+                context.graph, "cache mask", _mask_body(added), call.queries, call.keys, padding, *rows
             )
         call.masked.replace_input_with(call.mask, made[like])
         context.report.masks_rebuilt += 1
 
 
+def _written_rows(keys: fx.Node) -> fx.Node | None:
+    """The numbers of the rows of a static cache that the queries were written to; None of a dynamic one."""
+    node = keys
+    while True:
+        for call in (node, *node.users):
+            if op_name(call) == "index_copy_" and isinstance(call.args[2], fx.Node):
+                return call.args[2]
+        sources = [n for n in node.all_input_nodes if is_tensor(n)]
+        if len(sources) != 1:
+            return None
+        node = sources[0]
+
+
 def _mask_body(added: torch.dtype | None) -> Any:
     """The mask for a fused attention, or what is `added` to the scores of one that is written out."""
 
-    def body(queries: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
-        seen = _seen(queries, keys, padding)
+    def body(queries: Tensor, keys: Tensor, padding: Tensor, written: Tensor | None = None) -> Tensor:
+        seen = _seen(queries, keys, padding, written)
         if added is None:
             return seen
         return torch.zeros_like(seen, dtype=added).masked_fill(~seen, torch.finfo(added).min)
@@ -47,10 +65,13 @@ def _mask_body(added: torch.dtype | None) -> Any:
     return body
 
 
-def _seen(queries: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
-    """Bool ``[batch, 1, Q, K]``: the last Q of K rows see what lies before them, but no padding."""
+def _seen(queries: Tensor, keys: Tensor, padding: Tensor, written: Tensor | None) -> Tensor:
+    """Bool ``[batch, 1, Q, K]``: each query sees what lies before it, but no padding.
+
+    The queries are the last Q of K rows; of a static cache, whose last rows are empty, those `written`.
+    """
     asked, held = queries.shape[-2], keys.shape[-2]
     key = torch.arange(held, device=keys.device)
-    query = torch.arange(asked, device=keys.device) + (held - asked)
+    query = torch.arange(asked, device=keys.device) + (held - asked) if written is None else written
     causal = key.reshape(1, 1, 1, -1) <= query.reshape(1, 1, -1, 1)
     return causal.logical_and(key.reshape(1, 1, 1, -1) >= padding.reshape(-1, 1, 1, 1))

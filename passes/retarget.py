@@ -158,18 +158,15 @@ class Retarget:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         axis, known = next(iter(self.extents[source].items()))
-        # Only the count of a sequence is ever symbolic, so each length is a constant times it, plus one.
+        # Only the count of a sequence is ever symbolic, so each length is a constant times it.
         one = {TOKENS: 1}
         with self.graph.inserting_before(node):
             size = self._call(torch.ops.aten.sym_size.int, source, axis)
+            if known != extent and (known.plus or extent.plus):
+                raise Refused(Reason.TOKEN_AXIS, "rows before the tokens and a length that is not known", node)
             if known != extent:
-                for op, number in (
-                    (operator.sub, known.plus),
-                    (operator.floordiv, known.length(one) - known.plus),
-                    (operator.mul, extent.length(one) - extent.plus),
-                    (operator.add, extent.plus),
-                ):
-                    size = self._call(op, size, number)
+                size = self._call(operator.floordiv, size, known.length(one))
+                size = self._call(operator.mul, size, extent.length(one))
         return size
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
