@@ -16,8 +16,10 @@ from torch._dispatch.python import enable_python_dispatcher  # 2.11 - 2.13
 from torch._dynamo.eval_frame import OptimizedModule  # 2.11 - 2.13
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.11 - 2.13
 from torch.fx.experimental.proxy_tensor import make_fx  # 2.11 - 2.13
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # 2.11 - 2.13
 
 __all__ = [
+    "NOT_ONE_GRAPH",
     "RECOMPILE_LIMIT",
     "FakeTensor",
     "FakeTensorMode",
@@ -70,6 +72,10 @@ def fake_run(tensors: list[FakeTensor]) -> Any:
     if any(isinstance(size, torch.SymInt) for tensor in tensors for size in tensor.shape):
         stack.enter_context(enable_python_dispatcher())
     return stack
+
+
+NOT_ONE_GRAPH = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode)
+"""What comes out of a call that must be one graph, and is not (2.11 - 2.13)."""
 
 
 def caching_precompile() -> bool:
