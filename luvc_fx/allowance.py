@@ -100,7 +100,7 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
         text = "rows with different numbers of visual tokens: all visual tokens stay"
         note(Refusal(Reason.UNEVEN_BATCH, text))
         return NOTHING
-    later = refusal_of_later_images(kwargs)
+    later = refusal_of_later_images(kwargs) if pixels_in(kwargs) else None
     if later is not None:
         note(later)
         return dataclasses.replace(UNMERGED, rows=ids.shape[0])

@@ -100,8 +100,10 @@ class Retarget:
             lengths = {axis: extent.length(counts) for axis, extent in extents.items()}
         except ValueError as error:
             raise Refused(Reason.TOKEN_AXIS, str(error), node) from None
+        # Beside rows of a cache, whose number is not known: their count is never written down.
+        open_ended = {a for a, e in extents.items() if e.plus and isinstance(old.shape[a], torch.SymInt)}
         if op_name(node) in SIZED:
-            self._resize(node, extents, lengths)
+            self._resize(node, extents, {a: None if a in open_ended else n for a, n in lengths.items()})
         elif node in self.crops:
             self._recrop(node)
         elif op_name(node) == "interpolate":
@@ -112,6 +114,9 @@ class Retarget:
             sizes[axis] = length
         self._check(node, [hint(size) for size in sizes])
         self.counts[node] = counts
+        if open_ended:
+            node.meta["example_value"] = _run(node)
+            return
         with fake_run([old]):
             node.meta["example_value"] = torch.empty(sizes, dtype=old.dtype, device=old.device)
 

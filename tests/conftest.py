@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 
@@ -21,9 +20,6 @@ settings.register_profile(
     "thorough", max_examples=400, deadline=None, derandomize=False, suppress_health_check=_UNHURRIED
 )
 settings.load_profile("thorough" if os.environ.get("LUVC_HYPOTHESIS") == "thorough" else "fast")
-
-# Dynamo's structured trace has thousands of empty lines, and pytest would print them under a failure.
-logging.getLogger("torch.__trace").propagate = False
 
 
 @pytest.fixture(autouse=True)
