@@ -145,7 +145,7 @@ def _encoder(
     if not attentions(graph, ancestors(features)):
         if slots is not None:
             text = f"{UNKNOWN} before the features"
-            anatomy.refusals.append(Refusal(Reason.NO_ATTENTION, text, str(slots)))
+            anatomy.encoder_refusals.append(Refusal(Reason.NO_ATTENTION, text, str(slots)))
         else:
             anatomy.encoder_refusals.append(_apart(fusion))
         return None
