@@ -19,7 +19,7 @@ class Context:
     Attributes:
         retarget: walks the graph behind the sites and makes it right for the new counts.
         slots: representatives ``[images, H', W']`` of the last merge, once `merge_tokens` ran.
-        visual: bool ``[batch, rows]``, which rows are visual tokens where the last site left off.
+        places: int64 ``[batch, tokens]``, the rows of the visual tokens where the last site left off.
         rows: per `markers.PROMPT_ROWS` node its newest, shortened value.
     """
 
@@ -29,5 +29,5 @@ class Context:
     report: GraphReport
     retarget: Retarget
     slots: fx.Node | None = None
-    visual: fx.Node | None = None
+    places: fx.Node | None = None
     rows: dict[fx.Node, fx.Node] = field(default_factory=dict)

@@ -151,9 +151,9 @@ def _split(rows: Tensor, encoder: Encoder, grids: tuple[Grid, ...]) -> list[Tens
 
 def _joined(x: Tensor, parts: list[Tensor], encoder: Encoder) -> Tensor:
     """The inverse of `_split` for the residual value, whose rows in front stay."""
-    if x.dim() == 3:
-        return torch.cat([x.narrow(1, 0, encoder.lead), *parts], dim=1)
-    return torch.cat([part.flatten(0, 1) for part in parts])
+    if x.dim() != 3:
+        return torch.cat([part.flatten(0, 1) for part in parts])
+    return torch.cat([x.narrow(1, 0, encoder.lead), *parts], dim=1) if encoder.lead else parts[0]
 
 
 def _to_blocks(rows: Tensor, grid: Grid, encoder: Encoder) -> Tensor:

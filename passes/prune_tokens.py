@@ -7,12 +7,12 @@ from torch import Tensor, fx
 
 from luvc_fx.extents import TOKENS
 from luvc_fx.fx_util import value
-from luvc_fx.ops import gather_rows, mask_to_index
+from luvc_fx.ops import drop_tokens, gather_rows, mask_to_index
 from luvc_fx.passes.compact_rows import compact_followers
 from luvc_fx.passes.context import Context
 from luvc_fx.passes.emit import emit
 from luvc_fx.plan import PruneSite
-from luvc_fx.selectors import Site, choose
+from luvc_fx.selectors import Site, choose_mask
 
 
 def prune_tokens(context: Context) -> None:
@@ -20,20 +20,20 @@ def prune_tokens(context: Context) -> None:
     decoder = context.anatomy.decoder
     if decoder is None or not context.plan.prunes:
         return
-    if context.visual is None:
-        context.visual = _visual_rows(context)
+    if context.places is None:
+        context.places = _visual_rows(context)
     for site in context.plan.prunes:
         context.retarget.advance(site.node)
         name = f"prune before decoder layer {site.layer}"
         body = _prune_body(site, _place(context, site))
-        short, rows, context.visual = emit(context.graph, name, body, site.node, context.visual)
+        short, rows, context.places = emit(context.graph, name, body, site.node, context.places)
         context.retarget.replace(site.node, short, {TOKENS: value(short).shape[1]})
         compact_followers(context, name, site.node, rows, rows)
         context.report.inserted.append(f"{name}: {site.prune.selector} {site.left} -> {site.count}")
 
 
 def _visual_rows(context: Context) -> fx.Node:
-    """Bool ``[batch, rows]`` of the visual tokens, with a check that each row has as many as planned."""
+    """Int64 ``[batch, tokens]``, with a check that each row has as many visual tokens as planned."""
     decoder = context.anatomy.decoder
     assert decoder is not None
     tokens = decoder.visual
@@ -47,10 +47,10 @@ def _visual_rows(context: Context) -> fx.Node:
             torch.ops.aten._assert_async.msg(
                 right, f"luvc_fx was compiled for {tokens} visual tokens in each row of the batch"
             )
-        return visual.clone()
+        return mask_to_index(visual, tokens)
 
-    (visual,) = emit(context.graph, "visual rows", body, *decoder.masks)
-    return visual
+    (places,) = emit(context.graph, "visual rows", body, *decoder.masks)
+    return places
 
 
 def _place(context: Context, site: PruneSite) -> Site:
@@ -67,15 +67,13 @@ def _place(context: Context, site: PruneSite) -> Site:
 
 
 def _prune_body(site: PruneSite, place: Site):  # type: ignore[no-untyped-def]
-    def body(x: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        length = x.shape[1] - site.left + site.count
-        stays = visual.logical_not()
-        if site.count:
-            places = mask_to_index(visual, site.left)
-            tokens = gather_rows(x, places, 1)
-            kept = places.gather(1, choose(tokens, site.prune, site.count, place))
-            stays = stays.scatter(1, kept, True)
-        rows = mask_to_index(stays, length)
-        return gather_rows(x, rows, 1), rows, visual.gather(1, rows)
+    def body(x: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        length = x.shape[1]
+        keep, ahead = choose_mask(gather_rows(x, places, 1), site.prune, site.count, place)
+        rows = drop_tokens(places, keep, ahead, length, length - site.left + site.count)
+        kept = mask_to_index(keep, site.count)
+        # A token moves up by those before it that went.
+        moved = places.gather(1, kept) - kept + torch.arange(site.count, device=x.device)
+        return gather_rows(x, rows, 1), rows, moved
 
     return body

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from luvc_fx.extents import TOKENS
 from luvc_fx.fx_util import is_tensor, value
-from luvc_fx.ops import gather_rows, surviving_rows
+from luvc_fx.ops import gather_rows, mask_to_index, surviving_rows
 from luvc_fx.passes.compact_rows import compact_followers
 from luvc_fx.passes.context import Context
 from luvc_fx.passes.emit import emit
@@ -34,14 +34,14 @@ def shrink_fusion(context: Context) -> None:
             f"luvc_fx was compiled for {each} visual tokens in each row of the batch",
         )
         places, ascending = surviving_rows(visual, slots, total)
-        short = visual.gather(1, ascending)
-        return gather_rows(embeds, places, 1), gather_rows(mask, ascending, 1), places, ascending, short
+        left = mask_to_index(visual.gather(1, ascending), slots.numel() // visual.shape[0])
+        return gather_rows(embeds, places, 1), gather_rows(mask, ascending, 1), places, ascending, left
 
     context.retarget.advance(decoder.fusion.prev)
     for node in (decoder.embeds, mask, context.slots):
         assert is_tensor(node)
     before = decoder.fusion.prev
-    embeds, short_mask, places, ascending, context.visual = emit(
+    embeds, short_mask, places, ascending, context.places = emit(
         context.graph, name, body, decoder.embeds, mask, context.slots, after=before
     )
     fusion: fx.Node = decoder.fusion

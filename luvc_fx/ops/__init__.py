@@ -5,16 +5,19 @@ those ask for a CUDA device even on fake tensors, and without them a CPU build o
 CUDA graph.
 """
 
-from luvc_fx.ops.compact import compact, gather_rows, mask_to_index
+from luvc_fx.ops.compact import compact, drop_tokens, gather_rows, mask_to_index
 from luvc_fx.ops.lowpass import lowpass
 from luvc_fx.ops.oim import orthogonal_merge
 from luvc_fx.ops.placeholders import surviving_rows
-from luvc_fx.ops.select import select_blocks, select_global
+from luvc_fx.ops.select import keep_blocks, keep_global, select_blocks, select_global
 from luvc_fx.ops.spu import spectral_energy
 
 __all__ = [
     "compact",
+    "drop_tokens",
     "gather_rows",
+    "keep_blocks",
+    "keep_global",
     "lowpass",
     "mask_to_index",
     "orthogonal_merge",

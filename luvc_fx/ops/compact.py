@@ -28,14 +28,58 @@ def mask_to_index(mask: Tensor, count: int | torch.SymInt) -> Tensor:
         raise ValueError(f"count is {count!r}; allowed: at least 0")
     if isinstance(count, int) and isinstance(length, int) and count > length:
         raise ValueError(f"count is {count!r}; allowed: at most {length}, the length of the mask")
+    if mask.device.type == "cpu":
+        return _by_scattering(mask, count)
+    return _by_counting(mask, count)
+
+
+def _by_scattering(mask: Tensor, count: int | torch.SymInt) -> Tensor:
+    """`mask_to_index` for the CPU: linear in the row."""
+    batch, length = mask.shape
     order = mask.cumsum(1, dtype=torch.int32) - 1
     # One spare column takes what is not kept, so that every write has a place.
     target = torch.where(mask & (order < count), order, count).to(torch.int64)  # type: ignore[arg-type]
-    # Inductor's CUDA scatter has no int64 payload (it falls back to ATen): carry int32, widen
-    # after.
     place = torch.arange(length, device=mask.device, dtype=torch.int32).expand(batch, length)
     spare = torch.zeros((batch, count + 1), device=mask.device, dtype=torch.int32)
     return spare.scatter(1, target, place).narrow(1, 0, count).to(torch.int64)
+
+
+def _by_counting(mask: Tensor, count: int | torch.SymInt) -> Tensor:
+    """`mask_to_index` for accelerators: a scan and a reduction, where a scatter needs a zeroed buffer too."""
+    passed = mask.cumsum(1, dtype=torch.int32)
+    wanted = torch.arange(count, device=mask.device)  # type: ignore[arg-type]
+    found = (passed.unsqueeze(1) <= wanted.unsqueeze(-1)).sum(-1)
+    return found.clamp(max=mask.shape[1] - 1)  # type: ignore[operator]
+
+
+def drop_tokens(
+    places: Tensor, keep: Tensor, ahead: Tensor, length: int | torch.SymInt, rows: int | torch.SymInt
+) -> Tensor:
+    """Which rows of a sequence are left when some of the tokens in it go.
+
+    Args:
+        places: int64 ``[B, N]``, ascending: the rows of the sequence where the tokens are.
+        keep: bool ``[B, N]``, the tokens that stay; as many in each row.
+        ahead: int64 ``[B, N]``, how many tokens stay ahead of each.
+        length: rows of the sequence; may be symbolic, as `rows`.
+        rows: of the sequence that is left: `length` less the tokens that go.
+
+    Returns:
+        int64 ``[B, rows]``, ascending.
+
+    >>> places, keep = torch.tensor([[1, 2, 4]]), torch.tensor([[False, True, False]])
+    >>> drop_tokens(places, keep, torch.tensor([[0, 0, 1]]), 5, 3)
+    tensor([[0, 2, 3]])
+    """
+    if places.device.type == "cpu":
+        stays = torch.ones((places.shape[0], length), dtype=torch.bool)  # type: ignore[arg-type]
+        return mask_to_index(stays.scatter(1, places, keep), rows)
+    # Each row of the result is as much further down as tokens went before it: one reduction.
+    before = torch.arange(places.shape[1], device=places.device) - ahead
+    gap = (places - before).unsqueeze(1)
+    row = torch.arange(rows, device=places.device)  # type: ignore[arg-type]
+    passed = keep.logical_not().unsqueeze(1) & (gap <= row.unsqueeze(-1))
+    return row + passed.sum(-1)
 
 
 def gather_rows(x: Tensor, index: Tensor, dim: int) -> Tensor:

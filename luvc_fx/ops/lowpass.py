@@ -14,9 +14,10 @@ from torch import Tensor
 from luvc_fx.schedule import REALIZATIONS, round_half_up
 
 _MOST_BINS_ON_CPU = 128
+_MOST_PRODUCTS = 1 << 29
 # A window of 257 / sigma taps. With a quarter of it up to 1.4 % of the kept tokens of a trained model
 # differ, as the step at the edge (0.08 to 0) lets the impulse response fall off as slowly as 1 / t.
-_REACH = 128
+_REACH_IN_BINS = 128
 
 
 def lowpass(x: Tensor, cutoff: float, realization: str = "auto") -> Tensor:
@@ -25,13 +26,14 @@ def lowpass(x: Tensor, cutoff: float, realization: str = "auto") -> Tensor:
     ``"fft"`` is the definition, ``irfft(w rfft(x))``. ``"basis"`` multiplies by the cosines and sines
     of the bins that pass, twice: the same up to rounding, without complex numbers, which Inductor
     hands to ATen with a warning. ``"fir"`` convolves with the impulse response, cut off where the
-    sequence is much longer than it; on an accelerator Inductor fuses it into one kernel, and an eager
-    call holds ``N * taps * D`` numbers in memory.
+    sequence is much longer than it; on an accelerator Inductor generates all of it, with no call of a
+    library, and an eager call holds ``N * taps * D`` numbers in memory.
 
     ``"auto"`` was chosen by time on a CPU (one thread, float32): the basis takes 0.2 to 0.5 of the
     FFT's time at 10 bins, the same at 30 to 100 and 1.3 to 2.6 times it at 128; so it is the FFT above
-    that. On an accelerator it is the basis. Under autocast, which rounds the products of the basis (and
-    of the FIR on a CPU), it is the FFT.
+    that. On an accelerator it is the FIR up to 2^29 products (2 GiB, were they not fused), and above
+    that the basis, whose two matrix products are then the only calls of a library. Under autocast,
+    which rounds the products of the basis (and of the FIR on a CPU), it is the FFT instead of those.
 
     Args:
         x: float32 ``[B, N, D]``, N at least 1.
@@ -54,20 +56,24 @@ def lowpass(x: Tensor, cutoff: float, realization: str = "auto") -> Tensor:
         raise ValueError(f"realization is {realization!r}; allowed: {allowed}")
     edge = max(1, round_half_up(cutoff * (tokens // 2 + 1)))
     if realization == "auto":
-        realization = _fastest(x.device.type, edge)
+        realization = _chosen(x, edge)
     by = {"fft": _by_fft, "basis": _by_basis, "fir": _by_fir}[realization]
     return by(x, edge).to(torch.float32)
 
 
-def _fastest(device: str, edge: int) -> str:
+def _chosen(x: Tensor, edge: int) -> str:
+    device, tokens = x.device.type, x.shape[1]
+    left, right = _reach(tokens, edge)
+    if device != "cpu" and x.numel() * (left + 1 + right) <= _MOST_PRODUCTS:
+        return "fir"
     if torch.is_autocast_enabled(device):
         return "fft"
     return "basis" if device != "cpu" or edge <= _MOST_BINS_ON_CPU else "fft"
 
 
-def _window(bins: int, edge: int, device: torch.device) -> Tensor:
-    """float32 ``[bins]``, for at most `edge` bins."""
-    frequency = torch.arange(bins, device=device, dtype=torch.float32)
+def _window(edge: int, device: torch.device) -> Tensor:
+    """float32 ``[edge]``."""
+    frequency = torch.arange(edge, device=device, dtype=torch.float32)
     return 0.54 + 0.46 * torch.cos(frequency * (math.pi / edge))
 
 
@@ -75,52 +81,101 @@ def _by_fft(x: Tensor, edge: int) -> Tensor:
     tokens = x.shape[1]
     passed = torch.fft.rfft(x, dim=1).narrow(1, 0, edge)
     # As pairs of reals: Inductor generates no complex arithmetic, and this product is its own.
-    weighted = torch.view_as_real(passed) * _window(edge, edge, x.device).reshape(1, edge, 1, 1)
+    weighted = torch.view_as_real(passed) * _window(edge, x.device).reshape(1, edge, 1, 1)
     rest = tokens // 2 + 1 - edge
     padded = torch.nn.functional.pad(weighted, (0, 0, 0, 0, 0, rest))
     return torch.fft.irfft(torch.view_as_complex(padded), n=tokens, dim=1)
 
 
-def _angles(places: Tensor, tokens: int, edge: int) -> Tensor:
-    """``[edge, P]`` float32: the angle of each bin at each of the `places`, int64 ``[P]``."""
-    frequency = torch.arange(edge, device=places.device).unsqueeze(1)
-    # Whole turns are taken off while the numbers are exact; float32 would lose them in long sequences.
-    return (frequency * places).remainder(tokens).to(torch.float32) * (2 * math.pi / tokens)
-
-
-def _weights(tokens: int, edge: int, device: torch.device) -> Tensor:
-    """float32 ``[edge, 1]``: what a bin's cosine and sine amplitudes are multiplied by."""
-    frequency = torch.arange(edge, device=device)
+def _weights(frequency: Tensor, tokens: int, edge: int) -> Tensor:
+    """float32: what the amplitudes of a bin's cosine and sine are multiplied by."""
     # A bin stands for its mirror image too, save for 0 and the highest of an even number of tokens.
     alone = (frequency == 0) | (2 * frequency == tokens)
     share = torch.where(alone, 1.0 / tokens, 2.0 / tokens)
-    return (_window(edge, edge, device) * share).unsqueeze(1)
+    return (0.54 + 0.46 * torch.cos(frequency.to(torch.float32) * (math.pi / edge))) * share
 
 
 def _by_basis(x: Tensor, edge: int) -> Tensor:
     tokens = x.shape[1]
-    angles = _angles(torch.arange(tokens, device=x.device), tokens, edge)
-    basis = torch.cat([torch.cos(angles), torch.sin(angles)])
-    weights = _weights(tokens, edge, x.device)
-    amplitudes = torch.matmul(basis, x) * torch.cat([weights, weights])
-    return torch.matmul(basis.t(), amplitudes)
+    row = torch.arange(2 * edge, device=x.device).unsqueeze(1)
+    frequency, quarter = row % edge, torch.where(row < edge, 0, tokens)
+    # A sine is a cosine a quarter of a turn earlier. Whole turns are taken off while the numbers are
+    # exact; float32 would lose them in long sequences.
+    turns = 4 * (frequency * torch.arange(tokens, device=x.device)).remainder(tokens) - quarter
+    basis = torch.cos(turns.to(torch.float32) * (math.pi / (2 * tokens)))
+    weighted = basis * _weights(frequency, tokens, edge)
+    return torch.matmul(weighted.t(), torch.matmul(basis, x))
+
+
+def _reach(tokens: int, edge: int) -> tuple[int, int]:
+    """How many taps there are on the left and on the right of a token."""
+    reach = math.ceil(_REACH_IN_BINS * (tokens // 2 + 1) / edge)
+    return (reach, reach) if 2 * reach + 1 < tokens else ((tokens - 1) // 2, tokens // 2)
 
 
 def _by_fir(x: Tensor, edge: int) -> Tensor:
     batch, tokens, channels = x.shape
-    reach = math.ceil(_REACH * (tokens // 2 + 1) / edge)
-    left, right = (reach, reach) if 2 * reach + 1 < tokens else ((tokens - 1) // 2, tokens // 2)
+    left, right = _reach(tokens, edge)
     offsets = torch.arange(-left, right + 1, device=x.device)
-    taps = (torch.cos(_angles(offsets, tokens, edge)) * _weights(tokens, edge, x.device)).sum(0)
-    taps = taps / taps.sum()  # a constant passes whole, through a window that was cut off too
+    taps = _impulse_response(offsets, tokens, edge)
+    if left + 1 + right < tokens:
+        taps = taps / taps.sum()  # a constant passes whole, through a window that was cut off too
+    if x.device.type != "cpu":
+        return sum_of_windows(x, offsets, taps)
     ring = torch.cat([x.narrow(1, tokens - left, left), x, x.narrow(1, 0, right)], 1)
-    if x.device.type == "cpu":
-        lines = ring.transpose(1, 2).reshape(batch * channels, 1, left + tokens + right)
-        low = torch.nn.functional.conv1d(lines, taps.reshape(1, 1, -1))
-        return low.reshape(batch, channels, tokens).transpose(1, 2)
-    return sum_of_windows(ring, taps)
+    lines = ring.transpose(1, 2).reshape(batch * channels, 1, left + tokens + right)
+    low = torch.nn.functional.conv1d(lines, taps.reshape(1, 1, -1))
+    return low.reshape(batch, channels, tokens).transpose(1, 2)
 
 
-def sum_of_windows(x: Tensor, taps: Tensor) -> Tensor:
-    """``[B, N + T - 1, D]`` and ``[T]`` -> ``[B, N, D]``, in a spelling that Inductor fuses on a GPU."""
-    return (x.unfold(1, taps.shape[0], 1) * taps).sum(-1)
+def _impulse_response(offsets: Tensor, tokens: int, edge: int) -> Tensor:
+    """float32 ``[T]``: the filter's answer to a one, at int64 `offsets` ``[T]`` from it.
+
+    In closed form, so that an accelerator needs no kernel for it: the window is a constant and a cosine,
+    the sum of the bins below `edge` is a Dirichlet kernel, and the cosine moves it to either side by
+    half a turn over `edge`.
+    """
+    middle = _dirichlet(2 * edge * offsets, tokens, edge)
+    right = _dirichlet(2 * edge * offsets + tokens, tokens, edge)
+    left = _dirichlet(2 * edge * offsets - tokens, tokens, edge)
+    total = 0.54 * middle + 0.23 * (left + right)
+    if 2 * (edge - 1) == tokens:
+        # The highest of an even number of bins is its own mirror image, and was counted twice.
+        highest = 0.54 + 0.46 * math.cos(math.pi * (edge - 1) / edge)
+        total = total - highest * (1.0 - 2.0 * offsets.remainder(2).to(torch.float32))
+    return total / tokens
+
+
+def _dirichlet(turn: Tensor, tokens: int, edge: int) -> Tensor:
+    """``sum over |f| < edge of cos(2 pi f v)``, v being `turn` over ``2 edge tokens``.
+
+    It is ``sin((2 edge - 1) pi v) / sin(pi v)``. Both angles are reduced while they are whole numbers,
+    so the quotient is right next to its gaps as well.
+    """
+    whole, bins = 2 * edge * tokens, 2 * edge - 1
+    turn = _around_zero(turn, whole)
+    above = torch.sin(_around_zero(bins * turn, 2 * whole).to(torch.float32) * (math.pi / whole))
+    below = torch.sin(turn.to(torch.float32) * (math.pi / whole))
+    return torch.where(turn == 0, float(bins), above / torch.where(turn == 0, 1.0, below))
+
+
+def _around_zero(turn: Tensor, whole: int) -> Tensor:
+    """`turn` modulo `whole`, in ``-whole / 2 .. whole / 2 - 1``."""
+    return (turn + whole // 2).remainder(whole) - whole // 2
+
+
+def sum_of_windows(x: Tensor, offsets: Tensor, taps: Tensor) -> Tensor:
+    """``sum_t taps[t] x[:, n + offsets[t]]`` around the ring, in a spelling that Inductor fuses on a GPU.
+
+    Args:
+        x: ``[B, N, D]``.
+        offsets: int64 ``[T]``.
+        taps: ``[T]``.
+
+    Returns:
+        ``[B, N, D]``.
+    """
+    tokens = x.shape[1]
+    places = (torch.arange(tokens, device=x.device).unsqueeze(1) + offsets).remainder(tokens)
+    windows = x.index_select(1, places.flatten()).unflatten(1, places.shape)
+    return (windows * taps.unsqueeze(-1)).sum(2)

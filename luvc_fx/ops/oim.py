@@ -8,7 +8,6 @@ neighbours on a line.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from luvc_fx.ops.select import descending_rank
@@ -101,7 +100,7 @@ def _neighbour_cosine(x: Tensor) -> Tensor:
     unit = wide / norm.clamp(min=_SMALLEST_NORM)
     pairs = x.shape[2] - 1
     cosine = (unit.narrow(2, 0, pairs) * unit.narrow(2, 1, pairs)).sum(-1)
-    return torch.nan_to_num(cosine, nan=_COSINE_OF_NAN)
+    return torch.where(torch.isnan(cosine), _COSINE_OF_NAN, cosine)
 
 
 def _merge_round(
@@ -110,23 +109,25 @@ def _merge_round(
     """``[B, L, n, ...]`` -> ``[B, L, n - merges, ...]`` each; `merges` is at most n // 2."""
     x, sizes, slots, *feature = parts
     length = x.shape[2]
-    goes_left, goes_right = _proposals(feature[0] if feature else x, merges, shared, runs)
+    goes = _proposals(feature[0] if feature else x, merges, shared, runs)
 
     # Output place j holds the token that has j survivors before it.
-    survivors = torch.logical_not(goes_left | goes_right).cumsum(-1)
+    survivors = (goes == 0).cumsum(-1)
     place = torch.arange(length - merges, device=x.device).unsqueeze(-1)
     here = (survivors.unsqueeze(-2) <= place).sum(-1)
     # At an end of the line the clamp makes a survivor its own neighbour, and a survivor goes
     # nowhere.
     left, right = (here - 1).clamp(min=0), (here + 1).clamp(max=length - 1)
-    from_left, from_right = goes_right.gather(2, left), goes_left.gather(2, right)
+    # Both answers in one word, which Inductor keeps: 1 for a token from the left, 2 from the right.
+    joins = torch.where(goes.gather(2, left) > 0, 1, 0) + torch.where(goes.gather(2, right) < 0, 2, 0)
+    from_left, from_right = joins % 2 == 1, joins > 1
 
     size = sizes.gather(2, here)
     size_left = torch.where(from_left, sizes.gather(2, left), 0.0)
     size_right = torch.where(from_right, sizes.gather(2, right), 0.0)
     total = size_left + size + size_right
     # A token that nobody joined stays as it is to the last bit.
-    joined = (from_left | from_right).unsqueeze(-1)
+    joined = (joins > 0).unsqueeze(-1)
 
     def merged(tokens: Tensor) -> Tensor:
         own = _tokens(tokens, here)
@@ -137,8 +138,8 @@ def _merge_round(
     return merged(x), total, slots.gather(2, here), *map(merged, feature)
 
 
-def _proposals(compared: Tensor, merges: int, shared: bool, runs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which tokens merge into their left, which into their right neighbour: bool ``[B, L, n]``."""
+def _proposals(compared: Tensor, merges: int, shared: bool, runs: Tensor | None) -> Tensor:
+    """Where each token goes: int32 ``[B, L, n]``, -1 to its left neighbour, 1 to its right one, 0 stays."""
     lines = compared.shape[:3]
     cosine = _neighbour_cosine(compared)
     if shared:
@@ -147,13 +148,16 @@ def _proposals(compared: Tensor, merges: int, shared: bool, runs: Tensor | None)
         pair = torch.arange(lines[2] - 1, device=compared.device).reshape(1, 1, -1)
         first, end = runs.select(1, 0).reshape(-1, 1, 1), runs.select(1, 1).reshape(-1, 1, 1)
         cosine = torch.where((pair >= first) & (pair + 1 < end), cosine, float("-inf"))
-    left = F.pad(cosine, (1, 0), value=float("-inf"))
-    right = F.pad(cosine, (0, 1), value=float("-inf"))
-    even = torch.arange(lines[2], device=compared.device) % 2 == 0
+    # Not padded: Inductor makes a pad of one column a kernel of its own.
+    place = torch.arange(lines[2], device=compared.device)
+    first, last = place == 0, place == lines[2] - 1
+    left = torch.where(first, float("-inf"), cosine.index_select(2, torch.where(first, 0, place - 1)))
+    right = torch.where(last, float("-inf"), cosine.index_select(2, torch.where(last, 0, place)))
+    even = place % 2 == 0
     # Odd places never propose: their -inf ranks behind all n // 2 or more even ones.
     score = torch.where(even, torch.maximum(left, right), float("-inf"))
-    goes = descending_rank(score) < merges
-    return (goes & (right < left)).expand(lines), (goes & (right >= left)).expand(lines)
+    aside = torch.where(right < left, -1, 1).to(torch.int32)
+    return torch.where(descending_rank(score) < merges, aside, 0).expand(lines)
 
 
 def _tokens(x: Tensor, index: Tensor) -> Tensor:

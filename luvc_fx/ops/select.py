@@ -51,6 +51,15 @@ def select_global(scores: Tensor, k: int) -> Tensor:
     return top_by_counting(scores, k)
 
 
+def keep_global(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`select_global` as `counted` has it."""
+    if all_or_none(scores, k) is not None:
+        return keep_alike(scores, k)
+    if scores.device.type == "cpu":
+        return counted(marked(top_by_sorting(scores, k), scores.shape[1]))
+    return counted(descending_rank(_without_nan(scores)) < k)
+
+
 def top_by_sorting(scores: Tensor, k: int) -> Tensor:
     """`select_global` for the CPU, where two sorts beat the quadratic count by far."""
     order = torch.sort(_without_nan(scores), dim=1, descending=True, stable=True).indices
@@ -80,18 +89,57 @@ def select_blocks(scores: Tensor, k: int, grid: tuple[int, int] | None) -> Tenso
     Raises:
         ValueError: k is not in 0 .. N, or N is no multiple of H W.
     """
+    tokens = _checked_tokens(scores, grid)
+    whole = all_or_none(scores, k)
+    if whole is not None:
+        return whole
+    if grid is not None and _in_squares(tokens, k, grid):
+        return mask_to_index(_keep_squares(scores, grid[1]), k)
+    return _select_runs(scores, k)
+
+
+def keep_blocks(scores: Tensor, k: int, grid: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """`select_blocks` as `counted` has it; no scan is needed where the blocks are runs."""
+    tokens = _checked_tokens(scores, grid)
+    if all_or_none(scores, k) is not None:
+        return keep_alike(scores, k)
+    if grid is not None and _in_squares(tokens, k, grid):
+        return counted(_keep_squares(scores, grid[1]))
+    place = torch.arange(tokens, device=scores.device)
+    block = place * k // tokens
+    winner = _select_runs(scores, k).index_select(1, block)
+    return winner == place, block + (winner < place)
+
+
+def _checked_tokens(scores: Tensor, grid: tuple[int, int] | None) -> int:
     tokens = scores.shape[1]
     if grid is not None and (min(grid) < 1 or tokens % (grid[0] * grid[1])):
         raise ValueError(
             f"grid is {grid!r}; allowed: sides of at least 1 whose product divides {tokens} tokens"
         )
-    whole = all_or_none(scores, k)
-    if whole is not None:
-        return whole
-    scores = _without_nan(scores)
-    if grid is not None and tokens == 4 * k and grid[0] % 2 == 0 and grid[1] % 2 == 0:
-        return _select_squares(scores, k, grid[1])
-    return _select_runs(scores, k)
+    return tokens
+
+
+def _in_squares(tokens: int, k: int, grid: tuple[int, int]) -> bool:
+    return tokens == 4 * k and grid[0] % 2 == 0 and grid[1] % 2 == 0
+
+
+def marked(positions: Tensor, tokens: int) -> Tensor:
+    """Distinct positions, int64 ``[B, k]`` in any order, as a mask: bool ``[B, tokens]``."""
+    none = torch.zeros((positions.shape[0], tokens), dtype=torch.bool, device=positions.device)
+    return none.scatter(1, positions, True)
+
+
+def counted(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask, and how many of its True entries are ahead of each place: int64 ``[B, N]``."""
+    return mask, mask.cumsum(1) - mask.to(torch.int64)
+
+
+def keep_alike(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All or none of `rows` ``[B, N, ...]`` stay, as `counted` has it."""
+    mask = torch.full(rows.shape[:2], k > 0, dtype=torch.bool, device=rows.device)
+    place = torch.arange(rows.shape[1] if k else 1, device=rows.device)
+    return mask, place.expand(rows.shape[:2])
 
 
 def all_or_none(rows: Tensor, k: int) -> Tensor | None:
@@ -120,16 +168,34 @@ def _without_nan(scores: Tensor) -> Tensor:
     return torch.where(torch.isnan(scores), float("-inf"), scores)
 
 
-def _select_squares(scores: Tensor, k: int, width: int) -> Tensor:
-    """One winner of each 2 x 2 square of a grid `width` wide."""
-    batch, tokens = scores.shape
-    square = (batch, tokens // width // 2, width // 2, 2, 2)
-    cells = scores.reshape(batch, square[1], 2, square[2], 2).permute(0, 1, 3, 2, 4).reshape(batch, k, 4)
-    winner = _first_largest(cells)
-    won = winner.unsqueeze(-1) == torch.arange(4, device=scores.device)
-    # Square by square the winners are not ascending (two rows interleave), so back to the raster.
-    mask = won.reshape(square).permute(0, 1, 3, 2, 4).reshape(batch, tokens)
-    return mask_to_index(mask, k)
+def _keys(scores: Tensor) -> Tensor:
+    """Distinct int64 ``[B, N]`` in the order of the scores; of equal ones, the lower index is larger.
+
+    A maximum of score and index in one word is one kernel on an accelerator, where two would be two.
+    """
+    tokens = scores.shape[1]
+    scores = _without_nan(scores.detach())
+    if scores.dtype == torch.float64:
+        scores = -descending_rank(scores)
+    bits = (scores.to(torch.float32) + 0.0).view(torch.int32).to(torch.int64)  # + 0: of -0 it makes 0
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ascending << 32) + (tokens - 1 - torch.arange(tokens, device=scores.device))
+
+
+def _index_of(keys: Tensor, tokens: int) -> Tensor:
+    return tokens - 1 - keys.remainder(1 << 32)
+
+
+def _keep_squares(scores: Tensor, width: int) -> Tensor:
+    """One winner of each 2 x 2 square of a grid `width` wide, as a mask in raster order."""
+    tokens = scores.shape[1]
+    keys, place = _keys(scores), torch.arange(tokens, device=scores.device)
+    beside = place + 1 - 2 * (place % 2)
+    down = width * (1 - 2 * (place // width % 2))
+    wins = torch.ones_like(keys, dtype=torch.bool)
+    for other in (beside, place + down, beside + down):
+        wins = wins & (keys > keys.index_select(1, other))
+    return wins
 
 
 def _select_runs(scores: Tensor, k: int) -> Tensor:
@@ -139,14 +205,7 @@ def _select_runs(scores: Tensor, k: int) -> Tensor:
     block = torch.arange(k, device=scores.device)
     start, end = ((b * tokens + k - 1) // k for b in (block, block + 1))
     place = start.unsqueeze(1) + torch.arange(longest, device=scores.device)
-    cells = scores.index_select(1, place.clamp(max=tokens - 1).flatten()).reshape(batch, k, longest)
-    # Padding comes last, so at equal (-inf) scores a real token still wins.
-    cells = torch.where(place < end.unsqueeze(1), cells, float("-inf"))
-    return start + _first_largest(cells)
-
-
-def _first_largest(cells: Tensor) -> Tensor:
-    """Index of the first maximum of the last axis; argmax promises no order among equals."""
-    width = cells.shape[-1]
-    largest = cells == cells.amax(-1, keepdim=True)
-    return torch.where(largest, torch.arange(width, device=cells.device), width - 1).amin(-1)
+    # Padding repeats the last token of a run, which a maximum does not mind.
+    place = torch.minimum(place, end.unsqueeze(1) - 1)
+    cells = _keys(scores).index_select(1, place.flatten()).reshape(batch, k, longest)
+    return _index_of(cells.amax(-1), tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luvc_fx.registry import Selector, Site, register, registered, selector
-from luvc_fx.selectors.choose import choose
+from luvc_fx.selectors.choose import choose, choose_mask
 from luvc_fx.selectors.norm import select_norm
 from luvc_fx.selectors.random import select_random
 from luvc_fx.selectors.spectrum import select_spectrum
@@ -18,6 +18,7 @@ __all__ = [
     "Selector",
     "Site",
     "choose",
+    "choose_mask",
     "register",
     "registered",
     "select_norm",

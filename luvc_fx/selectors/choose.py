@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from luvc_fx.ops.select import all_or_none, select_blocks, select_global
+from luvc_fx.ops.select import (
+    all_or_none,
+    counted,
+    keep_alike,
+    keep_blocks,
+    keep_global,
+    marked,
+    select_blocks,
+    select_global,
+)
 from luvc_fx.registry import Site, selector
 from luvc_fx.schedule import SELECTORS, Prune
 
@@ -32,6 +41,32 @@ def choose(x: Tensor, prune: Prune, count: int, site: Site) -> Tensor:
     whole = all_or_none(x, count)
     if whole is not None:
         return whole
+    answer = _answer(x, prune, count, site)
+    if not answer.is_floating_point():
+        return answer
+    if prune.coverage == "block":
+        return select_blocks(answer, count, site.grid)
+    return select_global(answer, count)
+
+
+def choose_mask(x: Tensor, prune: Prune, count: int, site: Site) -> tuple[Tensor, Tensor]:
+    """`choose` as a mask, and how many tokens stay ahead of each.
+
+    Returns:
+        Bool ``[B, N]``, True `count` times in each row, and int64 ``[B, N]``.
+    """
+    if all_or_none(x, count) is not None:
+        return keep_alike(x, count)
+    answer = _answer(x, prune, count, site)
+    if not answer.is_floating_point():
+        return counted(marked(answer, x.shape[1]))
+    if prune.coverage == "block":
+        return keep_blocks(answer, count, site.grid)
+    return keep_global(answer, count)
+
+
+def _answer(x: Tensor, prune: Prune, count: int, site: Site) -> Tensor:
+    """What the selector says: scores ``[B, N]``, or positions ``[B, count]`` that are checked."""
     answer = selector(prune.selector)(x, prune, count, site)
     batch, tokens = x.shape[:2]
     if not isinstance(answer, Tensor):
@@ -39,11 +74,9 @@ def choose(x: Tensor, prune: Prune, count: int, site: Site) -> Tensor:
     shape = (batch, tokens) if answer.is_floating_point() else (batch, count)
     if tuple(answer.shape) != shape or not (answer.is_floating_point() or answer.dtype == torch.int64):
         _refuse(prune, f"{answer.dtype} {list(answer.shape)}", batch, tokens, count)
-    if not answer.is_floating_point():
-        return answer if prune.selector in SELECTORS else _checked(answer, prune, tokens)
-    if prune.coverage == "block":
-        return select_blocks(answer, count, site.grid)
-    return select_global(answer, count)
+    if answer.is_floating_point() or prune.selector in SELECTORS:
+        return answer
+    return _checked(answer, prune, tokens)
 
 
 def _refuse(prune: Prune, got: str, batch: int, tokens: int, count: int) -> None:

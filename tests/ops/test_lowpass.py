@@ -54,7 +54,7 @@ def test_a_short_window_is_near(length, cutoff):
     x = 5 + tokens(1, 1, length, 2)
     got, want = lowpass(x, cutoff, "fir"), lowpass(x, cutoff, "fft")
     error = (got - want).square().mean().sqrt() / (want - 5).square().mean().sqrt()
-    assert 3e-6 < error < 1e-2, f"RMS error {error:.2g}; a whole window would be exact"
+    assert 1e-6 < error < 1e-2, f"RMS error {error:.2g}; a whole window would be exact"
 
 
 @pytest.mark.parametrize("realization", REALIZATIONS)
@@ -97,18 +97,27 @@ def test_traces(traced_names, realization, length):
     fourier = realization == "fft" or (realization == "auto" and cpu and length == 1024)
     assert bool(names & {"_fft_r2c", "_fft_c2r"}) == fourier
     assert bool([name for name in names if "complex" in name]) == fourier
-    assert bool(names & {"mm", "bmm"}) == (realization in ("auto", "basis") and not fourier)
+    windows = not cpu and realization in ("auto", "fir")
+    assert bool(names & {"mm", "bmm"}) == (realization in ("auto", "basis") and not fourier and not windows)
     assert ("convolution" in names) == (realization == "fir" and cpu)
-    assert ("unfold" in names) == (realization == "fir" and not cpu)
+    assert ("index_select" in names) == windows
 
 
 def test_the_spelling_of_the_accelerator_is_the_same_filter():
     # On the CPU the convolution runs; the sum over windows is what Inductor gets on an accelerator.
     from luvc_fx.ops.lowpass import sum_of_windows
 
-    x, taps = tokens(6, 2, 20, 3), torch.tensor([0.25, 0.5, 0.25])
-    want = 0.25 * x[:, :-2] + 0.5 * x[:, 1:-1] + 0.25 * x[:, 2:]
-    torch.testing.assert_close(sum_of_windows(x, taps), want)
+    x, taps = tokens(6, 2, 20, 3), torch.tensor([0.25, 0.5, 0.125])
+    want = 0.25 * x.roll(2, 1) + 0.5 * x + 0.125 * x.roll(-1, 1)
+    torch.testing.assert_close(sum_of_windows(x, torch.tensor([-2, 0, 1]), taps), want)
+
+
+def test_auto_on_an_accelerator_is_what_fits(traced_names):
+    if traced_names.device == "cpu":
+        pytest.skip("what is fastest there is tested above")
+    for tokens_, channels, library in ((729, 896, False), (2048, 2048, True)):
+        names = traced_names(lambda v: lowpass(v, 0.25), torch.empty(1, tokens_, channels))
+        assert bool(names & {"mm", "bmm"}) == library
 
 
 def test_auto_is_exact_under_autocast():
