@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache
 
@@ -55,7 +56,9 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
 
     for name, plain_values in PLAIN:
         if option(name) not in plain_values:
-            note(Refusal(Reason.INPUTS, f"{name}={option(name)!r}: all visual tokens stay"))
+            given = option(name)
+            shown = type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
+            note(Refusal(Reason.INPUTS, f"{name}={shown}: all visual tokens stay"))
             return NOTHING
     if (option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1:
         text = "num_beams or num_return_sequences above 1: transformers expands unmerged features only"

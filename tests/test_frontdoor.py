@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import inputs, tiny_llava
 from oracle import oracle_continue, oracle_forward, oracle_generate, oracle_greedy
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule
@@ -245,8 +245,14 @@ def test_one_beam_returned_several_times_is_greedy_decoding_of_the_pruned_model(
 
 @pytest.mark.parametrize(
     "options",
-    [{"prefill_chunk_size": 16}, {"cache_implementation": "static"}, {"use_cache": False}],
-    ids=["chunked prefill", "static cache", "no cache"],
+    [
+        {"prefill_chunk_size": 16},
+        {"use_cache": False},
+        {"prompt_lookup_num_tokens": 2},
+        pytest.param({"cache_implementation": "offloaded"}, marks=pytest.mark.gpu),
+        pytest.param({"cache_implementation": "offloaded_static"}, marks=pytest.mark.gpu),
+    ],
+    ids=["chunked prefill", "no cache", "prompt lookup", "offloaded cache", "offloaded static cache"],
 )
 def test_what_cannot_be_shortened_runs_with_all_tokens(model: Any, options: dict[str, Any]) -> None:
     prompt = inputs(model)
@@ -260,14 +266,74 @@ def test_what_cannot_be_shortened_runs_with_all_tokens(model: Any, options: dict
         model.generate(**prompt, max_new_tokens=2, do_sample=False, **options)
 
 
-def test_a_static_cache_in_forward_is_refused_by_name(model: Any) -> None:
-    prompt = inputs(model)
-    stock = model(**prompt).logits
+def test_assisted_decoding_runs_with_all_tokens(model: Any) -> None:
+    prompt, helper = inputs(model), tiny_llava(seed=1)
+    stock = generate(model, assistant_model=helper, **prompt)
     luvc_fx.compile(model, CASCADE, inner="eager")
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=96)
-    with pytest.warns(LuvcWarning, match="StaticCache"):
-        out = model(**prompt, past_key_values=cache)
+    with pytest.warns(
+        LuvcWarning, match="assistant_model=LlavaForConditionalGeneration: all visual tokens stay"
+    ):
+        assert torch.equal(generate(model, assistant_model=helper, **prompt), stock)
+
+
+def sliding(cache: type[Any], model: Any) -> Any:
+    """A cache of layers with a sliding window, as Gemma and Mistral have."""
+    config = copy.deepcopy(model.config.get_text_config())
+    config.sliding_window, config.layer_types = 128, ["sliding_attention"] * config.num_hidden_layers
+    return cache(config=config, max_cache_len=96) if cache is StaticCache else cache(config=config)
+
+
+CACHES = {
+    "sliding windows": lambda model: sliding(DynamicCache, model),
+    "static sliding windows": lambda model: sliding(StaticCache, model),
+    "quantised": lambda model: QuantizedCache(
+        "quanto", model.config.get_text_config(), nbits=4, q_group_size=4
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_other_caches_in_forward_are_refused_by_name(model: Any, name: str) -> None:
+    prompt = inputs(model)
+    stock = model(**prompt, past_key_values=CACHES[name](model)).logits
+    luvc_fx.compile(model, CASCADE, inner="eager")
+    with pytest.warns(LuvcWarning, match="cache: .*needs the same rows in every layer"):
+        out = model(**prompt, past_key_values=CACHES[name](model))
     torch.testing.assert_close(out.logits, stock, atol=1e-5, rtol=1e-5)
+    assert luvc_fx.report_of(model).refusals[0].reason is Reason.CACHE
+
+
+def test_an_image_of_a_later_turn_over_a_static_cache_keeps_its_tokens(model: Any) -> None:
+    prompt = inputs(model)
+    rows = prompt["input_ids"].shape[1]
+    start = oracle_forward(model, CASCADE, **prompt).state
+    places = torch.arange(rows, 2 * rows)[None]
+    wanted = oracle_forward(model, Schedule(), past=start, position_ids=places, **prompt).logits
+    luvc_fx.compile(model, CASCADE, inner="eager", on_no_match="ignore")
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=2 * rows)
+    model(**prompt, past_key_values=cache)
+    seen = torch.ones(1, 2 * rows, dtype=torch.int64)
+    got = model(**{**prompt, "attention_mask": seen, "position_ids": places}, past_key_values=cache).logits
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    reasons = [refusal.reason for refusal in luvc_fx.report_of(model).refusals]
+    assert reasons == [Reason.PAST_NOT_EMPTY]
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_cache_that_was_reset_holds_a_longer_prompt(model: Any, kind: type[Any]) -> None:
+    short, long = inputs(model), inputs(model, text=(3, 40))
+    room = {"max_cache_len": long["input_ids"].shape[1]} if kind is StaticCache else {}
+    luvc_fx.compile(model, CASCADE, inner="eager", strict=True)
+    cache = kind(config=model.config.get_text_config(), **room)
+    model(**short, past_key_values=cache)
+    assert int(cache.get_seq_length()) == short["input_ids"].shape[1]
+    cache.reset()
+    assert int(cache.get_seq_length()) == 0
+    out = model(**long, past_key_values=cache)
+    torch.testing.assert_close(
+        out.logits, oracle_forward(model, CASCADE, **long).logits, atol=1e-5, rtol=1e-5
+    )
+    assert int(cache.get_seq_length()) == long["input_ids"].shape[1]
 
 
 def test_rows_with_different_numbers_of_images(model: Any) -> None:
