@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from luvc_fx.backend import LuvcBackend, LuvcWarning, NotRewritten, backend, prepare
 from luvc_fx.buckets import SizeBuckets
+from luvc_fx.exporting import export
 from luvc_fx.report import Reason, Refusal, Report
 from luvc_fx.schedule import Merge, Prune, Schedule
 from luvc_fx.selectors import register as register_selector
@@ -26,6 +27,7 @@ __all__ = [
     "applied",
     "backend",
     "compile",
+    "export",
     "prepare",
     "register_selector",
     "report_of",

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     import typer
 
-    from luvc_fx.commands import COMMANDS
+    from luvc_fx.commands import COMMANDS, SETTINGS
 
     app = typer.Typer(
         help="A visual-token budget compiled into the graph of stock vision-language models.",
@@ -40,7 +40,7 @@ def _run(argv: list[str] | None) -> int:
     )
 
     for name, command in COMMANDS.items():
-        app.command(name)(command)
+        app.command(name, context_settings=SETTINGS.get(name))(command)
     try:
         return app(argv, prog_name="luvc-fx", standalone_mode=False) or 0
     except typer.Abort:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from luvc_fx.commands.demo import demo
 from luvc_fx.commands.inspect import inspect
+from luvc_fx.commands.serve import serve
 
-COMMANDS: Mapping[str, Callable[..., None]] = MappingProxyType({"demo": demo, "inspect": inspect})
+COMMANDS: Mapping[str, Callable[..., None]] = MappingProxyType(
+    {"demo": demo, "inspect": inspect, "serve": serve}
+)
 
-__all__ = ["COMMANDS"]
+SETTINGS: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {"serve": {"allow_extra_args": True, "ignore_unknown_options": True}}
+)
+"""Settings of a sub-command that passes options on."""
+
+__all__ = ["COMMANDS", "SETTINGS"]

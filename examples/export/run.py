@@ -1,0 +1,18 @@
+"""Run a package that `package.py` made: torch is all that is needed.
+
+python run.py vlm.pt2 inputs.pt [outputs.pt]
+"""
+
+import sys
+
+import torch
+
+package = torch._inductor.aoti_load_package(sys.argv[1])
+outputs = package(**torch.load(sys.argv[2]))
+assert "luvc_fx" not in sys.modules and "transformers" not in sys.modules
+
+print("next token:", outputs["logits"][:, -1].argmax(-1).tolist())
+print("rows kept of the prompt:", outputs["row_index"].tolist())
+print("rows in the cache of each layer:", [keys.shape[2] for keys in outputs["keys"]])
+if len(sys.argv) > 3:
+    torch.save(outputs, sys.argv[3])
