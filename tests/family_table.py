@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from family_matrix import BACKEND, CELLS, FAMILIES, Outcome, cell, run
 
+from luvc_fx.report import Reason
+
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- families: by tests/family_table.py -->", "<!-- /families -->"
 COLUMNS = (
@@ -38,15 +40,26 @@ def _counts(graphs: dict[str, int]) -> str:
     return " + ".join([*parts, *(["pieces"] if pieces else [])]) or "-"
 
 
+def tokens_of(family: str, name: str) -> str:
+    """What the matrix says about the visual tokens of a cell."""
+    given = cell(family, name)
+    done = [word for word, is_done in (("merged", given.merged), ("pruned", given.pruned)) if is_done]
+    return " and ".join(done) or "left alone"
+
+
+def reasons_of(reasons: tuple[Reason, ...]) -> str:
+    """The last column."""
+    return ", ".join(f"`{reason.value}`" for reason in reasons) or "-"
+
+
 def row_of(family: str, name: str, told: Outcome) -> Row:
     """One row; None where the run did not try what the column says."""
     given = cell(family, name)
     direct = name == BACKEND
-    tokens = "merged and pruned" if given.merged else "pruned" if given.pruned else "left alone"
     return {
         "family": FAMILIES[family].title,
         "input": name,
-        "visual tokens": tokens,
+        "visual tokens": tokens_of(family, name),
         "graphs: forward": _counts(told.forward),
         "then `generate`": "-" if direct else _counts(told.generate),
         "same shape": str(told.repeated),
@@ -56,7 +69,7 @@ def row_of(family: str, name: str, told: Outcome) -> Row:
         else None
         if told.other is None
         else str(told.other),
-        "refused": ", ".join(f"`{reason.value}`" for reason in told.reasons) or "-",
+        "refused": reasons_of(told.reasons),
     }
 
 

@@ -22,7 +22,7 @@ from family_matrix import (
     prompt_of,
     run,
 )
-from family_table import COLUMNS, readme_rows, row_of
+from family_table import COLUMNS, readme_rows, reasons_of, row_of, tokens_of
 from hypothesis import HealthCheck, assume, given, settings
 from oracle import encoder_blocks, oracle_forward, schedules, tile_counts
 from replay import assert_close, examples
@@ -56,6 +56,7 @@ def test_a_cell_is_the_oracle_and_the_readme(family: str, name: str) -> None:
     assert told.differences == []
     assert told.gap >= GAP, "a tie, which shows nothing"
     assert told.reasons == given.reasons
+    assert all(len(refusal.text.split()) > 4 for refusal in told.refusals), "a sentence for people"
     assert told.repeated == 0
     if given.pruned:
         assert told.tokens_per_layer == planned(family, name, batch)
@@ -72,7 +73,13 @@ def test_a_cell_is_the_oracle_and_the_readme(family: str, name: str) -> None:
 
 
 def test_the_readme_has_the_rows_of_the_matrix() -> None:
-    assert list(readme_rows()) == CELLS
+    """And says of each what the matrix says; the other columns are measured, above."""
+    rows = readme_rows()
+    assert list(rows) == CELLS, "run tests/family_table.py --write"
+    for (family, name), row in rows.items():
+        assert row["family"] == FAMILIES[family].title
+        assert row["visual tokens"] == tokens_of(family, name)
+        assert row["refused"] == reasons_of(cell(family, name).reasons)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +101,7 @@ def test_new_shapes(family: str, name: str) -> None:
 
 
 REFUSED = {
-    (cell(family, name).reasons, cell(family, name).pruned, name == BACKEND): (family, name)
+    (cell(family, name).reasons, tokens_of(family, name), name == BACKEND): (family, name)
     for family, name in reversed(CELLS)
     if cell(family, name).reasons
 }
