@@ -97,8 +97,21 @@ def applied(model: Any, schedule: Schedule | str = "image", **settings: Any) -> 
         if state.get(_STATE) is not before:
             restore(model)
             if before is not None:
-                before.install()
-                state[_STATE] = before
+                put_on(model, before)
+
+
+def take_off(model: Any) -> FrontDoor | None:
+    """`restore`, keeping what was compiled: `put_on` brings it back."""
+    door: FrontDoor | None = vars(_wired(model)).get(_STATE)
+    restore(model)
+    return door
+
+
+def put_on(model: Any, door: FrontDoor) -> None:
+    """Bring back what `take_off` took off this model; whatever is on it now goes."""
+    restore(model)
+    door.install()
+    vars(_wired(model))[_STATE] = door
 
 
 def report_of(model: Any) -> Report:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from luvc_fx.commands.bench import bench
 from luvc_fx.commands.demo import demo
 from luvc_fx.commands.inspect import inspect
 from luvc_fx.commands.serve import serve
 
 COMMANDS: Mapping[str, Callable[..., None]] = MappingProxyType(
-    {"demo": demo, "inspect": inspect, "serve": serve}
+    {"bench": bench, "demo": demo, "inspect": inspect, "serve": serve}
 )
 
 SETTINGS: Mapping[str, dict[str, Any]] = MappingProxyType(

@@ -22,7 +22,7 @@ def mask_to_index(mask: Tensor, count: int | torch.SymInt) -> Tensor:
     Raises:
         ValueError: `count` is not in 0 .. S, where both are known.
     """
-    batch, length = mask.shape
+    length = mask.shape[1]
     # A symbolic size must not be compared here: that would put a guard on it.
     if isinstance(count, int) and count < 0:
         raise ValueError(f"count is {count!r}; allowed: at least 0")
