@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from family_matrix import FAMILIES, Batch, first_input, prompt_of
+from models import inputs, tiny_llava
 from oracle import oracle_continue, oracle_forward, oracle_greedy
 from oracle_decode import OracleState
 from oracle_positions import generate_positions
@@ -125,6 +126,46 @@ def test_conversation(family: str, cache: str, attn: str, rows: str, name: str) 
     if cache == "static":
         spared = [ROOM - layer.keys.shape[-2] for layer in held.layers]
         assert spared == [int(held.get_seq_length()) - length for length in lengths]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", CACHES)
+@torch.no_grad()
+def test_conversation_under_inductor(cache: str) -> None:
+    model = FAMILIES["qwen2"].make(**FAMILIES["qwen2"].size)
+    batch, schedule = conversation("qwen2", "two rows, left padding"), SCHEDULES["cascade"]
+    first, second, _ = oracle_turns(model, schedule, batch)
+    held = CACHES[cache](model)
+    with luvc_fx.applied(model, schedule, strict=True):
+        answer = spoken(model, batch, held)
+        assert torch.equal(answer, first)
+        assert torch.equal(spoken(model, second_turn(batch, answer), held), second)
+
+
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@torch.no_grad()
+def test_static_cache_with_the_video_preset_against_no_cache(attn: str, inner: str) -> None:
+    """Each step's logits are those of one pass over the whole conversation, without any cache."""
+    model = tiny_llava(decoder_layers=6, encoder_layers=4, attn=attn)
+    batch, schedule = inputs(model, batch=2, padding=(0, 3)), Schedule.of("video")
+    with luvc_fx.applied(model, schedule, inner=inner, strict=True):
+        out = model.generate(
+            **batch,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            cache_implementation="static",
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        (prefill,) = luvc_fx.report_of(model).of_kind("prefill")
+    assert len(set(prefill.tokens_per_layer)) > 2, "layers of several lengths"
+    said = out.sequences[:, batch["input_ids"].shape[1] : -1]
+    ids = torch.cat([batch["input_ids"], said], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(said)], dim=1)
+    whole = {**batch, "input_ids": ids, "attention_mask": mask, "position_ids": generate_positions(mask)}
+    want = oracle_forward(model, schedule, **whole).logits[:, -NEW_TOKENS:]
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), want, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
