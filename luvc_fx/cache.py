@@ -49,7 +49,7 @@ class PrunedStaticCache(PrunedRows, StaticCache):
     def reset(self) -> None:
         """Empty it for another conversation, which may need the room that the first one did not."""
         super().reset()
-        for layer in self.layers:
+        for layer in layers_of(self):
             layer.max_cache_len += vars(layer).pop("luvc_spared", 0)
             layer.is_initialized = False
 
@@ -58,7 +58,7 @@ def adopt(cache: object, rows: int) -> None:
     """Turn the cache that a conversation of `rows` rows filled into a `PrunedCache`, in place."""
     if not isinstance(cache, DynamicCache) or not cache.layers:
         return
-    lengths = [layer.get_seq_length() for layer in cache.layers]
+    lengths = [layer.get_seq_length() for layer in layers_of(cache)]
     if any(length < rows for length in lengths):
         follow(cache).dropped_rows = rows - lengths[0]
 
@@ -75,8 +75,8 @@ def fill(cache: StaticCache, filled: DynamicCache, rows: int) -> None:
 
     A layer without memory yet gets so much less of it as it was spared rows.
     """
-    spared = [rows - layer.keys.shape[-2] for layer in filled.layers]
-    for layer, source, number in zip(cache.layers, filled.layers, spared, strict=True):
+    spared = [rows - layer.keys.shape[-2] for layer in layers_of(filled)]
+    for layer, source, number in zip(layers_of(cache), layers_of(filled), spared, strict=True):
         if number and not layer.is_initialized:
             layer.max_cache_len -= number
             layer.luvc_spared = number
@@ -86,11 +86,16 @@ def fill(cache: StaticCache, filled: DynamicCache, rows: int) -> None:
         cache.dropped_rows = spared[0]  # type: ignore[attr-defined]
 
 
+def layers_of(cache: Cache) -> list[Any]:
+    """Its layers, of one of the kinds that `unsupported` lets through."""
+    return list(cache.layers)
+
+
 def is_empty(cache: Any) -> bool:
     """Whether a cache holds nothing yet; of a static one that has its memory, this waits for the device."""
     if cache is None:
         return True
-    if isinstance(cache, StaticCache) and not any(layer.is_initialized for layer in cache.layers):
+    if isinstance(cache, StaticCache) and not any(layer.is_initialized for layer in layers_of(cache)):
         return True
     return bool(cache.get_seq_length() == 0)
 

@@ -94,7 +94,7 @@ class FrontDoor:
         }
         self.prefill = self._compiled(self._forward_body(), unmerged, dynamic)
         self.decode = self._compiled(self._forward_body(), unmerged, dynamic)
-        self.decoders = {None: self.decode}
+        self.decoders: dict[str | None, Callable[..., Any]] = {None: self.decode}
         self.plain = self._compiled(self._forward_body(), Schedule(), dynamic)
 
     def original(self, name: str) -> Callable[..., Any]:
@@ -259,7 +259,7 @@ class FrontDoor:
         if isinstance(cache, StaticCache):
             # How long each layer's rows are is known afterwards: then they are written to the static cache.
             kwargs["past_key_values"] = DynamicCache(config=self.model.config.get_text_config())
-        elif not is_empty(cache):
+        elif cache is not None and not is_empty(cache):
             past = cache.get_seq_length()
             follow(cache)
         kwargs, padding = self._over_cache(kwargs, cache)

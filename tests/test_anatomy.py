@@ -450,14 +450,30 @@ def test_a_prompt_behind_a_cache_that_holds_rows_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_eager_attention_is_refused() -> None:
-    """The attention call is the anchor, and there is none."""
-    options = (*SMALL, ("attn", "eager"))
-    captured = whole(model=options)
-    report, gm = refusal_of(captured)
-    assert Reason.NO_ATTENTION in reasons(report.refusals)
-    assert not report.rewritten
-    assert gm.graph is not None
+def test_attention_that_is_written_out_is_found() -> None:
+    """Queries, keys, values and mask of the same calls as the fused operator's."""
+    fused, written = (whole(model=(*SMALL, ("attn", attn))).gm.graph for attn in ("sdpa", "eager"))
+    both = [attentions(graph, live_nodes(graph)) for graph in (fused, written)]
+    assert [call.fused for call in both[0]] == [True] * 4
+    assert [call.fused for call in both[1]] == [False] * 4
+    for one, other in zip(*both, strict=True):
+        for name in ("node", "queries", "values", "keys"):
+            fused_shape, shape_ = shape(getattr(one, name)), shape(getattr(other, name))
+            assert fused_shape[-2:] == shape_[-2:], name
+        assert one.mask is None or other.mask is not None
+
+
+@pytest.mark.parametrize("what", ["another axis", "a bias twice", "keys as they are"])
+def test_products_and_a_softmax_that_are_no_attention(what: str) -> None:
+    def call(x: Tensor) -> Tensor:
+        if what == "another axis":
+            return (x @ x.transpose(-1, -2)).softmax(-2) @ x
+        if what == "a bias twice":
+            return (x @ x.transpose(-1, -2) + 1 + x.mean()).softmax(-1) @ x
+        return (x @ x).softmax(-1) @ x
+
+    graph = capture(call, x=torch.ones(1, 2, 4, 4)).gm.graph
+    assert attentions(graph, live_nodes(graph)) == []
 
 
 def test_several_graphs_are_reported_apart() -> None:
