@@ -60,11 +60,11 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
             shown = type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
             note(Refusal(Reason.INPUTS, f"{name}={shown}: all visual tokens stay"))
             return NOTHING
-    if (option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1:
+    allowed = for_images(model, kwargs, note)
+    if allowed.shorten and ((option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1):
         text = "num_beams or num_return_sequences above 1: transformers expands unmerged features only"
         note(Refusal(Reason.INPUTS, text + "; pruned, but not merged"))
         return UNMERGED
-    allowed = for_images(model, kwargs, note)
     return dataclasses.replace(allowed, decode_mode=_decode_mode(model, option))
 
 

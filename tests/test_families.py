@@ -141,6 +141,20 @@ def test_pixels_without_a_known_encoder(name: str, monkeypatch: pytest.MonkeyPat
         assert [r.reason for r in luvc_fx.report_of(model).refusals] == [Reason.INPUTS]
 
 
+@torch.no_grad()
+def test_beams_of_rows_with_other_numbers_of_tokens() -> None:
+    """Left alone as without beams, whatever the beams ask for."""
+    model, batch = model_of("qwen2"), prompt_of("qwen2", "rows with other numbers of tokens")
+    beams = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False}
+    stock = model.generate(**batch, **beams)
+    with luvc_fx.applied(model, SCHEDULE, inner="eager"):
+        with pytest.warns(LuvcWarning, match="rows with different numbers of visual tokens"):
+            assert torch.equal(model.generate(**batch, **beams), stock)
+        report = luvc_fx.report_of(model)
+    assert [refusal.reason for refusal in report.refusals] == [Reason.UNEVEN_BATCH]
+    assert not any(graph.inserted for graph in report.graphs)
+
+
 # -------------------------------------------------------------------------------------- any schedule
 
 DRAWN = {
