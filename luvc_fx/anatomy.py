@@ -193,7 +193,8 @@ def _decoder(
             raise Refused(Reason.RESIDUAL_STREAM, f"no [batch, rows, dim] value enters layer {layer}", site)
         later = any(extent.plus for extent in axes.extents.get(call.keys, {}).values())
         if later and not _uses_cache_mask(call):
-            raise Refused(Reason.PAST_NOT_EMPTY, "the cache already holds rows before this prompt, and its mask is the model's", attention)
+            text = "the cache already holds rows before this prompt, and its mask is the model's"
+            raise Refused(Reason.PAST_NOT_EMPTY, text, attention)
     rows = tuple(n for n in graph.nodes if n in live and markers.is_call(n, markers.PROMPT_ROWS))
     grid = _marked_grid(features[0]) if len(features) == 1 else None  # type: ignore[arg-type]
     if encoder is not None:

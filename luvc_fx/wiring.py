@@ -9,6 +9,7 @@ prompt. No class and no source is changed.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -188,7 +189,12 @@ class FrontDoor:
             allowed = dataclasses.replace(allowed, decode_mode=None)
         self.local.call = allowed
         # Its own compilation (of decoding over a static cache, on a GPU) would trace into these hooks.
-        kwargs["disable_compile"] = True
+        config = kwargs.get("generation_config")
+        if config is None:
+            kwargs["disable_compile"] = True
+        else:  # which transformers does not want to see beside options of its own
+            kwargs["generation_config"] = copy.copy(config)
+            kwargs["generation_config"].disable_compile = True
         try:
             return self.original("generate")(*args, **kwargs)
         finally:

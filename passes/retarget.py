@@ -168,7 +168,8 @@ class Retarget:
         with self.graph.inserting_before(node):
             size = self._call(torch.ops.aten.sym_size.int, source, axis)
             if known != extent and (known.plus or extent.plus):
-                raise Refused(Reason.TOKEN_AXIS, "rows before the tokens and a length that is not known", node)
+                text = "rows before the tokens and a length that is not known"
+                raise Refused(Reason.TOKEN_AXIS, text, node)
             if known != extent:
                 size = self._call(operator.floordiv, size, known.length(one))
                 size = self._call(operator.mul, size, extent.length(one))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from models import inputs, tiny_llava
 from oracle import oracle_generate
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
 
 import luvc_fx
 from luvc_fx import LuvcWarning, Prune, Schedule, _compat
@@ -96,3 +97,19 @@ def test_another_compiler_inside_is_left_alone(model: Any) -> None:
     wanted = oracle_generate(model, SCHEDULE, NEW_TOKENS, **prompt)
     luvc_fx.compile(model, SCHEDULE, inner="eager", strict=True)
     assert torch.equal(speak(model, compile_config=on_every_device(), **prompt), wanted)
+
+
+def test_a_generation_config_is_left_as_it_is(
+    model: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = inputs(model)
+    wanted = oracle_generate(model, SCHEDULE, NEW_TOKENS, **prompt)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    config = GenerationConfig(
+        max_new_tokens=NEW_TOKENS, cache_implementation="static", compile_config=on_every_device()
+    )
+    before = config.to_dict()
+    luvc_fx.compile(model, SCHEDULE, inner="eager", strict=True)
+    assert torch.equal(model.generate(**prompt, generation_config=config), wanted)
+    assert config.to_dict() == before
+    assert "generation_config" not in caplog.text, "transformers complains of options beside one"
