@@ -183,6 +183,7 @@ class FrontDoor:
     # -- hooks -------------------------------------------------------------------------------
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = _by_name(inspect.signature(self.original("generate")), args, kwargs)
         before = getattr(self.local, "call", None)
         allowed = for_generate(self.model, kwargs, self._refuse)
         if self.settings["inner"] != "inductor" or self.settings["mode"] or self.settings["options"]:
@@ -196,7 +197,7 @@ class FrontDoor:
             kwargs["generation_config"] = copy.copy(config)
             kwargs["generation_config"].disable_compile = True
         try:
-            return self.original("generate")(*args, **kwargs)
+            return self.original("generate")(**kwargs)
         finally:
             self.local.call = before
 
@@ -219,15 +220,13 @@ class FrontDoor:
         call: Allowed | None = getattr(self.local, "call", None)
         if call is None or not call.shorten:
             return self.original(encoder.kind.method)(*args, **kwargs)
-        bound = encoder.signature.bind_partial(*args, **kwargs).arguments
-        bound.update(bound.pop("kwargs", {}))
+        bound = _by_name(encoder.signature, args, kwargs)
         options = {k: v for k, v in bound.items() if v is not None and k != "return_dict"}
         pixels = options.pop(encoder.kind.pixels)
         return encoder(pixels, options, call.merge and bool(self.schedule.merge), call.rows)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = dict(self.signature.bind_partial(*args, **kwargs).arguments)
-        kwargs.update(kwargs.pop("kwargs", {}))
+        kwargs = _by_name(self.signature, args, kwargs)
         call: Allowed | None = getattr(self.local, "call", None)
         cache = kwargs.get("past_key_values")
         refusal = refusal_of_forward(self.model, cache)
@@ -353,3 +352,12 @@ class FrontDoor:
             raise NotRewritten(str(refusal))
         if self.settings["on_no_match"] == "warn":
             warnings.warn(f"luvc_fx left this alone: {refusal}", LuvcWarning, stacklevel=5)
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names, those that the signature does not name among them."""
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    more = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    for name in more:
+        given.update(given.pop(name, {}))
+    return given

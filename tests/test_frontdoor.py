@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import inputs, tiny_llava
 from oracle import oracle_continue, oracle_forward, oracle_generate, oracle_greedy
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticCache
 
 import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule
@@ -83,6 +83,14 @@ def test_forward_equals_the_oracle_and_tells_the_rows(model: Any, name: str) -> 
     assert logits_error(out, wanted) < 1e-5
     assert torch.equal(out.row_index, wanted.rows)
     assert [layer.keys.shape[-2] for layer in out.past_key_values.layers] == wanted.kv_lengths
+
+
+def test_arguments_by_place(model: Any) -> None:
+    prompt = inputs(model)
+    wanted = oracle_generate(model, CASCADE, NEW_TOKENS, **prompt)
+    luvc_fx.compile(model, CASCADE, inner="eager", strict=True)
+    ids, config = prompt.pop("input_ids"), GenerationConfig(max_new_tokens=NEW_TOKENS)
+    assert torch.equal(model.generate(ids, config, **prompt), wanted)
 
 
 def test_forward_without_cache_and_mask_is_not_taken_for_packed_sequences(model: Any) -> None:
