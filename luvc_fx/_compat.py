@@ -8,6 +8,7 @@ import logging
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "FakeTensorMode",
     "InPlaceOfPixels",
     "OptimizedModule",
+    "Shares",
     "allow_recompiles",
     "being_compiled",
     "caching_precompile",
@@ -41,6 +43,7 @@ __all__ = [
     "install_output_hooks",
     "make_fx",
     "recompile_reason",
+    "shares_of",
     "takes_varlen",
     "tracing_settings",
     "vision_tables",
@@ -298,6 +301,33 @@ def being_compiled() -> Any:
             return frame.f_locals.get("model")
         frame = frame.f_back
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """A last axis of `length`, in shares on the processes of a group."""
+
+    processes: int
+    group: str
+    length: int
+
+
+def shares_of(local: Any, whole: Any) -> Shares | None:
+    """What the fake `DTensor`s `local` and `whole` say of an exchange that puts a last axis together.
+
+    None for any other exchange (`DTensor`, 2.11 - 2.13).
+    """
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    if not isinstance(local, DTensor) or not isinstance(whole, DTensor):
+        return None
+    mesh = local.device_mesh
+    split = local.placements in ((Shard(-1),), (Shard(local.dim() - 1),))
+    if not split or whole.placements != (Replicate(),) or mesh.ndim != 1:
+        return None
+    return Shares(mesh.size(), mesh.get_group().group_name, local.shape[-1])
 
 
 def takes_varlen(base: Any) -> bool:

@@ -19,8 +19,9 @@ from luvc_fx.anatomy import Anatomy, recognise
 from luvc_fx.capture import with_mend
 from luvc_fx.fingerprint import depends_on_us, fingerprint
 from luvc_fx.fx_util import drop_dead, live_nodes, op_name
-from luvc_fx.generate_warning import warn_when_generating
+from luvc_fx.generate_warning import warn_of_compile_config, warn_when_generating
 from luvc_fx.passes import PASSES, Context
+from luvc_fx.passes.plain_collectives import collectives, plain_collectives
 from luvc_fx.passes.retarget import Retarget
 from luvc_fx.passes.spread_deepstack import deepstack_additions, spread_deepstack
 from luvc_fx.plan import Plan, make_plan
@@ -129,9 +130,12 @@ class LuvcBackend:
         is_module = isinstance(wrapped, torch.nn.Module)
         if not self.front_door and is_module:
             warn_when_generating(wrapped)
-        self._wrapped = (
-            type(wrapped) if isinstance(wrapped, torch.nn.Module) else getattr(wrapped, "__code__", None)
+        before, self._wrapped = (
+            self._wrapped,
+            type(wrapped) if is_module else getattr(wrapped, "__code__", None),
         )
+        if not self.front_door and self._wrapped is not before:
+            warn_of_compile_config(wrapped)
         if self._wrapped is not None and self._wrapped in _given_up:
             self.give_up(getattr(self._wrapped, "__name__", None) or self._wrapped.co_name)
 
@@ -169,10 +173,13 @@ class LuvcBackend:
         report.compile_id, report.recompile_reason = _compat.compile_id(), _compat.recompile_reason()
         started = time.perf_counter()
         captured = None
-        if self.schedule.prune and deepstack_additions(gm.graph):
+        changes = bool(self.schedule.prune or self.schedule.merge)
+        if changes and (deepstack_additions(gm.graph) or collectives(gm.graph)):
             captured = _save(gm)
         try:
             if captured is not None:
+                plain_collectives(gm.graph)
+            if captured is not None and self.schedule.prune:
                 spread_deepstack(gm.graph)
             anatomy = recognise(gm.graph)
             plan = make_plan(self.schedule, anatomy, self.identity_sites)
