@@ -35,6 +35,7 @@ class Decoder:
 
     Attributes:
         entering: per layer, the residual value `[batch, rows, dim]` entering it.
+        calls: per layer, its attention.
         fusion: the `masked_scatter` node, the last one where there is one a modality.
         embeds: the text that the first one fills; `masks` and `features`: of each of them.
         visual: visual tokens of one row, as captured.
@@ -44,6 +45,7 @@ class Decoder:
     """
 
     entering: tuple[fx.Node, ...]
+    calls: tuple[Attention, ...]
     fusion: fx.Node
     embeds: fx.Node
     masks: tuple[fx.Node, ...]
@@ -202,7 +204,9 @@ def _decoder(
         grid = encoder.blocks_of(encoder.grid) if plain and encoder.grid is not None else None
     if grid is not None and visual % (grid[0] * grid[1]):
         grid = None
-    return Decoder(sites, fusion, embeds, masks, features, batch, visual, grid, axes, rows)  # type: ignore[arg-type]
+    return Decoder(
+        sites, tuple(layers.values()), fusion, embeds, masks, features, batch, visual, grid, axes, rows
+    )  # type: ignore[arg-type]
 
 
 def _labels(graph: fx.Graph, inside: set[fx.Node], fusion: fx.Node) -> list[fx.Node]:

@@ -23,6 +23,7 @@ class Attention:
         masked: the node that reads `mask`: the fused operator, or the sum of scores and mask; None
             where there is no mask.
         fused: whether one operator does it all; its mask may then be boolean.
+        scale: what the products are multiplied with; None where that is no constant of the graph.
     """
 
     node: fx.Node
@@ -31,6 +32,7 @@ class Attention:
     values: fx.Node
     masked: fx.Node | None
     fused: bool
+    scale: float | None
 
     @property
     def mask(self) -> fx.Node | None:
@@ -61,8 +63,11 @@ def _fused(node: fx.Node) -> Attention | None:
     queries, keys, values = (operand(node, i, name) for i, name in enumerate(("query", "key", "value")))
     if queries is None or keys is None or values is None:
         return None
-    mask = operand(node, 3, "attn_mask")
-    return Attention(node, queries, keys, values, None if mask is None else node, fused=True)
+    masked = None if operand(node, 3, "attn_mask") is None else node
+    scale = node.kwargs.get("scale")
+    if scale is None:
+        scale = shape(queries)[-1] ** -0.5
+    return Attention(node, queries, keys, values, masked, True, scale if isinstance(scale, float) else None)
 
 
 def _written_out(node: fx.Node) -> Attention | None:
@@ -77,7 +82,7 @@ def _written_out(node: fx.Node) -> Attention | None:
     dim = weights.kwargs.get("dim", weights.args[1] if len(weights.args) > 1 else None)
     if op_name(weights) != "softmax" or dim not in (-1, value(weights).dim() - 1):
         return None
-    scores, masked = _first(weights), None
+    scores, masked, scale = _first(weights), None, 1.0
     while scores is not None and op_name(scores) not in _PRODUCTS:
         if op_name(scores) in ("add", "iadd"):
             if masked is not None:
@@ -85,7 +90,12 @@ def _written_out(node: fx.Node) -> Attention | None:
             if operand(scores, 1, "other") is None:
                 return None
             masked = scores
-        elif op_name(scores) not in ("mul", "div", "truediv", "imul", "to", "float"):
+        elif op_name(scores) in ("mul", "imul", "div", "truediv"):
+            factor = scores.args[1]
+            if not isinstance(factor, (int, float)):
+                return None
+            scale = scale * factor if "mul" in op_name(scores) else scale / factor
+        elif op_name(scores) not in ("to", "float"):
             return None
         scores = _first(scores)
     if scores is None:
@@ -94,7 +104,7 @@ def _written_out(node: fx.Node) -> Attention | None:
     keys = None if across is None else _untransposed(across)
     if queries is None or keys is None:
         return None
-    return Attention(node, queries, keys, values, masked, fused=False)
+    return Attention(node, queries, keys, values, masked, False, scale)
 
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm"}

@@ -9,6 +9,7 @@ from torch import fx
 from luvc_fx.anatomy import Anatomy, Decoder
 from luvc_fx.encoder_anatomy import Encoder
 from luvc_fx.extents import Counts
+from luvc_fx.registry import wants_attention
 from luvc_fx.report import Reason, Refusal
 from luvc_fx.schedule import Merge, Prune, Schedule
 
@@ -218,6 +219,11 @@ def _plan_decoder(
         count = prune.count(plan.fused)
         if count == left and not identity_sites:
             continue
+        if layer == 0 and 0 < count < left and wants_attention(prune.selector):
+            raise ValueError(
+                f"Prune.selector {prune.selector!r} before decoder layer 0: it looks at the attention of the "
+                "layer before; allowed: from layer 1"
+            )
         whole = grid if left == plan.fused else None
         sites.append(PruneSite(layer, decoder.entering[layer], prune, left, count, whole))
         left = count

@@ -27,12 +27,16 @@ class Site:
         grid: ``(height, width)`` of each image's tokens while all of them are there in raster order;
             None after a prune, and where the grid is not known.
         images: images in each row, one whole grid after another; 1 where `grid` is None.
+        paid: float32 ``[B, N]``, the attention that the last token of each row pays to each visual token
+            in the decoder layer before, mean over the heads. Only for selectors registered with
+            ``attention=True``.
     """
 
     layer: int
     layers: int
     grid: tuple[int, int] | None = None
     images: int = 1
+    paid: Tensor | None = None
 
 
 class Selector(Protocol):
@@ -56,17 +60,21 @@ class Selector(Protocol):
 
 
 _functions: dict[str, Selector] = {}
+_attentive: set[str] = set()
 
 
-def register(name: str, function: Selector) -> None:
+def register(name: str, function: Selector, attention: bool = False) -> None:
     """Let schedules use `function` as ``Prune(selector=name)``, in this process and from now on.
 
     A name keeps its function for good, as graphs were compiled with it; registering the same one
     again does nothing.
 
+    Args:
+        attention: let it know what the last token pays to the others (`Site.paid`). That costs one row of
+            the attention of the layer before, which is computed again; the layer itself stays fused.
+
     Raises:
         ValueError: a name that is no text, empty or taken, or something that cannot be called.
-
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"the name of a selector is {name!r}; allowed: a text that is not empty")
@@ -74,6 +82,13 @@ def register(name: str, function: Selector) -> None:
         raise ValueError(f"selector {name!r} is {function!r}; allowed: a function (x, prune, count, site)")
     if _functions.setdefault(name, function) is not function:
         raise ValueError(f"selector {name!r} is registered already, as {_functions[name]!r}")
+    if attention:
+        _attentive.add(name)
+
+
+def wants_attention(name: str) -> bool:
+    """Whether the selector of that name asks for `Site.paid`."""
+    return name in _attentive
 
 
 def registered() -> tuple[str, ...]:

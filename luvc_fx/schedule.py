@@ -34,7 +34,7 @@ JSON_VERSION = 1
 AXES = ("width", "height")
 PAIRINGS = ("line", "shared")
 FEATURES = ("hidden", "keys")
-SELECTORS = ("spectrum", "random", "uniform", "norm")
+SELECTORS = ("spectrum", "random", "uniform", "norm", "fastv", "diversity")
 """Those that come with luvc_fx; `luvc_fx.selectors.register` adds to them."""
 ENERGIES = ("residual", "lowpass", "ratio")
 COVERAGES = ("block", "global")
@@ -112,7 +112,8 @@ class Prune:
         layer: the decoder layer before which tokens go; negative counts from the end. Or `depth`.
         depth: fraction in (0, 1) of the decoder layers that run before the prune.
         selector: ``"spectrum"`` (SPU), ``"random"``, ``"uniform"``, ``"norm"`` (the largest sum of
-            squares), or a name given to `luvc_fx.selectors.register`.
+            squares), ``"fastv"`` (the most attention of the last token in the layer before),
+            ``"diversity"`` (the least like a few pivots), or a name given to `luvc_fx.selectors.register`.
         energy: what the spectrum ranks by: ``"residual"`` (what the low-pass cannot rebuild),
             ``"lowpass"`` or ``"ratio"`` (lowpass over total).
         coverage: ``"block"`` keeps the best of each block of neighbours, ``"global"`` the best of all.

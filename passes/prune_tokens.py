@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx
 
@@ -11,8 +14,9 @@ from luvc_fx.ops import drop_tokens, gather_rows, mask_to_index
 from luvc_fx.passes.compact_rows import compact_followers
 from luvc_fx.passes.context import Context
 from luvc_fx.passes.emit import emit
+from luvc_fx.passes.last_query import last_query
 from luvc_fx.plan import PruneSite
-from luvc_fx.selectors import Site, choose_mask
+from luvc_fx.selectors import Site, choose_mask, wants_attention
 
 
 def prune_tokens(context: Context) -> None:
@@ -25,8 +29,11 @@ def prune_tokens(context: Context) -> None:
     for site in context.plan.prunes:
         context.retarget.advance(site.node)
         name = f"prune before decoder layer {site.layer}"
-        body = _prune_body(site, _place(context, site))
-        short, rows, context.places = emit(context.graph, name, body, site.node, context.places)
+        nodes, paid = [], None
+        if wants_attention(site.prune.selector) and 0 < site.count < site.left and site.layer:
+            nodes, paid = last_query(decoder.calls[site.layer - 1])
+        body = _prune_body(site, _place(context, site), paid)
+        short, rows, context.places = emit(context.graph, name, body, site.node, context.places, *nodes)
         context.retarget.replace(site.node, short, {TOKENS: value(short).shape[1]})
         compact_followers(context, name, site.node, rows, rows)
         context.report.inserted.append(f"{name}: {site.prune.selector} {site.left} -> {site.count}")
@@ -66,10 +73,13 @@ def _place(context: Context, site: PruneSite) -> Site:
     return Site(site.layer, len(decoder.entering), site.grid, images)
 
 
-def _prune_body(site: PruneSite, place: Site):  # type: ignore[no-untyped-def]
-    def body(x: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _prune_body(  # type: ignore[no-untyped-def]
+    site: PruneSite, place: Site, paid: Callable[..., Tensor] | None
+):
+    def body(x: Tensor, places: Tensor, *looked_at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         length = x.shape[1]
-        keep, ahead = choose_mask(gather_rows(x, places, 1), site.prune, site.count, place)
+        told = place if paid is None else dataclasses.replace(place, paid=paid(places, *looked_at))
+        keep, ahead = choose_mask(gather_rows(x, places, 1), site.prune, site.count, told)
         rows = drop_tokens(places, keep, ahead, length, length - site.left + site.count)
         kept = mask_to_index(keep, site.count)
         # A token moves up by those before it that went.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from luvc_fx.registry import Selector, Site, register, registered, selector
+from luvc_fx.registry import Selector, Site, register, registered, selector, wants_attention
 from luvc_fx.selectors.choose import choose, choose_mask
+from luvc_fx.selectors.diversity import select_diversity
+from luvc_fx.selectors.fastv import select_fastv
 from luvc_fx.selectors.norm import select_norm
 from luvc_fx.selectors.random import select_random
 from luvc_fx.selectors.spectrum import select_spectrum
@@ -13,6 +15,8 @@ register("spectrum", select_spectrum)
 register("random", select_random)
 register("uniform", select_uniform)
 register("norm", select_norm)
+register("fastv", select_fastv, attention=True)
+register("diversity", select_diversity)
 
 __all__ = [
     "Selector",
@@ -21,9 +25,12 @@ __all__ = [
     "choose_mask",
     "register",
     "registered",
+    "select_diversity",
+    "select_fastv",
     "select_norm",
     "select_random",
     "select_spectrum",
     "select_uniform",
     "selector",
+    "wants_attention",
 ]
