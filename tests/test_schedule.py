@@ -41,7 +41,7 @@ BAD_VALUES: dict[str, tuple[type, dict[str, Any], str, Any, str]] = {
     "prune layer text": (Prune, PRUNE, "layer", "1", "a whole number"),
     "pairing": (Merge, MERGE, "pairing", "column", "'line', 'shared'"),
     "feature": (Merge, MERGE, "feature", "values", "'hidden', 'keys'"),
-    "selector": (Prune, PRUNE, "selector", "best", "'spectrum', 'random', 'uniform', 'norm'"),
+    "selector": (Prune, PRUNE, "selector", "best", "'spectrum', 'random', 'uniform', 'norm', 'fastv', 'diversity'"),
     "energy": (Prune, PRUNE, "energy", "high", "'residual', 'lowpass', 'ratio'"),
     "coverage": (Prune, PRUNE, "coverage", "local", "'block', 'global'"),
     "no cutoff": (Prune, PRUNE, "cutoff", 0.0, "(0, 1]"),
