@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache
 
-from luvc_fx.cache import PrunedCache, is_empty, unsupported
+from luvc_fx.cache import PrunedCache, PrunedRows, is_empty, unsupported
 from luvc_fx.encoders import modalities
 from luvc_fx.report import Reason, Refusal
 
@@ -103,7 +103,7 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
         text = "rows with different numbers of visual tokens: all visual tokens stay"
         note(Refusal(Reason.UNEVEN_BATCH, text))
         return NOTHING
-    later = refusal_of_later_images(kwargs) if pixels_in(kwargs) else None
+    later = refusal_of_later_images(model, kwargs) if pixels_in(kwargs) else None
     if later is not None:
         note(later)
         return dataclasses.replace(UNMERGED, rows=ids.shape[0])
@@ -113,13 +113,26 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
     return dataclasses.replace(ALL, rows=ids.shape[0])
 
 
-def refusal_of_later_images(kwargs: dict[str, Any]) -> Refusal | None:
-    """Why images of a later turn keep all their tokens, or None."""
+def refusal_of_later_images(model: Any, kwargs: dict[str, Any]) -> Refusal | None:
+    """Why images of a later turn keep all their tokens, or None.
+
+    Raises:
+        NotImplementedError: the cache misses rows already, and the mask that the model would make over it
+            is not the causal one (Gemma 3 and PaliGemma let an image's tokens see each other).
+    """
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     if is_empty(cache):
         return None
+    own_masks = hasattr(type(model), "create_masks_for_generate")
+    if own_masks and isinstance(cache, PrunedRows):
+        raise NotImplementedError(
+            f"luvc_fx: {type(model).__name__} makes attention masks of its own, and an image of a later turn "
+            "would need one over a cache with dropped visual tokens"
+        )
     if isinstance(cache, StaticCache):
         what = "a static cache"
+    elif own_masks:
+        what = "attention masks of the model's own and a cache"
     elif not isinstance(cache, PrunedCache) and isinstance(mask, Tensor) and mask.dim() != 2:
         what = f"a {mask.dim()}-D attention_mask and a cache"
     else:

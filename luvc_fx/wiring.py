@@ -241,7 +241,7 @@ class FrontDoor:
         outputs = kwargs.get("mm_encoder_outputs") or {}
         if call is not None and not call.shorten:
             run = self.plain
-        elif not outputs or refusal_of_later_images(kwargs) is not None:
+        elif not outputs or refusal_of_later_images(self.model, kwargs) is not None:
             run = self._decoder(call)
         else:
             return self._prefill(kwargs, outputs, tell_rows)

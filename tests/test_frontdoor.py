@@ -14,6 +14,7 @@ import torch
 from models import inputs, tiny_llava
 from oracle import oracle_continue, oracle_forward, oracle_generate, oracle_greedy
 from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticCache
+from transformers.masking_utils import create_masks_for_generate
 
 import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule
@@ -325,6 +326,24 @@ def test_an_image_of_a_later_turn_over_a_static_cache_keeps_its_tokens(model: An
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     reasons = [refusal.reason for refusal in luvc_fx.report_of(model).refusals]
     assert reasons == [Reason.PAST_NOT_EMPTY]
+
+
+def test_later_images_of_a_model_with_masks_of_its_own(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3 and PaliGemma override `create_masks_for_generate`: their images are not causal."""
+    own = staticmethod(create_masks_for_generate)
+    monkeypatch.setattr(type(model), "create_masks_for_generate", own, raising=False)
+    prompt = inputs(model)
+    rows = prompt["input_ids"].shape[1]
+    seen = torch.ones(1, rows + 4, dtype=torch.int64)
+    later = {**prompt, "attention_mask": seen, "position_ids": torch.arange(4, 4 + rows)[None]}
+    text = torch.tensor([[4, 8, 15, 16]])
+    stock = model(**later, past_key_values=model(input_ids=text).past_key_values).logits
+    luvc_fx.compile(model, CASCADE, inner="eager", on_no_match="ignore")
+    over_text = model(**later, past_key_values=model(input_ids=text).past_key_values).logits
+    torch.testing.assert_close(over_text, stock, atol=1e-5, rtol=1e-5)
+    assert "masks of the model's own" in str(luvc_fx.report_of(model).refusals[0])
+    with pytest.raises(NotImplementedError, match="attention masks of its own"):
+        model(**later, past_key_values=model(**prompt).past_key_values)
 
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
