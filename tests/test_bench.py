@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from luvc_fx.bench import SHAPES, Options, gate, run
-from luvc_fx.bench.arms import BASELINE, FROZEN, LUVC, RANDOM, SINGLE, SMALLER, arms_of
+from luvc_fx.bench.arms import BASELINE, FASTV, FROZEN, LUVC, RANDOM, SINGLE, SMALLER, arms_of
 from luvc_fx.bench.result import Result
 from luvc_fx.bench.shapes import Visual, smaller
 from luvc_fx.bench.timing import PREFILL, Clock, Stages, ratio_interval, spread
@@ -79,7 +79,7 @@ def test_a_shape_that_does_not_exist_or_fit() -> None:
 
 
 def test_arms_have_the_same_counts() -> None:
-    arms = {arm.name: arm for arm in arms_of(FROZEN, 0.25)}
+    arms = {arm.name: arm for arm in arms_of(FROZEN, 0.25, 24)}
     assert arms[BASELINE].schedule == Schedule()
     assert arms[LUVC].schedule is FROZEN
     random = arms[RANDOM].schedule
@@ -88,6 +88,12 @@ def test_arms_have_the_same_counts() -> None:
     assert [p.keep for p in random.prune] == [p.keep for p in FROZEN.prune]
     assert arms[SINGLE].schedule == Schedule(prune=Prune(keep=0.25, layer=0))
     assert arms[SMALLER].smaller
+    fastv = arms[FASTV].schedule
+    assert fastv is not None
+    ((layer, prune),) = fastv.prunes_at(24)
+    assert prune.keep is not None
+    assert (layer + (24 - layer) * prune.keep) / 24 == pytest.approx(0.25)
+    assert FASTV not in {arm.name for arm in arms_of(FROZEN, 0.05, 24)}
 
 
 @pytest.mark.parametrize("layers", [24, 28, 32])

@@ -95,7 +95,11 @@ def run(options: Options, say: Callable[[str], None] = lambda _: None) -> Result
 
     left_out: dict[str, str] = {}
     runners = []
-    for arm in arms.arms_of(options.schedule, budget):
+    layers = model.config.get_text_config().num_hidden_layers
+    known = arms.arms_of(options.schedule, budget, layers)
+    if arms.FASTV in options.names and arms.FASTV not in {arm.name for arm in known}:
+        left_out[arms.FASTV] = f"all tokens in its first {arms.FASTV_LAYER} layers are more than the budget"
+    for arm in known:
         if arm.name not in {BASELINE, LUVC, *options.names}:
             continue
         given = inputs

@@ -128,7 +128,7 @@ def _onevision(hidden: int, inner: int, depth: int, heads: int, kv: int, vocab: 
             num_key_value_heads=kv,
             vocab_size=vocab,
             max_position_embeddings=32768,
-            rope_theta=1e6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             tie_word_embeddings=tied,
         )
         return LlavaOnevisionConfig(
@@ -187,7 +187,7 @@ def _internvl(hidden: int, inner: int, depth: int, heads: int, kv: int, vocab: i
             num_key_value_heads=kv,
             vocab_size=vocab,
             max_position_embeddings=32768,
-            rope_theta=1e6,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         )
         return InternVLConfig(
             vision_config=vision,

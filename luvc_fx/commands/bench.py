@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from luvc_fx.bench.arms import FROZEN, QUICK, arms_of
+from luvc_fx.bench.arms import ALL, FROZEN, QUICK
 from luvc_fx.bench.result import Result
 from luvc_fx.bench.run import Options, run
 from luvc_fx.bench.shapes import SHAPES, Visual
@@ -45,7 +45,7 @@ def bench(
     found no place, anything was compiled while the clock ran, or the logits are wrong.
     """
     parsed = FROZEN if schedule == "frozen" else read_schedule(schedule)
-    names = QUICK if quick else tuple(arm.name for arm in arms_of(parsed, 1.0))
+    names = QUICK if quick else ALL
     options = Options(
         shape=shape,
         schedule=parsed,

@@ -29,11 +29,11 @@ def mask_to_index(mask: Tensor, count: int | torch.SymInt) -> Tensor:
     if isinstance(count, int) and isinstance(length, int) and count > length:
         raise ValueError(f"count is {count!r}; allowed: at most {length}, the length of the mask")
     if mask.device.type == "cpu":
-        return _by_scattering(mask, count)
-    return _by_counting(mask, count)
+        return index_by_scattering(mask, count)
+    return index_by_counting(mask, count)
 
 
-def _by_scattering(mask: Tensor, count: int | torch.SymInt) -> Tensor:
+def index_by_scattering(mask: Tensor, count: int | torch.SymInt) -> Tensor:
     """`mask_to_index` for the CPU: linear in the row."""
     batch, length = mask.shape
     order = mask.cumsum(1, dtype=torch.int32) - 1
@@ -44,12 +44,12 @@ def _by_scattering(mask: Tensor, count: int | torch.SymInt) -> Tensor:
     return spare.scatter(1, target, place).narrow(1, 0, count).to(torch.int64)
 
 
-def _by_counting(mask: Tensor, count: int | torch.SymInt) -> Tensor:
+def index_by_counting(mask: Tensor, count: int | torch.SymInt) -> Tensor:
     """`mask_to_index` for accelerators: a scan and a reduction, where a scatter needs a zeroed buffer too."""
     passed = mask.cumsum(1, dtype=torch.int32)
     wanted = torch.arange(count, device=mask.device)  # type: ignore[arg-type]
     found = (passed.unsqueeze(1) <= wanted.unsqueeze(-1)).sum(-1)
-    return found.clamp(max=mask.shape[1] - 1)  # type: ignore[operator]
+    return found.clamp(max=mask.shape[1] - 1)
 
 
 def drop_tokens(
@@ -72,9 +72,13 @@ def drop_tokens(
     tensor([[0, 2, 3]])
     """
     if places.device.type == "cpu":
-        stays = torch.ones((places.shape[0], length), dtype=torch.bool)  # type: ignore[arg-type]
+        stays = torch.ones((places.shape[0], length), dtype=torch.bool)
         return mask_to_index(stays.scatter(1, places, keep), rows)
-    # Each row of the result is as much further down as tokens went before it: one reduction.
+    return drop_by_counting(places, keep, ahead, rows)
+
+
+def drop_by_counting(places: Tensor, keep: Tensor, ahead: Tensor, rows: int | torch.SymInt) -> Tensor:
+    """`drop_tokens` for accelerators: a row is further down by the tokens that went before it."""
     before = torch.arange(places.shape[1], device=places.device) - ahead
     gap = (places - before).unsqueeze(1)
     row = torch.arange(rows, device=places.device)  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from luvc_fx.ops import compact, gather_rows, mask_to_index, reference
+from luvc_fx.ops import compact, drop_tokens, gather_rows, mask_to_index, reference
+from luvc_fx.ops.compact import drop_by_counting, index_by_counting
 
 
 def mask_of(seed, batch, length, count):
@@ -43,6 +44,34 @@ def test_any_other_count_stays_in_range(case, count):
     assert ((got >= 0) & (got < length)).all()
     sure = min(count, trues)
     np.testing.assert_array_equal(got.numpy()[:, :sure], reference.mask_to_index(mask.numpy(), sure))
+
+
+@given(masks(), st.integers(0, 20))
+def test_counting_is_scattering(case, count):
+    # The spelling of accelerators, where a CPU scatters; entries behind the last True may differ.
+    mask, trues = case
+    count = min(count, mask.shape[1])
+    got, sure = index_by_counting(mask, count), min(count, trues)
+    assert got.dtype == torch.int64 and got.shape == (len(mask), count)
+    assert ((got >= 0) & (got < mask.shape[1])).all()
+    assert torch.equal(got[:, :sure], mask_to_index(mask, sure))
+
+
+@given(masks(), st.integers(0, 2**31), st.integers(0, 10))
+def test_dropping_tokens(case, seed, others):
+    keep, count = case
+    batch, tokens = keep.shape
+    length = tokens + others
+    places = mask_of(seed, batch, length, tokens).nonzero()[:, 1].reshape(batch, tokens)
+    want = []
+    for row in range(batch):
+        gone = {int(p) for p, stays in zip(places[row], keep[row], strict=True) if not stays}
+        want.append([r for r in range(length) if r not in gone])
+    ahead = keep.long().cumsum(1) - keep.long()
+    rows = length - tokens + count
+    want = torch.tensor(want, dtype=torch.int64).reshape(batch, rows)
+    assert torch.equal(drop_tokens(places, keep, ahead, length, rows), want)
+    assert torch.equal(drop_by_counting(places, keep, ahead, rows), want)
 
 
 @given(

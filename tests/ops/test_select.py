@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luvc_fx.ops import reference, select_blocks, select_global
+from luvc_fx.ops import keep_blocks, keep_global, reference, select_blocks, select_global
 from luvc_fx.ops.select import descending_rank, top_by_counting, top_by_sorting
 
 ODD = st.sampled_from([0.0, -0.0, 1.0, 2.0, float("nan"), float("inf"), -float("inf")])
@@ -48,6 +48,30 @@ def test_blocks_equal_twin(case):
     got = select_blocks(x, k, None)
     assert_valid(got, x.shape[1], k)
     np.testing.assert_array_equal(got.numpy(), reference.select_blocks(x.numpy(), k, None))
+
+
+@given(scores(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.booleans())
+def test_masks_mark_the_same_tokens(case, dtype, squares):
+    x, k = case
+    x = x.to(dtype)
+    grid = None
+    if squares:
+        k, grid = 4, (4, 4)
+        x = x.repeat(1, 16)[:, :16]
+    for keep, select in (
+        (lambda: keep_global(x, k), lambda: select_global(x, k)),
+        (lambda: keep_blocks(x, k, grid), lambda: select_blocks(x, k, grid)),
+    ):
+        (mask, ahead), want = keep(), select()
+        assert mask.dtype == torch.bool and mask.shape == x.shape
+        assert torch.equal(mask.nonzero()[:, 1].reshape(len(x), k), want)
+        assert torch.equal(ahead, mask.long().cumsum(1) - mask.long())
+
+
+def test_scores_that_only_double_precision_tells_apart():
+    x = torch.tensor([[1.0, 1.0 + 1e-12, 1.0, 1.0]], dtype=torch.float64)
+    assert select_blocks(x, 2, None).tolist() == [[1, 2]]
+    assert select_blocks(x.float(), 2, None).tolist() == [[0, 2]]
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 2))
