@@ -29,6 +29,7 @@ __all__ = [
     "Shares",
     "allow_recompiles",
     "being_compiled",
+    "cache_hits",
     "caching_precompile",
     "capture_end",
     "compile_id",
@@ -207,6 +208,11 @@ def inductor_options(mode: str | None, options: dict[str, Any] | None) -> dict[s
 def counters() -> Any:
     """Our counters among Dynamo's (a `collections.Counter`)."""
     return torch._dynamo.utils.counters["luvc_fx"]
+
+
+def cache_hits() -> int:
+    """How many graphs AOTAutograd has found in its cache, in this process (2.11 - 2.13)."""
+    return int(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
 
 
 def compile_id() -> str:

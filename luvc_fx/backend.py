@@ -107,7 +107,12 @@ class LuvcBackend:
         self.report.graphs.append(graph_report)
         telemetry.tell(gm, graph_report)
         self._complain(graph_report.refusals)
-        return self._compile(gm, example_inputs, mode or self.mode, options)
+        started, hits = time.perf_counter(), _compat.cache_hits()
+        compiled = self._compile(gm, example_inputs, mode or self.mode, options)
+        graph_report.compile_seconds = time.perf_counter() - started
+        graph_report.cached = _compat.cache_hits() > hits
+        log.info("compiled in %.1f s%s", graph_report.compile_seconds, " from caches" * graph_report.cached)
+        return compiled
 
     def _compile(
         self, gm: fx.GraphModule, example_inputs: list[Any], mode: str | None, options: dict[str, Any]

@@ -77,6 +77,8 @@ class GraphReport:
         refusals: what was left as it was, and why.
         notes: what a reader should know although nothing was refused.
         milliseconds: time in recognition, each pass and the counting of costs.
+        compile_seconds: time of the compiler behind us, once it is through; `cached`: whether it found the
+            graph in its caches on disk.
     """
 
     kind: str = "other"
@@ -103,6 +105,8 @@ class GraphReport:
     refusals: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     milliseconds: dict[str, float] = field(default_factory=dict)
+    compile_seconds: float | None = None
+    cached: bool = False
 
     @property
     def rewritten(self) -> bool:
@@ -135,6 +139,9 @@ class GraphReport:
             lines.append(f"  compiled again ({self.compile_id}) because of {self.recompile_reason}")
         total = sum(self.milliseconds.values())
         lines.append(f"  luvc_fx took {total:.0f} ms")
+        if self.compile_seconds is not None:
+            lines[-1] += f", the compiler behind it {self.compile_seconds:.1f} s"
+            lines[-1] += ", from its caches" if self.cached else ""
         return "\n".join(lines)
 
 
