@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -248,12 +249,10 @@ def test_a_plot(small: Result, tmp_path: Any) -> None:
 
 @pytest.mark.slow
 def test_no_speed_up_is_given_for_what_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from luvc_fx.passes import prune_tokens
-
     def broken(*_: Any) -> Any:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(prune_tokens, "_prune_body", broken)
+    monkeypatch.setattr(importlib.import_module("luvc_fx.passes.prune_tokens"), "_prune_body", broken)
     result = run(Options("llava-ov-0.5b", PRUNED, **SMALL))
     assert any("pass-failed" in text for text in result.obstacles)
     assert all(row.speedup is None and row.interval is None for row in result.rows)

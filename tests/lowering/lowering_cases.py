@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from cuda_graphs import OnCuda, between, rewritten, site
-from replay import Captured, capture, llava, prompt
+from replay import Captured, capture, llava, prompt, toy, toy_inputs
 
 from luvc_fx.anatomy import recognise
 from luvc_fx.schedule import Merge, Prune, Schedule
@@ -23,6 +23,12 @@ def llava_graph(masked: bool = False) -> Captured:
     return capture(llava(), False, **given)
 
 
+@cache
+def toy_graph() -> Captured:
+    """The toy model on 12 x 12 patches. (Of lines up to 8 long Inductor unrolls the reductions.)"""
+    return capture(toy(), False, **toy_inputs(rows=1, side=12))
+
+
 @dataclass(frozen=True)
 class Case:
     """One part of one rewritten graph, and what Inductor is to make of it.
@@ -30,18 +36,19 @@ class Case:
     Attributes:
         launches: Triton kernels that a call launches.
         externs: calls of anything that Inductor did not generate, in order.
+        graph: captures the model; the toy has no CLS row in front of its patches.
     """
 
     schedule: Schedule
     part: Callable[[Captured, OnCuda], OnCuda]
     launches: int
     externs: tuple[str, ...] = ()
-    masked: bool = False
+    graph: Callable[[], Captured] = llava_graph
 
     @property
     def captured(self) -> Captured:
         """The graph before the passes."""
-        return llava_graph(self.masked)
+        return self.graph()
 
     def made(self) -> tuple[OnCuda, OnCuda]:
         """The rewritten graph, and the part of it."""
@@ -74,8 +81,8 @@ def prune(**options: Any) -> Schedule:
     return Schedule(prune=Prune(layer=1, **{"tokens": 20, **options}))
 
 
-def _merge(axis: str = "width", **options: Any) -> Schedule:
-    return Schedule(merge=Merge(axis, length=6, layer=0, **options))
+def _merge(axis: str = "width", length: int = 6, **options: Any) -> Schedule:
+    return Schedule(merge=Merge(axis, length=length, layer=0, **options))
 
 
 MATMULS = ("extern_kernels.mm", "extern_kernels.mm")
@@ -83,14 +90,16 @@ MATMULS = ("extern_kernels.mm", "extern_kernels.mm")
 SITES = {
     "SPU, runs": Case(prune(), spu, 6),
     "SPU, runs, lowpass": Case(prune(energy="lowpass"), spu, 6),
-    "SPU, runs, with a mask": Case(prune(), spu, 7, masked=True),
+    "SPU, runs, with a mask": Case(prune(), spu, 7, graph=partial(llava_graph, True)),
     "SPU, squares": Case(prune(tokens=16), spu, 6),
     "SPU, global": Case(prune(coverage="global"), spu, 7),
     "SPU, by matrix products": Case(prune(realization="basis"), spu, 8, MATMULS),
     "SPU, none left": Case(prune(tokens=0), spu, 3),
-    "OIM, width": Case(_merge(), _oim, 7),
-    "OIM, height": Case(_merge("height"), _oim, 7),
-    "OIM, shared": Case(_merge(pairing="shared"), _oim, 8),
+    "OIM, width": Case(_merge(length=9), _oim, 6, graph=toy_graph),
+    "OIM, height": Case(_merge("height", 9), _oim, 6, graph=toy_graph),
+    "OIM, shared": Case(_merge(length=9, pairing="shared"), _oim, 7, graph=toy_graph),
+    "OIM, width, behind a CLS row": Case(_merge(), _oim, 7),
+    "OIM, height, behind a CLS row": Case(_merge("height"), _oim, 7),
 }
 
 
