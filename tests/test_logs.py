@@ -65,10 +65,11 @@ def test_info_is_the_report_and_debug_the_graphs(caplog: pytest.LogCaptureFixtur
         return [r.getMessage() for r in caplog.records if r.name.startswith("luvc_fx")]
 
     assert told(logging.WARNING) == []
-    (report,) = told(logging.INFO)
+    report, compiled = told(logging.INFO)
+    assert compiled.startswith("compiled in 0.")
     assert report.startswith("whole graph, ")
     assert "prune before decoder layer 1: spectrum" in report
-    before, again, after = told(logging.DEBUG)
+    before, again, after, _ = told(logging.DEBUG)
     assert again.splitlines()[1:4] == report.splitlines()[1:4]
     assert before.startswith("captured graph\n")
     assert after.startswith("rewritten graph\n")
