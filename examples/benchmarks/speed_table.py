@@ -41,8 +41,8 @@ def _sentence(result: dict[str, Any]) -> str:
     shape = result["rows"][0]["shape"]
     (cost,) = (cost for cost in result["costs"] if cost["arm"] == "luvc_fx")
     return (
-        f"- {shape['name']}, {shape['input']}: a budget of {cost['budget']:.3f} is {result['ideal']:.2f} times "
-        f"fewer FLOPs in the prefill, of which {result['realised']:.0%} became time; `luvc_fx` took "
+        f"- {shape['name']}, {shape['input']}: a budget of {cost['budget']:.3f} is {result['ideal']:.2f} "
+        f"times fewer FLOPs in the prefill, of which {result['realised']:.0%} became time; `luvc_fx` took "
         f"{cost['luvc_share']:.1%} of the first run, in which everything is compiled."
     )
 
