@@ -39,6 +39,7 @@ __all__ = [
     "encoder_output",
     "extra_features",
     "fake_run",
+    "forget_shapes",
     "hint",
     "inductor_options",
     "install_output_hooks",
@@ -213,6 +214,14 @@ def counters() -> Any:
 def cache_hits() -> int:
     """How many graphs AOTAutograd has found in its cache, in this process (2.11 - 2.13)."""
     return int(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+
+
+def forget_shapes() -> None:
+    """Let the next compilations start from the sizes they see (`pgo.reset_code_state`, 2.11 - 2.13).
+
+    Dynamo makes symbolic what it saw in several sizes, and takes code from the same line for the same.
+    """
+    torch._dynamo.pgo.reset_code_state()
 
 
 def compile_id() -> str:

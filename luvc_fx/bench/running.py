@@ -35,6 +35,7 @@ class Compiled:
         self.model, self.arm, self.inputs, self.mode = model, arm, dict(inputs), mode
         self.stages = Stages(Clock(model.device))
         self.compile_s = self.first_s = 0.0
+        _compat.forget_shapes()
         luvc_fx.compile(model, arm.schedule, inner=self._inner, on_no_match="ignore")
         self.report: Report = luvc_fx.report_of(model)
         self.door = take_off(model)
@@ -112,6 +113,7 @@ class Reference:
     def __init__(self, model: Any, arm: Arm, inputs: Mapping[str, Tensor]) -> None:
         assert arm.schedule is not None
         self.flops: dict[str, int] = {}
+        _compat.forget_shapes()
         luvc_fx.compile(model, arm.schedule, inner=self._inner, on_no_match="ignore")
         self.report = luvc_fx.report_of(model)
         try:
