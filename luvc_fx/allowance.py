@@ -27,15 +27,17 @@ PLAIN = (
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What one call may do, with a prompt of `rows` rows.
+    """What one call may do, with a prompt of `rows` rows that have images.
 
     Attributes:
+        textual: the other rows, whose left padding has room for as many tokens as the images have.
         decode_mode: the Inductor mode that transformers would compile the decoding of this call with.
     """
 
     merge: bool
     shorten: bool
     rows: int = 1
+    textual: tuple[int, ...] = ()
     decode_mode: str | None = None
 
 
@@ -62,6 +64,10 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
             return NOTHING
     allowed = for_images(model, kwargs, note)
     if allowed.shorten and ((option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1):
+        if allowed.textual:
+            text = "num_beams or num_return_sequences above 1 beside rows without images"
+            note(Refusal(Reason.UNEVEN_BATCH, f"{text}: all visual tokens stay"))
+            return NOTHING
         text = "num_beams or num_return_sequences above 1: transformers expands unmerged features only"
         note(Refusal(Reason.INPUTS, text + "; pruned, but not merged"))
         return UNMERGED
@@ -95,13 +101,15 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
             # Encoded in the text graph, out of sight of what counts its tokens and adopts its cache.
             note(Refusal(Reason.INPUTS, f"{name} has no known encoder in this model: all visual tokens stay"))
             return NOTHING
-    uneven = False
-    for kind in kinds:
-        counts = (ids == getattr(model.config, kind.token)).sum(1)
-        uneven = uneven or int(counts.min()) != int(counts.max())
+    if not pixels_in(kwargs):
+        return dataclasses.replace(ALL, rows=ids.shape[0])
+    counts = torch.stack(
+        [(ids == getattr(model.config, kind.token)).sum(1) for kind in kinds], dim=1
+    ).tolist()
+    textual = tuple(row for row, count in enumerate(counts) if not any(count))
+    uneven = _why_uneven(kwargs, counts, textual)
     if uneven:
-        text = "rows with different numbers of visual tokens: all visual tokens stay"
-        note(Refusal(Reason.UNEVEN_BATCH, text))
+        note(Refusal(Reason.UNEVEN_BATCH, f"{uneven}: all visual tokens stay"))
         return NOTHING
     later = refusal_of_later_images(model, kwargs) if pixels_in(kwargs) else None
     if later is not None:
@@ -110,7 +118,30 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
     if mask is not None and mask.dim() != 2:
         note(Refusal(Reason.INPUTS, "an attention_mask that is not 2-D: pruned, but not merged"))
         return dataclasses.replace(UNMERGED, rows=ids.shape[0])
-    return dataclasses.replace(ALL, rows=ids.shape[0])
+    return dataclasses.replace(ALL, rows=ids.shape[0] - len(textual), textual=textual)
+
+
+def _why_uneven(kwargs: dict[str, Any], counts: list[list[int]], textual: tuple[int, ...]) -> str:
+    """Why the rows of a batch cannot get shorter by the same number of rows, or nothing.
+
+    Args:
+        counts: per row the visual tokens of each modality; `textual`: the rows without any.
+    """
+    if any(count != max(counts) for row, count in enumerate(counts) if row not in textual):
+        return "rows with different numbers of visual tokens"
+    if not textual or len(textual) == len(counts):
+        return ""
+    mask = kwargs.get("attention_mask")
+    if not is_empty(kwargs.get("past_key_values")) or (mask is not None and mask.dim() != 2):
+        return "rows without images beside others, over a cache or under a mask that is not 2-D"
+    padding = 0 if mask is None else int((mask[list(textual)].cumsum(1) == 0).sum(1).min())
+    tokens = sum(max(counts))
+    if padding < tokens:
+        return (
+            f"a row without images, with left padding of {padding} where the images of other rows have "
+            f"{tokens} tokens (padding goes where they go)"
+        )
+    return ""
 
 
 def refusal_of_later_images(model: Any, kwargs: dict[str, Any]) -> Refusal | None:

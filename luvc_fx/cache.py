@@ -19,6 +19,9 @@ class PrunedRows:
     dropped_rows: int = 0
     """Rows of the conversation that are missing in layer 0: those merged away."""
 
+    textual: tuple[int, ...] = ()
+    """Rows of the batch without images: of these left padding was dropped."""
+
     is_croppable = False
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
@@ -29,7 +32,7 @@ class PrunedRows:
     def reset(self) -> None:
         """Empty it for another conversation."""
         super().reset()  # type: ignore[misc]
-        self.dropped_rows = 0
+        self.dropped_rows, self.textual = 0, ()
 
     def crop(self, *args: object, **kwargs: object) -> None:
         """Raises `NotImplementedError`: which rows a length means differs from layer to layer."""

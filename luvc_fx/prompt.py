@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,51 @@ def with_positions(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         given["inputs_embeds"] = model.get_input_embeddings()(kwargs["input_ids"])
     positions = compute(**given)
     return kwargs if positions is None else {**kwargs, "position_ids": positions}
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What an encoder made: features ``[N, D]``, their `slots`, and how many placeholders there were.
+
+    `extra`: what enters the decoder late, each level ``[N, D]``.
+    """
+
+    features: Tensor
+    slots: Tensor
+    placeholders: int
+    extra: dict[str, list[Tensor]]
+
+
+def stand_in(
+    ids: Tensor, start: int, token: int, given: Encoded, textual: tuple[int, ...]
+) -> tuple[Tensor, Encoded]:
+    """Let left padding of rows without images stand for as many visual tokens as the other rows have.
+
+    Nothing sees padding, so zeros do for features, and it goes as visual tokens go: each row gets
+    shorter by the same number of rows, and none of text.
+
+    Args:
+        ids: ``[B, S]``; in the `textual` rows the places from `start` on are padding.
+        token: the placeholder.
+    """
+    batch = ids.shape[0]
+    rows = [row for row in range(batch) if row not in textual]
+    each, left = given.placeholders // len(rows), given.slots.numel() // len(rows)
+    ids = ids.clone()
+    ids[list(textual), start : start + each] = token
+    first = torch.arange(batch, device=ids.device).unsqueeze(1) * each
+    slots = (first + torch.arange(left, device=ids.device)).clone()
+    among = torch.arange(len(rows), device=ids.device).unsqueeze(1) * each
+    slots[rows] = given.slots.reshape(len(rows), left) - among + first[rows]
+
+    def spread(flat: Tensor) -> Tensor:
+        full = flat.new_zeros(batch, left, flat.shape[-1])
+        full[rows] = flat.unflatten(0, (len(rows), left))
+        return full.flatten(0, 1)
+
+    extra = {name: [spread(level) for level in levels] for name, levels in given.extra.items()}
+    shape = (-1, *given.slots.shape[1:]) if given.slots.shape[1] > 1 else (1, 1, -1)
+    return ids, Encoded(spread(given.features), slots.reshape(shape), each * batch, extra)
 
 
 def compact(

@@ -237,14 +237,14 @@ class FrontDoor:
         if pixels_in(kwargs):
             call = call or for_images(self.model, kwargs, self._refuse)
             if call.shorten:
-                kwargs = self._encode_inputs(kwargs, call.merge)
+                kwargs = self._encode_inputs(kwargs, call)
         outputs = kwargs.get("mm_encoder_outputs") or {}
         if call is not None and not call.shorten:
             run = self.plain
         elif not outputs or refusal_of_later_images(self.model, kwargs) is not None:
             run = self._decoder(call)
         else:
-            return self._prefill(kwargs, outputs, tell_rows)
+            return self._prefill(kwargs, outputs, tell_rows, () if call is None else call.textual)
         kwargs, padding = self._over_cache(kwargs, cache)
         return run(kwargs, padding)[0]
 
@@ -256,7 +256,10 @@ class FrontDoor:
             self.decoders[mode] = self._compiled(self._forward_body(), unmerged, self.dynamic, settings)
         return self.decoders[mode]
 
-    def _prefill(self, kwargs: dict[str, Any], outputs: dict[str, Any], tell_rows: bool) -> Any:
+    def _prefill(
+        self, kwargs: dict[str, Any], outputs: dict[str, Any], tell_rows: bool, textual: tuple[int, ...]
+    ) -> Any:
+        start = 0
         rows, past = kwargs["input_ids"].shape[1], 0
         places: Tensor | None = None
         kwargs = {k: v for k, v in kwargs.items() if k != "mm_encoder_outputs"}
@@ -275,20 +278,30 @@ class FrontDoor:
             if output is None:
                 continue
             features, grid = output.pooler_output, ""
+            extra = _compat.extra_features(output)
             slots: Tensor | None = getattr(output, "luvc_slots", None)
             if slots is not None:
+                count, token = output.luvc_placeholders, getattr(self.model.config, kind.token)
+                if textual:
+                    whole = isinstance(features, Tensor)
+                    flat = features.flatten(0, -2) if whole else torch.cat(list(features))
+                    made = prompts.Encoded(flat, slots, count, extra)
+                    ids, made = prompts.stand_in(kwargs["input_ids"], start, token, made, textual)
+                    kwargs = {**kwargs, "input_ids": ids}
+                    start += made.placeholders // ids.shape[0]
+                    features = made.features.unsqueeze(0) if whole else (made.features,)
+                    slots, count, extra = made.slots, made.placeholders, made.extra
                 # Each size of the features is a plan of its own, so it must not become symbolic.
                 for part in [features] if isinstance(features, Tensor) else features:
                     torch._dynamo.mark_static(part)
                 if slots.shape[1] > 1 and slots.shape[0] > 0:
                     grid = controls.as_text([slots.shape[1:]])
-                if slots.numel() < output.luvc_placeholders:
+                if slots.numel() < count:
                     # Without mask and cache transformers reads gaps in the position ids as packed rows.
-                    visual = kwargs["input_ids"] == getattr(self.model.config, kind.token)
-                    count = output.luvc_placeholders
+                    visual = kwargs["input_ids"] == token
                     kwargs, found = prompts.compact(kwargs, visual, slots, count, masked, past)
                     places = found if places is None else places.gather(1, found)
-            encoded[kind.name] = (features, grid, _compat.extra_features(output))
+            encoded[kind.name] = (features, grid, extra)
         # Of one modality, luvc_fx writes additions by a mask anew; of two, they end the graph.
         deepstack = len(encoded) == 1 and any(extra for _, _, extra in encoded.values())
         out, final = self.prefill(kwargs, padding, encoded, tell_rows, deepstack=deepstack and self.prunes)
@@ -296,6 +309,8 @@ class FrontDoor:
             fill(cache, out.past_key_values, rows)
             out.past_key_values = cache
         adopt(out.past_key_values, past + rows)
+        if textual and isinstance(out.past_key_values, PrunedRows):
+            out.past_key_values.textual = textual
         if final is not None:
             out.row_index = final if places is None else places.gather(1, final)
         return out
@@ -330,12 +345,17 @@ class FrontDoor:
                 f"luvc_fx: a {mask.dim()}-D attention_mask cannot be followed over a cache with dropped "
                 "visual tokens; pass a 2-D mask with left padding, or none"
             )
+        if cache.textual:
+            # Of these rows padding went: what is left of it is counted from the end.
+            seen_rows = ids.shape[1] if mask is None else mask.shape[1]
+            index = torch.tensor(cache.textual, device=ids.device)
+            padding = padding.index_add(0, index, torch.full_like(index, -seen_rows))
         return {**kwargs, "attention_mask": None}, padding
 
-    def _encode_inputs(self, kwargs: dict[str, Any], merge: bool) -> dict[str, Any]:
+    def _encode_inputs(self, kwargs: dict[str, Any], call: Allowed) -> dict[str, Any]:
         """Encode each modality that came as pixels; positions are computed from the whole prompt first."""
         rest = prompts.with_positions(self.model, kwargs)
-        merge, rows = merge and bool(self.schedule.merge), kwargs["input_ids"].shape[0]
+        merge, rows = call.merge and bool(self.schedule.merge), call.rows
         outputs = {}
         for kind in self.kinds:
             encoder, pixels = self.encoders[kind.name], kwargs.get(kind.pixels)

@@ -50,6 +50,7 @@ def _masked(scores: Tensor, seen: Tensor, over_cache: bool) -> Tensor:
     """Scores without the keys that the last query does not see."""
     if over_cache:  # `seen` is each row's padding in front
         row = torch.arange(scores.shape[-1], device=scores.device)
+        seen = torch.where(seen < 0, scores.shape[-1] + seen, seen)  # counted from the end
         return scores.masked_fill((row < seen.unsqueeze(1))[:, None, None], -torch.inf)
     last = seen[:, :, -1]
     last = last.unsqueeze(1) if last.shape[1] == 1 else last.unflatten(1, scores.shape[1:3])

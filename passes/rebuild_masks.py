@@ -16,8 +16,8 @@ from luvc_fx.passes.emit import emit
 def rebuild_masks(context: Context) -> None:
     """Replace each mask that stands for "causal over this layer's cache" by the real one.
 
-    Pruned layers hold fewer rows than layer 0, by whose length transformers sizes all masks. Visual
-    tokens are never padding, so the leading padding of a row is as long in every layer.
+    Pruned layers hold fewer rows than layer 0, by whose length transformers sizes all masks. In a row with
+    images these are visual tokens, so its padding is as long in every layer; in one without, its text is.
     """
     if not context.anatomy.cache_attentions:
         return
@@ -69,9 +69,12 @@ def _seen(queries: Tensor, keys: Tensor, padding: Tensor, written: Tensor | None
     """Bool ``[batch, 1, Q, K]``: each query sees what lies before it, but no padding.
 
     The queries are the last Q of K rows; of a static cache, whose last rows are empty, those `written`.
+    Negative padding is counted from the end: minus how many rows are none.
     """
     asked, held = queries.shape[-2], keys.shape[-2]
     key = torch.arange(held, device=keys.device)
     query = torch.arange(asked, device=keys.device) + (held - asked) if written is None else written
+    end = held if written is None else written[-1] + 1
+    padding = torch.where(padding < 0, end + padding, padding)  # counted from the end
     causal = key.reshape(1, 1, 1, -1) <= query.reshape(1, 1, -1, 1)
     return causal.logical_and(key.reshape(1, 1, 1, -1) >= padding.reshape(-1, 1, 1, 1))
