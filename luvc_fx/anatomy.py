@@ -174,7 +174,7 @@ def _decoder(
     encoder: Encoder | None,
 ) -> Decoder:
     fusion, embeds = fusions[-1], fusions[0].args[0]
-    masks, features = (tuple(n.args[i] for n in fusions) for i in (1, 2))
+    masks, features = (tuple(_argument(n, i) for n in fusions) for i in (1, 2))
     assert isinstance(embeds, fx.Node)
     below = descendants(fusion)
     layers = {call.node: call for call in calls if call.node in below}
@@ -184,7 +184,7 @@ def _decoder(
     sinks = [n for n in output_node(graph).all_input_nodes if n in after_last]
     idom = dominators(graph, fusion, [*sinks, *layers])
     sites = entering(idom, chain_to(idom, fusion, sinks), [[layer] for layer in layers])
-    batch, visual = _visual_tokens(fusion, features, encoder)  # type: ignore[arg-type]
+    batch, visual = _visual_tokens(fusion, features, encoder)
     length = {ex.TOKENS: shape(fusion)[1]}
     labels = _labels(graph, live & below, fusion)
     seeds = {node: {1: ex.of(ex.TOKENS)} for node in (fusion, *labels)}
@@ -198,7 +198,7 @@ def _decoder(
             text = "the cache already holds rows before this prompt, and its mask is the model's"
             raise Refused(Reason.PAST_NOT_EMPTY, text, attention)
     rows = tuple(n for n in graph.nodes if n in live and markers.is_call(n, markers.PROMPT_ROWS))
-    grid = _marked_grid(features[0]) if len(features) == 1 else None  # type: ignore[arg-type]
+    grid = _marked_grid(features[0]) if len(features) == 1 else None
     if encoder is not None:
         plain = encoder.grid is not None and encoder.packing is None
         grid = encoder.blocks_of(encoder.grid) if plain and encoder.grid is not None else None
@@ -206,7 +206,13 @@ def _decoder(
         grid = None
     return Decoder(
         sites, tuple(layers.values()), fusion, embeds, masks, features, batch, visual, grid, axes, rows
-    )  # type: ignore[arg-type]
+    )
+
+
+def _argument(node: fx.Node, place: int) -> fx.Node:
+    found = node.args[place]
+    assert isinstance(found, fx.Node)
+    return found
 
 
 def _labels(graph: fx.Graph, inside: set[fx.Node], fusion: fx.Node) -> list[fx.Node]:

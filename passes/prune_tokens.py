@@ -29,7 +29,8 @@ def prune_tokens(context: Context) -> None:
     for site in context.plan.prunes:
         context.retarget.advance(site.node)
         name = f"prune before decoder layer {site.layer}"
-        nodes, paid = [], None
+        nodes: list[fx.Node] = []
+        paid: Callable[..., Tensor] | None = None
         if wants_attention(site.prune.selector) and 0 < site.count < site.left and site.layer:
             nodes, paid = last_query(decoder.calls[site.layer - 1])
         body = _prune_body(site, _place(context, site), paid)

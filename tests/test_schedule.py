@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import luvc_fx
-from luvc_fx.schedule import KINDS, Merge, Prune, Schedule, round_half_up
+from luvc_fx.schedule import KINDS, SELECTORS, Merge, Prune, Schedule, round_half_up
 
 MERGE = {"axis": "width", "keep": 0.5, "layer": 0}
 PRUNE = {"keep": 0.5, "layer": 0}
@@ -41,7 +41,7 @@ BAD_VALUES: dict[str, tuple[type, dict[str, Any], str, Any, str]] = {
     "prune layer text": (Prune, PRUNE, "layer", "1", "a whole number"),
     "pairing": (Merge, MERGE, "pairing", "column", "'line', 'shared'"),
     "feature": (Merge, MERGE, "feature", "values", "'hidden', 'keys'"),
-    "selector": (Prune, PRUNE, "selector", "best", "'spectrum', 'random', 'uniform', 'norm', 'fastv', 'diversity'"),
+    "selector": (Prune, PRUNE, "selector", "best", ", ".join(map(repr, SELECTORS))),
     "energy": (Prune, PRUNE, "energy", "high", "'residual', 'lowpass', 'ratio'"),
     "coverage": (Prune, PRUNE, "coverage", "local", "'block', 'global'"),
     "no cutoff": (Prune, PRUNE, "cutoff", 0.0, "(0, 1]"),
