@@ -12,14 +12,23 @@ from typing import Any
 
 from luvc_fx.frontdoor import compile, report_of
 from luvc_fx.inputs import InputError, brief
+from luvc_fx.local_model import make_prompt, synthetic_image
 from luvc_fx.schedule import Schedule
+from luvc_fx.warming import warmup
+
+log = logging.getLogger(__name__)
 
 REPORT_PATH = "/luvc_fx/report"
 """Where the server tells, as JSON, what happened to each model's graphs."""
 
 
 def serve(
-    model: str, schedule: Schedule, inner: str = "inductor", options: Sequence[str] = (), show: bool = True
+    model: str,
+    schedule: Schedule,
+    inner: str = "inductor",
+    options: Sequence[str] = (),
+    show: bool = True,
+    warm_up: bool = False,
 ) -> None:
     """Run the server of `transformers serve`, pinned to one model, until it is told to stop.
 
@@ -31,6 +40,7 @@ def serve(
         inner: as of `luvc_fx.compile`.
         options: further arguments of `transformers serve`, as one types them.
         show: log every compiled graph's report on stderr.
+        warm_up: compile the graphs for one image of the size that the processor expects before listening.
 
     Raises:
         InputError: a model that cannot be loaded or wired, or no server installed.
@@ -48,7 +58,7 @@ def serve(
         _log_reports()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(command.Serve)
-    manager = _compiling(model_manager.ModelManager, schedule, inner)
+    manager = _compiling(model_manager.ModelManager, schedule, inner, warm_up)
     with (
         _replaced(model_manager, "ModelManager", manager),
         _replaced(server, "build_server", _telling(server.build_server)),
@@ -76,7 +86,7 @@ def _check_directory(model: str) -> None:
         raise InputError(f"model directory '{model}' does not exist")
 
 
-def _compiling(base: Any, schedule: Schedule, inner: str) -> type:
+def _compiling(base: Any, schedule: Schedule, inner: str, warm_up: bool) -> type:
     class CompilingManager(base):
         """The server's model manager; what it hands out is compiled."""
 
@@ -93,9 +103,18 @@ def _compiling(base: Any, schedule: Schedule, inner: str) -> type:
             model, processor = super().load_model_and_processor(*args, **kwargs)
             with self._luvc_lock:  # requests load from threads of their own
                 compile(model, schedule, inner=inner)
+                if warm_up and not report_of(model).graphs:
+                    log.info("%s", warmup(model, inputs=[_request(model, processor)]))
             return model, processor
 
     return CompilingManager
+
+
+def _request(model: Any, processor: Any) -> dict[str, Any]:
+    """What a request with one image calls `generate` with: pixels in float32, and the server's tokenizer."""
+    inputs = make_prompt(model, processor, [synthetic_image(model, processor)], "Describe the image.")
+    inputs = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+    return {**inputs, "tokenizer": processor}
 
 
 def _telling(build: Callable[..., Any]) -> Callable[..., Any]:

@@ -47,7 +47,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    arguments = ["serve", str(MODEL_DIR), "--inner", "eager", "--host", "127.0.0.1", "--port", port]
+    arguments = ["serve", str(MODEL_DIR), "--inner", "eager", "--warm-up"]
+    arguments += ["--host", "127.0.0.1", "--port", port]
     with log.open("wb") as file:
         process = subprocess.Popen([sys.executable, "-m", "luvc_fx.cli", *arguments], stderr=file)
     found = Server(process, f"http://127.0.0.1:{port}", log)
@@ -108,8 +109,10 @@ def test_two_clients_at_once(server: Server, answers: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_pruning_is_seen_from_outside(server: Server, answers: dict[str, str]) -> None:
+    (before,) = CLIENT["report"](server.address).values()
     server.ask(QUESTIONS[0], False)
     (report,) = CLIENT["report"](server.address).values()
+    assert report == before, "all was compiled before the server listened"
     kinds = {graph["kind"]: graph for graph in report["graphs"]}
     assert kinds["vision"]["inserted"] == ["merge after encoder block 2: width 16 -> 12"]
     assert kinds["prefill"]["tokens_per_layer"][-1] == 0
@@ -145,11 +148,19 @@ def test_a_model_that_cannot_be_served_is_one_line(capfd: pytest.CaptureFixture[
     assert "Prune.layer is 99" in _refused(capfd, str(MODEL_DIR), "--schedule", str(deep))
 
 
+def test_a_missing_server_is_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    assert "pip install 'luvc-fx[serve]'" in _refused(capfd, str(MODEL_DIR))
+
+
 def _refused(capfd: pytest.CaptureFixture[str], *arguments: Any) -> str:
     assert cli.main(["serve", *arguments]) == 2
     lines = capfd.readouterr().err.splitlines()
     # What transformers itself says while it loads comes before.
-    ours = [line for line in lines if not line.startswith("[transformers]") and "Loading weights" not in line]
+    theirs = ("[transformers]", "Loading weights", "\r")
+    ours = [line for line in lines if line and not line.startswith(theirs)]
     assert len(ours) == 1
     assert ours[0].startswith("luvc-fx: ")
     return ours[0]

@@ -18,11 +18,13 @@ def serve(
         str, typer.Option(metavar="NAME|FILE", help="image, video, document or a JSON file.")
     ] = "image",
     inner: Annotated[Inner, typer.Option(help="What compiles the graphs.")] = Inner.INDUCTOR,
+    warm_up: Annotated[
+        bool, typer.Option("--warm-up", help="Compile for one image of the usual size before listening.")
+    ] = False,
 ) -> None:
     """Run `transformers serve` for one model, compiled with a schedule.
 
     All further options are those of `transformers serve` (--host, --port, --device, --dtype ...). What
-    each graph became is logged on stderr, and GET /luvc_fx/report has it as JSON. Of --compile and
-    --continuous-batching see the README.
+    each graph became is logged on stderr, and GET /luvc_fx/report has it as JSON.
     """
-    run(model, read_schedule(schedule), inner.value, context.args)
+    run(model, read_schedule(schedule), inner.value, context.args, warm_up=warm_up)
