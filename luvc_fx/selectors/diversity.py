@@ -22,9 +22,8 @@ def select_diversity(x: Tensor, prune: Prune, count: int, site: Site) -> Tensor:
     tokens = x.shape[1]
     pivots = math.isqrt(count)
     unit = torch.nn.functional.normalize(x.to(torch.float32), dim=-1)
-    places = [(2 * number + 1) * tokens // (2 * pivots) for number in range(pivots)]
-    chosen = torch.stack([unit[:, place] for place in places], dim=1)
+    places = (2 * torch.arange(pivots, device=x.device) + 1) * tokens // (2 * pivots)
+    chosen = unit.index_select(1, places)
     likeness = (unit.unsqueeze(2) * chosen.unsqueeze(1)).sum(-1).amax(2)
-    place = torch.arange(tokens, device=x.device)
-    is_pivot = torch.stack([place == number for number in places]).any(0)
+    is_pivot = (torch.arange(tokens, device=x.device).unsqueeze(1) == places).any(1)
     return (-likeness).masked_fill(is_pivot, 2.0)
