@@ -76,7 +76,7 @@ def stand_in(
 
 
 def compact(
-    kwargs: dict[str, Any], visual: Tensor, slots: Tensor, placeholders: int, masked: bool, past: int
+    kwargs: dict[str, Any], visual: Tensor, slots: Tensor, placeholders: int, masked: bool, past: int = 0
 ) -> tuple[dict[str, Any], Tensor]:
     """The prompt without the placeholders that were merged away, and each row's old number.
 

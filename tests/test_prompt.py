@@ -83,6 +83,8 @@ def test_what_is_not_given_is_not_made() -> None:
     assert "mm_token_type_ids" not in short
     assert places.tolist() == short["position_ids"].tolist() == [[0, 2, 3]]
     assert short["input_ids"].tolist() == [[5, IMAGE, 6]]
+    later, _ = compact(kwargs, ids == IMAGE, torch.tensor([[[1]]]), 2, masked=False, past=7)
+    assert later["position_ids"].tolist() == [[7, 9, 10]], "counted on from the conversation before"
     short, _ = compact(kwargs, ids == IMAGE, torch.tensor([[[1]]]), 2, masked=True)
     assert short["attention_mask"].tolist() == [[1, 1, 1]]
     assert kwargs["attention_mask"] is None, "what was given is not changed"
