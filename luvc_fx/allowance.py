@@ -111,7 +111,7 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
     if uneven:
         note(Refusal(Reason.UNEVEN_BATCH, f"{uneven}: all visual tokens stay"))
         return NOTHING
-    later = refusal_of_later_images(model, kwargs) if pixels_in(kwargs) else None
+    later = refusal_of_later_images(model, kwargs)
     if later is not None:
         note(later)
         return dataclasses.replace(UNMERGED, rows=ids.shape[0])
