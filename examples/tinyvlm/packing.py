@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from model import EOS, IMAGE, PAD, PATCH, POSITIONS, VOCAB
+from families import WORD, Family, family
+from model import EOS, PAD, POSITIONS
 from PIL import Image
-from scenes import COLORS, SHAPES, SIZE, Question, Scene
+from scenes import COLORS, SHAPES, SIZE, Question, Scene, Thing
+from videos import Video
 
-WORD = {word: i for i, word in enumerate(VOCAB)}
 KIND_WORDS = (*SHAPES, "bar", "card")
 GROUPS = {  # dense label groups: every patch of a drawn thing is one word of each group
     "color": tuple(COLORS),
@@ -30,13 +31,13 @@ TEXT = 104  # packed text positions behind the image; fixed, so that every side 
 
 @dataclass
 class Batch:
-    """Tensors of one training step; L is the packed length, G the patch grid side.
+    """Tensors of one training step; L is the packed length, F the frames of each, G the side in tokens.
 
-    input_ids (B, L), position_ids (B, L), mask (B, 1, L, L) of 0 and -inf, targets (B, L) with
-    -100 where no loss is taken, weights (B, L), pixels (B, 3, 8G, 8G), dense: group -> (B, G*G)
-    word index within the group or -100, offsets (B, G*G, 2) from patch to centre in image widths,
-    asked (Q,) image number and about (Q, G*G) bool: the patches each answer is read from,
-    in the order of the answers in ``targets``.
+    input_ids (B, L), position_ids (A, B, L) on A axes, mask (B, 1, L, L) of 0 and -inf, targets (B, L)
+    with -100 where no loss is taken, weights (B, L), pixels (B*F, 3, S, S), dense: group -> (B*F, G*G)
+    word index within the group or -100, offsets (B*F, G*G, 2) from token to centre in image widths,
+    asked (Q,) row number and about (Q, F*G*G) bool: the visual tokens each answer is read from,
+    first (Q,): where in ``input_ids[targets >= 0]`` its first word is predicted.
     """
 
     input_ids: torch.Tensor
@@ -49,6 +50,7 @@ class Batch:
     offsets: torch.Tensor
     asked: torch.Tensor
     about: torch.Tensor
+    first: torch.Tensor
 
 
 def pixels(images: list[Image.Image], side: int) -> torch.Tensor:
@@ -80,8 +82,10 @@ def tokens(conversation: list[Question]) -> tuple[list[int], list[int], list[flo
         ids += [WORD["user:"]] if turn else []
         ids += [WORD[w] for w in question.text.split()] + [WORD["assistant:"]]
         weight = COUNT_WEIGHT if question.task == "count" else 1.0
-        answer_at += [(len(ids) - 1, weight), (len(ids), 0.2)]
-        ids += [WORD[question.answer], EOS]
+        answer = [WORD[word] for word in question.answer.split()]
+        answer_at += [(len(ids) - 1 + i, weight) for i in range(len(answer))]
+        answer_at.append((len(ids) - 1 + len(answer), 0.2))
+        ids += [*answer, EOS]
     targets, weights = [-100] * len(ids), [0.0] * len(ids)
     for at, weight in answer_at:
         targets[at], weights[at] = ids[at + 1], weight
@@ -89,27 +93,35 @@ def tokens(conversation: list[Question]) -> tuple[list[int], list[int], list[flo
 
 
 def pack(
-    scenes: list[Scene],
+    scenes: list[Scene] | list[Video],
     rng: np.random.Generator,
     side: int = SIZE,
     turns: tuple[float, ...] = CONVERSATION_TURNS,
+    kind: Family | None = None,
 ) -> Batch:
-    """Pack the questions of every scene that fit behind its image at ``side`` pixels."""
-    grid = side // PATCH
-    prefix = [WORD["user:"]] + [IMAGE] * grid * grid
-    start = len(prefix)
+    """Pack the questions of every scene that fit behind its frames at ``side`` pixels.
+
+    All scenes have as many frames; ``kind`` is a LLaVA where it is not given.
+    """
+    kind = kind or family("llava")
+    grid = kind.grid(side)
+    layout = kind.layout(len(scenes[0].frames), grid)
+    start = len(layout.ids)
     rows = [converse(scene.questions, rng, turns) for scene in scenes]
     asked: list[int] = []
     about: list[tuple[int, ...]] = []
+    first: list[int] = []
     length = start + TEXT
     n = len(scenes)
     ids = np.full((n, length), PAD)
-    ids[:, :start] = prefix
-    position = np.tile(np.arange(length), (n, 1))
+    ids[:, :start] = layout.ids
+    position = np.tile(np.arange(length), (len(layout.positions), n, 1))
+    position[:, :, :start] = layout.positions[:, None]
     segment = np.full((n, length), -1)
     segment[:, :start] = 0
     targets = np.full((n, length), -100)
     weights = np.zeros((n, length), np.float32)
+    seen = 0
     for b, row in enumerate(rows):
         at = start
         for number, conversation in enumerate(row, 1):
@@ -118,15 +130,20 @@ def pack(
                 break
             span = slice(at, at + len(words))
             ids[b, span], targets[b, span], weights[b, span] = words, target, weight
-            position[b, span] = start + np.arange(len(words))
+            position[:, b, span] = layout.after + np.arange(len(words))
             segment[b, span] = number
             at += len(words)
             asked += [b] * len(conversation)
             about += [question.about for question in conversation]
+            for question in conversation:
+                first.append(seen)
+                seen += len(question.answer.split()) + 1
     same = segment[:, :, None] == segment[:, None, :]
-    seen = np.tril(same | (segment == 0)[:, None, :])
-    mask = np.where(seen, np.float32(0), np.float32("-inf"))
-    dense, offsets, owner = dense_labels(scenes, grid)
+    visible = np.tril(same | (segment == 0)[:, None, :])
+    mask = np.where(visible, np.float32(0), np.float32("-inf"))
+    frames = [frame for scene in scenes for frame in scene.frames]
+    dense, offsets, owner = dense_labels([things for _, things in frames], grid)
+    owner = owner.reshape(n, -1)
     patches = np.stack([np.isin(owner[b], things) for b, things in zip(asked, about, strict=True)])
     return Batch(
         torch.from_numpy(ids),
@@ -134,26 +151,32 @@ def pack(
         torch.from_numpy(mask)[:, None],
         torch.from_numpy(targets),
         torch.from_numpy(weights),
-        pixels([s.image for s in scenes], side),
-        dense,
+        pixels([image for image, _ in frames], side),
+        {name: labels for name, labels in dense.items() if name in kind.groups},
         offsets,
         torch.tensor(asked),
         torch.from_numpy(patches),
+        torch.tensor(first),
     )
 
 
-def dense_labels(scenes: list[Scene], grid: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, np.ndarray]:
-    """Labels of the patches whose centre lies in a thing's box; -100 (or 0 offset) elsewhere.
+def dense_labels(
+    things_of: list[list[Thing | None]], grid: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, np.ndarray]:
+    """Labels of the tokens whose centre lies in a thing's box; -100 (or 0 offset) elsewhere.
 
-    The last result (B, G*G) is the index of the thing that owns each patch, -1 where none does.
+    ``things_of`` has the things of each of B images. The last result (B, G*G) is the index of the thing
+    that owns each token, -1 where none does.
     """
-    shape = (len(scenes), grid, grid)
+    shape = (len(things_of), grid, grid)
     dense = {name: np.full(shape, -100) for name in GROUPS}
     offsets = np.zeros((*shape, 2), np.float32)
     owner = np.full(shape, -1)
     middle = (np.arange(grid) + 0.5) * SIZE / grid
-    for b, scene in enumerate(scenes):
-        for index, thing in enumerate(scene.things):
+    for b, listed in enumerate(things_of):
+        for index, thing in enumerate(listed):
+            if thing is None:
+                continue
             x0, y0, x1, y1 = thing.box
             xs = np.flatnonzero((middle >= x0) & (middle <= x1))
             ys = np.flatnonzero((middle >= y0) & (middle <= y1))
@@ -168,7 +191,7 @@ def dense_labels(scenes: list[Scene], grid: int) -> tuple[dict[str, torch.Tensor
             offsets[(*at, 0)] = (cx - middle[xs])[None, None, :] / SIZE
             offsets[(*at, 1)] = (cy - middle[ys])[None, :, None] / SIZE
     return (
-        {name: torch.from_numpy(a.reshape(len(scenes), -1)) for name, a in dense.items()},
-        torch.from_numpy(offsets.reshape(len(scenes), -1, 2)),
-        owner.reshape(len(scenes), -1),
+        {name: torch.from_numpy(a.reshape(len(things_of), -1)) for name, a in dense.items()},
+        torch.from_numpy(offsets.reshape(len(things_of), -1, 2)),
+        owner.reshape(len(things_of), -1),
     )

@@ -43,6 +43,7 @@ TASKS = {
     "objects": ("color", "shape", "position", "count", "count_color"),
     "chart": ("bar_value", "tallest", "shortest"),
     "cards": ("card_digit", "card_color"),
+    "page": ("row_number", "row_count"),
 }
 PHOTOS = (
     "astronaut.png",
@@ -62,7 +63,7 @@ DARK = (25, 25, 25)
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a scene; ``answer`` is always a single word.
+    """One question about a scene; ``answer`` is a word, or the words of a number's digits.
 
     ``about`` holds the indices in ``Scene.things`` of what the answer has to be read from.
     """
@@ -104,14 +105,20 @@ class Scene:
     questions: list[Question]
     things: list[Thing]
 
+    @property
+    def frames(self) -> list[tuple[Image.Image, list[Thing | None]]]:
+        """The image and what is on it, as a video of one frame."""
+        return [(self.image, list(self.things))]
+
 
 def sample(split: str, seed: int, kind: str | None = None) -> Scene:
     """The scene number ``seed`` of ``split``; ``kind`` forces a scene type."""
     rng = np.random.default_rng([SPLITS[split], seed])
     drawn = KINDS[rng.choice(len(KINDS), p=KIND_SHARE)]
     kind = kind or drawn
-    image = _background(rng, held_out=split == "test")
-    things, questions = {"objects": _objects, "chart": _chart, "cards": _cards}[kind](rng, image)
+    image = background(rng, held_out=split == "test")
+    draw = {"objects": _objects, "chart": _chart, "cards": _cards, "page": _page}[kind]
+    things, questions = draw(rng, image)
     return Scene(image, kind, questions, things)
 
 
@@ -125,7 +132,7 @@ def _photos() -> list[Image.Image]:
     return photos
 
 
-def _background(rng: np.random.Generator, held_out: bool) -> Image.Image:
+def background(rng: np.random.Generator, held_out: bool) -> Image.Image:
     """A random square crop of a photo, flipped, dimmed and slightly desaturated at random."""
     photos = _photos()
     photo = photos[rng.integers(len(photos))]
@@ -142,12 +149,12 @@ def _background(rng: np.random.Generator, held_out: bool) -> Image.Image:
     return ImageEnhance.Brightness(image).enhance(rng.uniform(0.55, 0.9))
 
 
-def _paint(rng: np.random.Generator, color: str) -> tuple[int, ...]:
+def paint(rng: np.random.Generator, color: str) -> tuple[int, ...]:
     return tuple(int(v) for v in np.clip(np.array(COLORS[color]) + rng.integers(-12, 13, 3), 0, 255))
 
 
 @lru_cache(maxsize=512)
-def _mask(shape: str, size: int) -> Image.Image:
+def silhouette(shape: str, size: int) -> Image.Image:
     """Anti-aliased silhouette, (size, size), mode L."""
     big = 4 * size
     mask = Image.new("L", (big, big))
@@ -190,25 +197,25 @@ def _place(rng: np.random.Generator, sizes: list[int], tries: int = 80) -> list[
     return boxes
 
 
-def _pick(rng: np.random.Generator, options: tuple[str, ...], count: int) -> list[str]:
+def pick(rng: np.random.Generator, options: tuple[str, ...], count: int) -> list[str]:
     return [options[i] for i in rng.permutation(len(options))[:count]]
 
 
 def _objects(rng: np.random.Generator, image: Image.Image) -> tuple[list[Thing], list[Question]]:
     n = int(rng.integers(1, 7))
     sizes = sorted((int(s) for s in rng.integers(18, 41 if n < 4 else 33, n)), reverse=True)
-    palette = _pick(rng, tuple(COLORS), int(rng.integers(1, 7)))
-    kinds = _pick(rng, SHAPES, int(rng.integers(3, 7)))
+    palette = pick(rng, tuple(COLORS), int(rng.integers(1, 7)))
+    kinds = pick(rng, SHAPES, int(rng.integers(3, 7)))
     things = []
     for box in _place(rng, sizes):
         shape = kinds[rng.integers(len(kinds))]
         color = palette[rng.integers(len(palette))]
         x, y, x1, _ = box
         size = x1 - x
-        image.paste(DARK, (x - 1, y - 1), _mask(shape, size + 2))
-        image.paste(_paint(rng, color), (x, y), _mask(shape, size))
+        image.paste(DARK, (x - 1, y - 1), silhouette(shape, size + 2))
+        image.paste(paint(rng, color), (x, y), silhouette(shape, size))
         things.append(Thing(shape, color, box))
-    return things, _shuffled(rng, _ask_objects(rng, things))
+    return things, shuffled(rng, _ask_objects(rng, things))
 
 
 def _ask_objects(rng: np.random.Generator, things: list[Thing]) -> Iterator[Question]:
@@ -216,7 +223,7 @@ def _ask_objects(rng: np.random.Generator, things: list[Thing]) -> Iterator[Ques
     colors = Counter(t.color for t in things)
     both = Counter((t.color, t.shape) for t in things)
     yield Question("count", "how many objects are there ?", str(len(things)), tuple(range(len(things))))
-    absent = _pick(rng, tuple(c for c in COLORS if c not in colors), 1)
+    absent = pick(rng, tuple(c for c in COLORS if c not in colors), 1)
     for color in [*colors, *absent]:
         if colors[color] == 1 and rng.random() < 0.6:
             continue  # most colours occur once; without this "1" would be most of the answers
@@ -250,13 +257,13 @@ def _chart(rng: np.random.Generator, image: Image.Image) -> tuple[list[Thing], l
         image.paste(grid, (4, base - k * unit), Image.new("L", grid.size, 160 if k == 0 else 70))
     draw = ImageDraw.Draw(image)
     things = []
-    for i, color in enumerate(_pick(rng, tuple(COLORS), n)):
+    for i, color in enumerate(pick(rng, tuple(COLORS), n)):
         value = int(rng.integers(1, 10))
         x = left + i * slot
         box = (x, base - value * unit, x + width, base)
-        draw.rectangle(box, fill=_paint(rng, color), outline=DARK)
+        draw.rectangle(box, fill=paint(rng, color), outline=DARK)
         things.append(Thing("bar", color, box, value))
-    return things, _shuffled(rng, _ask_chart(things))
+    return things, shuffled(rng, _ask_chart(things))
 
 
 def _ask_chart(things: list[Thing]) -> Iterator[Question]:
@@ -282,15 +289,15 @@ def _cards(rng: np.random.Generator, image: Image.Image) -> tuple[list[Thing], l
     boxes = _place(rng, sorted((int(s) for s in rng.integers(34, 47, n)), reverse=True))
     draw = ImageDraw.Draw(image)
     things = []
-    for box, color in zip(boxes, _pick(rng, tuple(COLORS), n), strict=False):
+    for box, color in zip(boxes, pick(rng, tuple(COLORS), n), strict=False):
         digit = int(rng.integers(0, 10))
         x0, y0, x1, _ = box
-        draw.rounded_rectangle(box, 5, fill=_paint(rng, color), outline=DARK)
+        draw.rounded_rectangle(box, 5, fill=paint(rng, color), outline=DARK)
         ink = (245, 245, 245) if color in ("red", "blue", "purple") else DARK
         middle = ((x0 + x1) / 2, (y0 + x1 - x0 + y0) / 2)
         draw.text(middle, str(digit), ink, _font(int(0.8 * (x1 - x0))), anchor="mm")
         things.append(Thing("card", color, box, digit))
-    return things, _shuffled(rng, _ask_cards(things))
+    return things, shuffled(rng, _ask_cards(things))
 
 
 def _ask_cards(things: list[Thing]) -> Iterator[Question]:
@@ -303,6 +310,34 @@ def _ask_cards(things: list[Thing]) -> Iterator[Question]:
             yield Question("card_color", text, t.color, (i,))
 
 
-def _shuffled(rng: np.random.Generator, questions: Iterator[Question]) -> list[Question]:
+def _page(rng: np.random.Generator, image: Image.Image) -> tuple[list[Thing], list[Question]]:
+    """A sheet with numbers of two digits, one a row, each row tinted."""
+    n = int(rng.integers(2, 6))
+    high = int(rng.integers(17, 22))
+    wide = int(rng.integers(70, 105))
+    x0 = int(rng.integers(3, SIZE - wide - 3))
+    y0 = int(rng.integers(3, SIZE - n * high - 7))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((x0 - 2, y0 - 2, x0 + wide + 2, y0 + n * high + 2), fill=(236, 234, 228), outline=DARK)
+    things, questions = [], []
+    size = high - 3
+    for i, color in enumerate(pick(rng, tuple(COLORS), n)):
+        top = y0 + i * high
+        draw.rectangle((x0, top + 1, x0 + wide, top + high - 1), fill=paint(rng, color))
+        ink = (245, 245, 245) if color in ("red", "blue", "purple") else DARK
+        left = x0 + int(rng.integers(3, wide - 2 * size))
+        digits = (int(rng.integers(1, 10)), int(rng.integers(0, 10)))
+        for place, digit in enumerate(digits):
+            box = (left + place * size * 3 // 4, top + 1, left + (place + 1) * size * 3 // 4, top + high - 1)
+            middle = ((box[0] + box[2]) / 2, top + high / 2)
+            draw.text(middle, str(digit), ink, _font(size), anchor="mm")
+            things.append(Thing("card", color, box, digit))
+        text = f"what number is in the {color} row ?"
+        questions.append(Question("row_number", text, " ".join(map(str, digits)), (2 * i, 2 * i + 1)))
+    questions.append(Question("row_count", "how many rows are there ?", str(n), tuple(range(2 * n))))
+    return things, shuffled(rng, iter(questions))
+
+
+def shuffled(rng: np.random.Generator, questions: Iterator[Question]) -> list[Question]:
     listed = list(questions)
     return [listed[i] for i in rng.permutation(len(listed))]

@@ -1,0 +1,132 @@
+"""What training and evaluation have to know of each family of models, in one table.
+
+All families speak the same words; the shipped LLaVA knows only the first ones (`model.VOCAB`), so a
+decoder can start from its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import model as llava
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+EXTRA = ("<img>", "</img>", "<video>", "rows", "way", "does", "move", "moves", "appears", "first", "last")
+EXTRA += ("at", "end", "start", "in", "row", "up", "down", "still")
+VOCAB = (*llava.VOCAB, *EXTRA)
+WORD = {word: number for number, word in enumerate(VOCAB)}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The prompt in front of the text: ids (L,), position ids (A, L), and the position after them.
+
+    A is the number of position axes: 1, or 3 with multimodal rotary positions.
+    """
+
+    ids: list[int]
+    positions: np.ndarray
+    after: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        build: a model with fresh weights.
+        features: (model, pixels (B, 3, S, S)) -> visual tokens (B, N, D).
+        layout: (frames, grid) -> `Layout`, for `frames` images of ``grid x grid`` tokens each.
+        side, pixels_per_token: of an image in training.
+        small_sides: smaller images, seen now and then.
+        groups: dense labels that a visual token of this family can know about itself.
+        kinds: scenes that it is trained on, with their shares.
+        vision_from_llava: (model, trained LLaVA): start the vision tower from that one's.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    features: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    layout: Callable[[int, int], Layout]
+    side: int
+    pixels_per_token: int
+    small_sides: tuple[int, ...]
+    groups: tuple[str, ...]
+    kinds: dict[str, float]
+    vision_from_llava: Callable[[nn.Module, nn.Module], None]
+
+    def grid(self, side: int | None = None) -> int:
+        """Visual tokens along one side of an image."""
+        return (side or self.side) // self.pixels_per_token
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the families that know all words."""
+    return llava.build_tokenizer(
+        VOCAB,
+        {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<image>",
+            "video_token": "<video>",
+        },
+    )
+
+
+def in_a_row(ids: list[int]) -> Layout:
+    """`ids` with positions 0, 1, 2, ..."""
+    return Layout(ids, np.arange(len(ids))[None], len(ids))
+
+
+def _llava_layout(frames: int, grid: int) -> Layout:
+    return in_a_row([WORD["user:"]] + [llava.IMAGE] * (frames * grid * grid))
+
+
+@torch.no_grad()
+def _vision_of_llava(model: nn.Module, source: nn.Module) -> None:
+    model.model.vision_tower.load_state_dict(source.model.vision_tower.state_dict())
+    model.model.multi_modal_projector.load_state_dict(source.model.multi_modal_projector.state_dict())
+
+
+def family(name: str) -> Family:
+    """The family called `name`: llava, internvl or qwen2_vl."""
+    import internvl
+    import qwen2_vl
+
+    table = {
+        "llava": Family(
+            "llava",
+            llava.build_model,
+            llava.image_features,
+            _llava_layout,
+            side=128,
+            pixels_per_token=8,
+            small_sides=(64, 80, 96, 112),
+            groups=("color", "kind", "number", "cell"),
+            kinds={"objects": 0.5, "chart": 0.3, "cards": 0.2},
+            vision_from_llava=_vision_of_llava,
+        ),
+        "internvl": internvl.FAMILY,
+        "qwen2_vl": qwen2_vl.FAMILY,
+    }
+    if name not in table:
+        raise ValueError(f"family is {name!r}; allowed: {', '.join(table)}")
+    return table[name]
+
+
+@torch.no_grad()
+def decoder_from_llava(model: nn.Module, source: nn.Module) -> None:
+    """Start the decoder of `model` from that of a LLaVA of the same sizes; new words stay as they are."""
+    ours, theirs = model.model.language_model, source.model.language_model
+    known = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if name == "embed_tokens.weight":
+            parameter[: len(llava.VOCAB)] = known[name]
+        elif name in known:
+            parameter.copy_(known[name])
+        else:  # Qwen2 has biases where Llama has none
+            parameter.zero_()
