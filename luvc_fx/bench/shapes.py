@@ -101,39 +101,50 @@ def _noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
+def _at_most(layers: int | None, depth: int) -> int:
+    return depth if layers is None else min(depth, layers)
+
+
+def _text(hidden: int, inner: int, depth: int, heads: int, kv: int, vocab: int) -> Callable[..., Any]:
+    """The decoder's part of a config, by ``(layers, **more of rope_parameters)``."""
+
+    def sizes(layers: int | None, **rope: Any) -> dict[str, Any]:
+        return {
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": _at_most(layers, depth),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv,
+            "vocab_size": vocab,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **rope},
+        }
+
+    return sizes
+
+
 # ------------------------------------------------------------------------------ LLaVA-OneVision
 
 _TILE = 384
 _PATCHES = 27
 
 
-def _onevision(hidden: int, inner: int, depth: int, heads: int, kv: int, vocab: int, tied: bool) -> Any:
+def _onevision(sizes: Callable[..., Any], tied: bool) -> Any:
     def config(layers: int | None) -> Any:
         from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
 
         vision = SiglipVisionConfig(
             hidden_size=1152,
             intermediate_size=4304,
-            num_hidden_layers=26 if layers is None else min(26, layers),
+            num_hidden_layers=_at_most(layers, 26),
             num_attention_heads=16,
             image_size=_TILE,
             patch_size=14,
             vision_use_head=False,
         )
-        text = Qwen2Config(
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=depth if layers is None else min(depth, layers),
-            num_attention_heads=heads,
-            num_key_value_heads=kv,
-            vocab_size=vocab,
-            max_position_embeddings=32768,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            tie_word_embeddings=tied,
-        )
         return LlavaOnevisionConfig(
             vision_config=vision,
-            text_config=text,
+            text_config=Qwen2Config(**sizes(layers), tie_word_embeddings=tied),
             image_token_index=151646,
             video_token_index=151647,
             vision_feature_layer=-1,
@@ -166,33 +177,24 @@ def _onevision_pixels(config: Any, visual: Visual, batch: int) -> tuple[Inputs, 
 # ------------------------------------------------------------------------------------ InternVL2.5
 
 
-def _internvl(hidden: int, inner: int, depth: int, heads: int, kv: int, vocab: int) -> Any:
+def _internvl(sizes: Callable[..., Any]) -> Any:
     def config(layers: int | None) -> Any:
         from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig
 
         vision = InternVLVisionConfig(
             hidden_size=1024,
             intermediate_size=4096,
-            num_hidden_layers=24 if layers is None else min(24, layers),
+            num_hidden_layers=_at_most(layers, 24),
             num_attention_heads=16,
             image_size=448,
             patch_size=14,
             attention_bias=True,
         )
-        text = LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=depth if layers is None else min(depth, layers),
-            num_attention_heads=heads,
-            num_key_value_heads=kv,
-            vocab_size=vocab,
-            max_position_embeddings=32768,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        )
+        text = LlamaConfig(**sizes(layers))
         return InternVLConfig(
             vision_config=vision,
             text_config=text,
-            image_token_id=vocab - 7,
+            image_token_id=text.vocab_size - 7,
             image_seq_length=256,
             downsample_ratio=0.5,
             vision_feature_layer=-1,
@@ -210,35 +212,23 @@ def _internvl_pixels(config: Any, visual: Visual, batch: int) -> tuple[Inputs, i
 # --------------------------------------------------------------------------------------- Qwen2-VL
 
 
-def _qwen2_vl(hidden: int, inner: int, depth: int, heads: int, kv: int, vocab: int, tied: bool) -> Any:
+def _qwen2_vl(sizes: Callable[..., Any], tied: bool) -> Any:
     def config(layers: int | None) -> Any:
         from transformers import Qwen2VLConfig
 
+        text = sizes(layers, mrope_section=[16, 24, 24])
         return Qwen2VLConfig(
             vision_config={
-                "depth": 32 if layers is None else min(32, layers),
+                "depth": _at_most(layers, 32),
                 "embed_dim": 1280,
-                "hidden_size": hidden,
+                "hidden_size": text["hidden_size"],
                 "num_heads": 16,
                 "mlp_ratio": 4,
                 "patch_size": 14,
                 "spatial_merge_size": 2,
                 "temporal_patch_size": 2,
             },
-            text_config={
-                "hidden_size": hidden,
-                "intermediate_size": inner,
-                "num_hidden_layers": depth if layers is None else min(depth, layers),
-                "num_attention_heads": heads,
-                "num_key_value_heads": kv,
-                "vocab_size": vocab,
-                "max_position_embeddings": 32768,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 1e6,
-                    "mrope_section": [16, 24, 24],
-                },
-            },
+            text_config=text,
             image_token_id=151655,
             video_token_id=151656,
             vision_start_token_id=151652,
@@ -271,30 +261,38 @@ SHAPES = {
         Shape(
             "llava-ov-0.5b",
             _ONEVISION,
-            _onevision(896, 4864, 24, 14, 2, 152000, True),
+            _onevision(_text(896, 4864, 24, 14, 2, 152000), True),
             _onevision_pixels,
             0.9,
         ),
         Shape(
             "llava-ov-7b",
             _ONEVISION,
-            _onevision(3584, 18944, 28, 28, 4, 152128, False),
+            _onevision(_text(3584, 18944, 28, 28, 4, 152128), False),
             _onevision_pixels,
             8.0,
         ),
-        Shape("internvl2.5-2b", _INTERNVL, _internvl(2048, 8192, 24, 16, 8, 92553), _internvl_pixels, 2.2),
-        Shape("internvl2.5-8b", _INTERNVL, _internvl(4096, 14336, 32, 32, 8, 92553), _internvl_pixels, 8.1),
+        Shape(
+            "internvl2.5-2b", _INTERNVL, _internvl(_text(2048, 8192, 24, 16, 8, 92553)), _internvl_pixels, 2.2
+        ),
+        Shape(
+            "internvl2.5-8b",
+            _INTERNVL,
+            _internvl(_text(4096, 14336, 32, 32, 8, 92553)),
+            _internvl_pixels,
+            8.1,
+        ),
         Shape(
             "qwen2-vl-2b",
             _QWEN2_VL,
-            _qwen2_vl(1536, 8960, 28, 12, 2, 151936, True),
+            _qwen2_vl(_text(1536, 8960, 28, 12, 2, 151936), True),
             _qwen2_vl_pixels,
             2.2,
         ),
         Shape(
             "qwen2-vl-7b",
             _QWEN2_VL,
-            _qwen2_vl(3584, 18944, 28, 28, 4, 152064, False),
+            _qwen2_vl(_text(3584, 18944, 28, 28, 4, 152064), False),
             _qwen2_vl_pixels,
             8.3,
         ),

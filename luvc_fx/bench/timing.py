@@ -50,6 +50,12 @@ class Clock:
         event.record()
         return lambda: Span(mark.elapsed_time(event), 0.0)
 
+    def stop_after(self, call: Callable[[], Any]) -> Callable[[], Span]:
+        """The span of one call, to be asked for after `wait`."""
+        mark = self.start()
+        call()
+        return self.stop(mark)
+
     def wait(self) -> None:
         """Until the device has done what it was given."""
         if self.cuda:

@@ -19,8 +19,11 @@ import pytest
 import torch
 from fake_cuda import AMPERE, HOPPER, compile_kernels, disassemble, externs, fake_cuda, generate, launches
 from lowering_cases import ALL, PARTS, SITES, Case, prune, spu
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from luvc_fx import registry
+from luvc_fx.ops import lowpass
 from luvc_fx.schedule import Schedule
 
 pytest.importorskip("triton", reason="triton is installed on Linux only")
@@ -60,6 +63,16 @@ def test_kernels_compile_to_cubins(name: str, capability: tuple[int, int]) -> No
         assert f".target {TARGETS[capability]}" in kernel.asm["ptx"]
         machine = disassemble(kernel.asm["cubin"])
         assert "EXIT" in machine and re.search(r"\bSTG", machine), "a kernel that stores nothing"
+
+
+def test_the_filter_of_a_long_sequence_compiles() -> None:
+    """Inductor counts in 32 bits: numbers that grow with the cube of the tokens were too large for it."""
+    with fake_cuda(HOPPER):
+        with FakeTensorMode():
+            x = torch.empty(1, 16384, 64, device="cuda")
+            gm = make_fx(lambda x: lowpass(x, 0.5, "fir"))(x)
+        code = generate(gm, [x])
+        assert set(compile_kernels(code)) == set(launches(code)) and not externs(code)
 
 
 # ------------------------------------------------------------------------------------------- controls
