@@ -1,4 +1,6 @@
-"""The README's table of speed, made from the JSON files in results/.
+"""The README's table of speed, made from the JSON files in results/. README.md there documents their keys.
+
+Rows of `campaign.py` that have no result say "not measured".
 
 ``.venv/bin/python examples/benchmarks/speed_table.py`` prints it, ``--write`` puts it into README.md.
 """
@@ -9,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from campaign import GPU, ROWS, Row
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -34,14 +38,32 @@ def lines_of(results: list[dict[str, Any]]) -> list[str]:
     for result in results:
         for row in result["rows"]:
             lines.append("| " + " | ".join(_cells(result, row)) + " |")
+    measured = {result.get("row") for result in results}
+    for row in ROWS:
+        if row.shape is not None and row.name not in measured:
+            lines.append("| " + " | ".join(_missing(row)) + " |")
     return [*lines, "", *map(_sentence, results)]
+
+
+def _missing(row: Row) -> list[str]:
+    given = f"{row.frames} frames" if row.frames else "1 image"
+    if "text" in row.options:
+        given += f", {row.options['text']} text tokens"
+    if "batch" in row.options:
+        given += ", the largest batch"
+    if "mode" in row.options:
+        given += f", {row.options['mode']}"
+    return [str(row.shape), given, "luvc_fx", "all", "not measured", *["-"] * 4, "a GPU, bfloat16"]
 
 
 def _sentence(result: dict[str, Any]) -> str:
     shape = result["rows"][0]["shape"]
     (cost,) = (cost for cost in result["costs"] if cost["arm"] == "luvc_fx")
+    what = f"- {shape['name']}, {shape['input']}:"
+    if result["obstacles"]:
+        return f"{what} no speed-up is given: {'; '.join(result['obstacles'])}"
     return (
-        f"- {shape['name']}, {shape['input']}: a budget of {cost['budget']:.3f} is {result['ideal']:.2f} "
+        f"{what} a budget of {cost['budget']:.3f} is {result['ideal']:.2f} "
         f"times fewer FLOPs in the prefill, of which {result['realised']:.0%} became time; `luvc_fx` took "
         f"{cost['luvc_share']:.1%} of the first run, in which everything is compiled."
     )
@@ -64,8 +86,9 @@ def _cells(result: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 
 def read() -> list[dict[str, Any]]:
-    """All results of `luvc-fx bench --json`, by file name."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    """All results of `luvc-fx bench --json`, by file name, those of a GPU behind the others."""
+    paths = sorted(RESULTS.glob("*.json"), key=lambda path: (path.name.startswith(GPU), path.name))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return [result for result in found if "rows" in result]
 
 

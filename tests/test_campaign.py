@@ -1,0 +1,84 @@
+"""The campaign on a GPU: rows fail, end in time, are written and left out when they are there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import campaign
+import pytest
+import speed_table
+from campaign import ROWS, Row, options_of
+
+from luvc_fx.bench import SHAPES
+
+
+def script(name: str, code: str, **more: Any) -> Row:
+    return Row(name, script=("-c", code), **more)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_row_that_fails_is_written_and_the_next_one_follows(tmp_path: Path) -> None:
+    said: list[str] = []
+    rows = (
+        script("bad", "print('a word'); raise SystemExit(3)"),
+        script("slow", "import time; time.sleep(600)", minutes=0.02),
+        script("good", "print('fine')"),
+    )
+    assert campaign.campaign(rows, tmp_path, 1.0, False, said.append) == 2
+    bad, slow, good = (read(tmp_path / f"gpu-{row.name}.json") for row in rows)
+    assert bad["error"] == "exit code 3" and bad["printed"] == ["a word"]
+    assert slow["error"].startswith("ended after") and slow["seconds"] < 30
+    assert good["printed"] == ["fine"] and "error" not in good
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json"}
+
+    said.clear()
+    again = (*rows[:2], script("good", "raise SystemExit(9)"))
+    assert campaign.campaign(again, tmp_path, 1.0, False, said.append) == 2
+    assert "good: is there" in said and any(line.startswith("bad: exit code 3") for line in said)
+
+
+def test_nothing_starts_when_the_time_is_over(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert campaign.campaign((script("late", "print(1)"),), tmp_path, 0.0, False, said.append) == 1
+    assert said == ["late: no time left"] and not list(tmp_path.iterdir())
+
+
+def test_the_most_important_row_comes_first_and_the_tests_last() -> None:
+    assert (ROWS[0].shape, ROWS[0].frames) == ("llava-ov-7b", 32)
+    assert ROWS[-1].script[:2] == ("-m", "pytest")
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.shape], ids=lambda row: row.name)
+def test_rows_are_options_of_the_benchmark(row: Row) -> None:
+    options = options_of(row, False, True)
+    assert options.shape in SHAPES and options.layers is None
+    small = options_of(row, True, False)
+    assert small.layers == 3 and small.batch and small.mode is None
+    assert small.schedule == options.schedule and small.names == options.names
+
+
+def test_the_headline_row_ends_at_2048_tokens() -> None:
+    schedule = campaign.to_2048()
+    (merge,), (prune,) = schedule.merge, schedule.prune
+    assert merge.keep is not None
+    assert prune.count(round(8192 * merge.keep)) == 2048
+
+
+def test_a_row_without_a_result_is_not_measured() -> None:
+    lines = speed_table.lines_of([])
+    assert sum("not measured" in line for line in lines) == sum(row.shape is not None for row in ROWS)
+    result = {**speed_table.read()[0], "row": ROWS[0].name}
+    assert sum("not measured" in line for line in speed_table.lines_of([result])) == len(
+        [row for row in ROWS[1:] if row.shape]
+    )
+
+
+def test_a_result_behind_the_gate_says_so() -> None:
+    result = {**speed_table.read()[0], "obstacles": ["it ran eagerly"], "realised": None}
+    assert speed_table.lines_of([result])[-1].endswith("no speed-up is given: it ran eagerly")
