@@ -75,7 +75,7 @@ def make_prompt(model: Any, processor: Any, images: Sequence[Image], text: str) 
     Raises:
         InputError: a text that the prompt cannot hold, or a processor that cannot make the prompt.
     """
-    token = _image_token(model, processor)
+    token = image_token(model, processor)
     if not text.strip():
         raise InputError("the prompt is empty")
     if token in text:
@@ -97,7 +97,7 @@ def make_prompt(model: Any, processor: Any, images: Sequence[Image], text: str) 
     return dict(inputs.to(model.device, model.dtype))
 
 
-def _image_token(model: Any, processor: Any) -> str:
+def image_token(model: Any, processor: Any) -> str:
     token = getattr(processor, "image_token", None)
     if token is None:
         token = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)

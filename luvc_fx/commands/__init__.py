@@ -8,11 +8,12 @@ from typing import Any
 
 from luvc_fx.commands.bench import bench
 from luvc_fx.commands.demo import demo
+from luvc_fx.commands.eval import evaluate
 from luvc_fx.commands.inspect import inspect
 from luvc_fx.commands.serve import serve
 
 COMMANDS: Mapping[str, Callable[..., None]] = MappingProxyType(
-    {"bench": bench, "demo": demo, "inspect": inspect, "serve": serve}
+    {"bench": bench, "demo": demo, "eval": evaluate, "inspect": inspect, "serve": serve}
 )
 
 SETTINGS: Mapping[str, dict[str, Any]] = MappingProxyType(

@@ -1,0 +1,158 @@
+"""Prompts of questions, made once and used by every method, and batches of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luvc_fx.encoders import placeholders
+from luvc_fx.evaluation.questions import Question, read_frames
+from luvc_fx.inputs import InputError, brief
+from luvc_fx.local_model import image_token
+
+PIXEL_BYTES = 2 << 30
+"""Processed images that are kept in memory; those beyond are processed again each time."""
+
+PADDED = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+"""What is as long as the text and gets padding on its left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One prompt as the model takes it.
+
+    Attributes:
+        text: each ``[1, tokens]``.
+        pixels: everything else, on images or videos.
+        visual: placeholders of visual tokens in the text.
+    """
+
+    text: dict[str, Tensor]
+    pixels: dict[str, Tensor]
+    visual: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return self.text["input_ids"].shape[1]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Rows of equal shape can share a batch, and share the graphs of one.
+
+        Small whole numbers (grids, sizes of images) steer the encoder, so they count by value.
+        """
+        about = []
+        for name, tensor in sorted(self.pixels.items()):
+            values = () if tensor.is_floating_point() else tuple(tensor.flatten().tolist())
+            about.append((name, tuple(tensor.shape), values))
+        return self.visual, tuple(about)
+
+
+class Prompts:
+    """Rows of questions for one model; an image is processed once for all its questions and methods."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        self._texts: dict[Question, tuple[dict[str, Tensor], int]] = {}
+        self._pixels: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+        self._bytes = 0
+        pad = getattr(processor.tokenizer, "pad_token_id", None)
+        self.padding = 0 if pad is None else pad
+
+    def row(self, question: Question) -> Row:
+        """The prompt of that question: the image or video first, by the chat template if there is one.
+
+        Raises:
+            InputError: a file that cannot be read, or a prompt that the processor cannot make.
+        """
+        of = (question.media, question.video)
+        if question in self._texts and of in self._pixels:
+            text, visual = self._texts[question]
+            return Row(text, self._pixels[of], visual)
+        inputs = self._process(question)
+        length = inputs["input_ids"].shape[1]
+        text = {name: inputs[name] for name in PADDED if name in inputs}
+        text.setdefault("attention_mask", torch.ones(1, length, dtype=torch.int64))
+        pixels = {name: tensor for name, tensor in inputs.items() if name not in PADDED}
+        visual = int(placeholders(self.model, text["input_ids"]).sum())
+        if not visual:
+            raise InputError(f"the prompt of {question.text!r} holds no visual token")
+        self._texts[question] = text, visual
+        size = sum(tensor.nbytes for tensor in pixels.values())
+        if of not in self._pixels and self._bytes + size <= PIXEL_BYTES:
+            self._pixels[of] = pixels
+            self._bytes += size
+        return Row(text, self._pixels.get(of, pixels), visual)
+
+    def _process(self, question: Question) -> dict[str, Tensor]:
+        frames = read_frames(question)
+        as_video = question.video and getattr(self.processor, "video_processor", None) is not None
+        token = image_token(self.model, self.processor)
+        if token in question.text:
+            raise InputError(f"question {question.text!r} must not contain {token!r}")
+        # A model without videos sees the frames as images, one after another.
+        kinds = ["video"] if as_video else ["image"] * len(frames)
+        try:
+            if getattr(self.processor, "chat_template", None):
+                content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": question.text}]
+                turn = [{"role": "user", "content": content}]
+                text = self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            else:
+                tokens = [self.processor.video_token if as_video else token] * len(kinds)
+                text = "\n".join([*tokens, question.text])
+            given: dict[str, Any] = {"videos": [frames]} if as_video else {"images": frames}
+            if as_video:  # all frames are shown
+                given["do_sample_frames"] = False
+            made = self.processor(text=[text], return_tensors="pt", **given)
+        except Exception as error:
+            name = type(self.processor).__name__
+            raise InputError(f"{name} cannot make the prompt of {question.text!r}: {brief(error)}") from error
+        return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+
+
+def batches(rows: Sequence[Row], most: int) -> Iterator[tuple[list[int], int]]:
+    """Numbers of rows that can run together, equal in shape and near in length, and how many to fill up to.
+
+    At most `most`. What is left of a shape behind full batches is to be filled up to `most` rows, as
+    another number of rows would be other graphs.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        groups[row.shape].append(number)
+    for numbers in groups.values():
+        numbers.sort(key=lambda number: rows[number].length)
+        for first in range(0, len(numbers), most):
+            chosen = numbers[first : first + most]
+            yield chosen, most if first else len(chosen)
+
+
+def collate(
+    rows: Sequence[Row], count: int, padding: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """One batch of rows of equal shape, padded on the left; floating numbers in the model's dtype.
+
+    Args:
+        count: rows of the batch, at least those given: the last one is repeated.
+        padding: id of the padding token.
+    """
+    rows = [*rows, *rows[-1:] * (count - len(rows))]
+    length = max(row.length for row in rows)
+    inputs = {}
+    for name in rows[0].text:
+        fill = padding if name == "input_ids" else 0
+        padded = [
+            torch.nn.functional.pad(row.text[name], (length - row.length, 0), value=fill) for row in rows
+        ]
+        inputs[name] = torch.cat(padded)
+    for name in rows[0].pixels:
+        inputs[name] = torch.cat([row.pixels[name] for row in rows])
+    return {
+        name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        for name, tensor in inputs.items()
+    }

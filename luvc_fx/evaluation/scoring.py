@@ -1,0 +1,97 @@
+"""From answers to scores: accuracy, retention, agreement, and paired tests, by task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from luvc_fx.evaluation.questions import ALL_TASKS, Question, normalised
+from luvc_fx.evaluation.result import UNPRUNED, Cell, Comparison, Score
+from luvc_fx.evaluation.statistics import cluster_sums, holm, ratio_interval, sign_flip
+
+Right = NDArray[np.float64]
+
+
+def tasks_of(questions: Sequence[Question]) -> dict[str, NDArray[np.int64]]:
+    """Numbers of the questions of each task; first those of all tasks together."""
+    names = dict.fromkeys(question.task for question in questions)
+    found = {
+        name: np.array([i for i, question in enumerate(questions) if question.task == name]) for name in names
+    }
+    return {ALL_TASKS: np.arange(len(questions)), **found}
+
+
+def score(
+    questions: Sequence[Question],
+    answers: Mapping[Cell, Sequence[str]],
+    unpruned: Cell,
+    rivals: Sequence[str] = (),
+    seed: int = 0,
+) -> dict[Cell, dict[str, Score]]:
+    """Scores of every cell by task.
+
+    Args:
+        answers: of each cell to `questions`, in their order; `unpruned` is among them.
+        rivals: methods that the others are compared with at the same budget.
+        seed: of the bootstrap; all cells see the same resampled scenes.
+    """
+    right = {
+        cell: np.array([float(q.right(text)) for q, text in zip(questions, said, strict=True)])
+        for cell, said in answers.items()
+    }
+    tasks = tasks_of(questions)
+    same = [normalised(text) for text in answers[unpruned]]
+    agrees = {
+        cell: np.array([float(normalised(text) == first) for text, first in zip(said, same, strict=True)])
+        for cell, said in answers.items()
+    }
+    scenes = [question.scene for question in questions]
+    found: dict[Cell, dict[str, Score]] = {cell: {} for cell in answers}
+    for task, numbers in tasks.items():
+        within = [scenes[i] for i in numbers]
+        asked = cluster_sums(np.ones(len(numbers)), within)
+        base = cluster_sums(right[unpruned][numbers], within)
+        for cell in answers:
+            sums = cluster_sums(right[cell][numbers], within)
+            found[cell][task] = Score(
+                questions=len(numbers),
+                scenes=len(asked),
+                accuracy=float(sums.sum() / len(numbers)),
+                accuracy_interval=ratio_interval(sums, asked, seed),
+                retention=float(sums.sum() / base.sum()) if base.any() else None,
+                retention_interval=ratio_interval(sums, base, seed),
+                agreement=float(agrees[cell][numbers].mean()),
+            )
+    _compare(found, UNPRUNED, {cell: unpruned for cell in answers}, right, tasks, scenes)
+    for rival in rivals:
+        at = {cell.budget: cell for cell in answers if cell.method == rival and cell.budget is not None}
+        others = {cell: at[cell.budget] for cell in answers if cell.budget in at}
+        _compare(found, rival, others, right, tasks, scenes)
+    return found
+
+
+def _compare(
+    found: dict[Cell, dict[str, Score]],
+    name: str,
+    others: Mapping[Cell, Cell],
+    right: Mapping[Cell, Right],
+    tasks: Mapping[str, NDArray[np.int64]],
+    scenes: Sequence[str],
+) -> None:
+    """Compare each cell with its other, and correct over the cells; none is compared with itself."""
+    pairs = [(cell, other) for cell, other in others.items() if cell != other]
+    families = ([task for task in tasks if task == ALL_TASKS], [task for task in tasks if task != ALL_TASKS])
+    for family in families:
+        where, values, differences = [], [], []
+        for task in family:
+            numbers = tasks[task]
+            within = [scenes[i] for i in numbers]
+            for cell, other in pairs:
+                difference = right[cell][numbers] - right[other][numbers]
+                where.append(found[cell][task])
+                values.append(sign_flip(cluster_sums(difference, within)))
+                differences.append(float(difference.mean()))
+        for scored, difference, p, adjusted in zip(where, differences, values, holm(values), strict=True):
+            scored.against[name] = Comparison(difference, p, adjusted)
