@@ -41,6 +41,19 @@ class Attention:
             return None
         return operand(self.masked, 3, "attn_mask") if self.fused else operand(self.masked, 1, "other")
 
+    def unmask(self) -> None:
+        """Let a fused call see everything. Keys that several heads share are then read, not repeated first.
+
+        Under a mask transformers (5.17 - 5.23) repeats them, as the kernels that take both are slow.
+        """
+        node = self.node
+        shared = [_unrepeated(self.keys), _unrepeated(self.values)]
+        both = {**dict(zip(_OPERANDS, node.args, strict=False)), **node.kwargs, "attn_mask": None}
+        if None not in shared and shape(self.keys)[-1] == shape(self.values)[-1] <= 256:
+            both |= {"key": shared[0], "value": shared[1], "enable_gqa": True}
+        node.args = tuple(both.pop(name) for name in _OPERANDS[:3])
+        node.kwargs = both
+
 
 def attentions(graph: fx.Graph, inside: set[fx.Node]) -> list[Attention]:
     """The attention calls among the nodes `inside`, in order."""
@@ -68,6 +81,25 @@ def _fused(node: fx.Node) -> Attention | None:
     if scale is None:
         scale = shape(queries)[-1] ** -0.5
     return Attention(node, queries, keys, values, masked, True, scale if isinstance(scale, float) else None)
+
+
+_OPERANDS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+"""The arguments of the fused operator that may be given by position."""
+
+
+def _unrepeated(node: fx.Node) -> fx.Node | None:
+    """The ``[batch, groups, rows, dim]`` of which `node` has each group several times in a row."""
+    spread = _first(node)
+    single = None if spread is None else _first(spread)
+    source = None if single is None else _first(single)
+    if spread is None or single is None or source is None or op_name(node) not in ("reshape", "view"):
+        return None
+    every = slice(None)
+    added = op_name(single) == "getitem" and single.args[1] == (every, every, None, every, every)
+    batch, groups, *rest = shape(source)
+    times = shape(node)[1] // groups
+    repeats = op_name(spread) == "expand" and shape(spread) == (batch, groups, times, *rest)
+    return source if added and repeats and shape(node) == (batch, groups * times, *rest) else None
 
 
 def _written_out(node: fx.Node) -> Attention | None:

@@ -35,7 +35,7 @@ def _prompt_rows(embeds_or_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _cache_mask_shape(padding: torch.Tensor, queries: int) -> torch.Tensor:
-    return padding.new_empty((padding.shape[0], 1, queries, 1), dtype=torch.bool)
+    return padding.new_empty((padding.shape[0] or 1, 1, queries, 1), dtype=torch.bool)
 
 
 def _cache_mask(padding: torch.Tensor, queries: int) -> torch.Tensor:
@@ -69,7 +69,8 @@ PROMPT_ROWS = torch.ops.luvc_fx.prompt_rows
 
 CACHE_MASK = torch.ops.luvc_fx.cache_mask
 """`cache_mask(padding [B], queries) -> bool [B, 1, queries, 1]`: stands for "causal over whatever
-this layer's cache holds, without the first `padding` rows". Only true once a pass rebuilt it."""
+this layer's cache holds, without the first `padding` rows" (none where `padding` is ``[0]``). Only true
+once a pass rebuilt it."""
 
 
 def is_call(node: torch.fx.Node, marker: torch._ops.OpOverloadPacket) -> bool:

@@ -322,8 +322,8 @@ class FrontDoor:
     def _over_cache(self, kwargs: dict[str, Any], cache: object) -> tuple[dict[str, Any], Tensor | None]:
         """Over a shortened cache every layer needs its own mask: the padding of each row, to build it from.
 
-        One query without padding would need none, but transformers 5.17 makes one all the same, for the
-        rows of layer 0.
+        One query without padding needs none, but transformers 5.17 makes one all the same, for the rows of
+        layer 0.
         """
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if not isinstance(cache, PrunedRows):
@@ -331,7 +331,8 @@ class FrontDoor:
         if ids is None:
             raise NotImplementedError("luvc_fx: inputs_embeds over a cache with dropped visual tokens")
         if mask is None:
-            padding = torch.zeros(ids.shape[0], dtype=torch.int64, device=ids.device)
+            # Of no row: then nothing has to be compared with it, and one query needs no mask.
+            padding = torch.zeros(ids.shape[0] if cache.textual else 0, dtype=torch.int64, device=ids.device)
         elif mask.dim() == 2:
             seen = mask != 0
             padding = (seen.cumsum(1) == 0).sum(1)

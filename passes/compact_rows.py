@@ -6,6 +6,7 @@ from torch import Tensor, fx
 
 from luvc_fx.fx_util import is_tensor, order, value
 from luvc_fx.ops import gather_rows
+from luvc_fx.passes.causal_mask import Causal, read_causal
 from luvc_fx.passes.context import Context
 from luvc_fx.passes.emit import emit, inserted
 from luvc_fx.probe import Join
@@ -81,7 +82,19 @@ def _cut(
     if 0 in root.axes:
         raise Refused(Reason.TOKEN_AXIS, "a value without a batch axis follows the tokens", root.follower)
     index = ascending if len(root.axes) > 1 else places
+    if root.axes == (2, 3):
+        known = context.causal.get(root.follower) or read_causal(root.follower)
+        if known is not None:
+            return _remade(context, site, known, at, ascending)
     return _gather(context, site, root.follower, root.axes, at, index)
+
+
+def _remade(context: Context, site: str, known: Causal, at: fx.Node, ascending: fx.Node) -> fx.Node:
+    """The mask of the rows that are left, made of what little it says."""
+    given = () if known.keys is None else (known.keys,)
+    mask, *keys = emit(context.graph, site, known.shortened(), ascending, *given, after=at)
+    context.causal[mask] = Causal(keys[0] if keys else None, known.added)
+    return mask
 
 
 def _gather(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from luvc_fx.anatomy import Anatomy
+from luvc_fx.passes.causal_mask import Causal
 from luvc_fx.passes.retarget import Retarget
 from luvc_fx.plan import Plan
 from luvc_fx.report import GraphReport
@@ -21,6 +22,7 @@ class Context:
         slots: representatives ``[images, H', W']`` of the last merge, once `merge_tokens` ran.
         places: int64 ``[batch, tokens]``, the rows of the visual tokens where the last site left off.
         rows: per `markers.PROMPT_ROWS` node its newest, shortened value.
+        causal: what the masks are that a site made anew.
     """
 
     graph: fx.Graph
@@ -31,3 +33,4 @@ class Context:
     slots: fx.Node | None = None
     places: fx.Node | None = None
     rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    causal: dict[fx.Node, Causal] = field(default_factory=dict)

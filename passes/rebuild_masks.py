@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from luvc_fx import markers
-from luvc_fx.fx_util import ancestors, is_tensor, op_name, value
+from luvc_fx.fx_util import ancestors, is_tensor, op_name, shape, value
 from luvc_fx.passes.context import Context
 from luvc_fx.passes.emit import emit
 
@@ -18,6 +18,7 @@ def rebuild_masks(context: Context) -> None:
 
     Pruned layers hold fewer rows than layer 0, by whose length transformers sizes all masks. In a row with
     images these are visual tokens, so its padding is as long in every layer; in one without, its text is.
+    One query of a row without padding sees all that its layer holds, and gets no mask.
     """
     if not context.anatomy.cache_attentions:
         return
@@ -30,6 +31,10 @@ def rebuild_masks(context: Context) -> None:
         assert isinstance(padding, fx.Node)
         added = None if call.fused else value(call.masked).dtype
         written = _written_rows(call.keys)
+        context.report.masks_rebuilt += 1
+        if call.fused and written is None and shape(padding)[0] == 0 and context.anatomy.queries == 1:
+            call.unmask()
+            continue
         like = (str(value(call.keys).shape[-2]), added, written)
         if like not in made:
             rows = () if written is None else (written,)
@@ -37,7 +42,6 @@ def rebuild_masks(context: Context) -> None:
                 context.graph, "cache mask", _mask_body(added), call.queries, call.keys, padding, *rows
             )
         call.masked.replace_input_with(call.mask, made[like])
-        context.report.masks_rebuilt += 1
 
 
 def _written_rows(keys: fx.Node) -> fx.Node | None:
@@ -66,15 +70,17 @@ def _mask_body(added: torch.dtype | None) -> Any:
 
 
 def _seen(queries: Tensor, keys: Tensor, padding: Tensor, written: Tensor | None) -> Tensor:
-    """Bool ``[batch, 1, Q, K]``: each query sees what lies before it, but no padding.
+    """Bool ``[batch or 1, 1, Q, K]``: each query sees what lies before it, but no padding.
 
     The queries are the last Q of K rows; of a static cache, whose last rows are empty, those `written`.
-    Negative padding is counted from the end: minus how many rows are none.
+    Negative padding is counted from the end: minus how many rows are none. Of shape ``[0]`` there is none.
     """
     asked, held = queries.shape[-2], keys.shape[-2]
     key = torch.arange(held, device=keys.device)
     query = torch.arange(asked, device=keys.device) + (held - asked) if written is None else written
+    causal = key.reshape(1, 1, 1, -1) <= query.reshape(1, 1, -1, 1)
+    if padding.shape[0] == 0:
+        return causal
     end = held if written is None else written[-1] + 1
     padding = torch.where(padding < 0, end + padding, padding)  # counted from the end
-    causal = key.reshape(1, 1, 1, -1) <= query.reshape(1, 1, -1, 1)
     return causal.logical_and(key.reshape(1, 1, 1, -1) >= padding.reshape(-1, 1, 1, 1))
