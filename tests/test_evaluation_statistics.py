@@ -88,7 +88,7 @@ def test_a_planted_difference_is_found_and_a_null_is_not() -> None:
     noise = numbers.random(len(questions)) < 0.9  # equally often right, but elsewhere
     worse = base & (numbers.random(len(questions)) < 0.85)
     answers = {UNPRUNED: _said(base), GOOD: _said(noise), BAD: _said(worse)}
-    found = score(questions, answers, UNPRUNED, rivals=["g"])
+    found = score(questions, answers, UNPRUNED, rivals={"g": {BAD: GOOD, GOOD: GOOD}})
 
     assert found[UNPRUNED]["all"].accuracy == pytest.approx(base.mean())
     assert found[UNPRUNED]["all"].retention == 1.0

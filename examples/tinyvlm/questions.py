@@ -1,4 +1,4 @@
-"""Write questions about held-out scenes for `luvc-fx eval`: one JSON object a line, and the images."""
+"""Write questions about held-out scenes or videos for `luvc-fx eval`, and their images."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ import argparse
 import json
 from pathlib import Path
 
-from scenes import SPLITS, sample
+import numpy as np
+from scenes import SPLITS, TASKS, sample
+from videos import film
 
 
-def export(out: Path, split: str, scenes: int, per_scene: int | None = None, first: int = 0) -> int:
+def export(
+    out: Path,
+    split: str,
+    scenes: int,
+    per_scene: int | None = None,
+    first: int = 0,
+    kind: str | None = None,
+    frames: int = 0,
+) -> int:
     """Scenes `first`, `first` + 1, ... of `split` to `out`/questions.jsonl and a PNG each.
 
     Args:
         per_scene: at most so many questions about one scene; None: all.
+        kind: of scene; None: as they come.
+        frames: videos of so many frames in place of scenes, an NPZ each.
 
     Returns:
         The number of questions.
@@ -21,19 +33,26 @@ def export(out: Path, split: str, scenes: int, per_scene: int | None = None, fir
     out.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(first, first + scenes):
-        scene = sample(split, number)
-        name = f"{split}-{number:05d}.png"
-        scene.image.save(out / name)
+        stem = f"{split}-{'video' if frames else kind or 'mixed'}-{number:05d}"
+        if frames:
+            asked = film(split, number, frames)
+            media = {"video": f"{stem}.npz"}
+            shown = np.stack([np.asarray(image) for image, _ in asked.frames])
+            np.savez_compressed(out / media["video"], frames=shown)
+        else:
+            asked = sample(split, number, kind)
+            media = {"image": f"{stem}.png"}
+            asked.image.save(out / media["image"])
         lines += [
             {
-                "image": name,
+                **media,
                 "question": question.text,
                 "answer": question.answer,
                 "task": question.task,
-                "scene": f"{split}-{number}",
+                "scene": stem,
                 "split": split,
             }
-            for question in scene.questions[:per_scene]
+            for question in asked.questions[:per_scene]
         ]
     (out / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return len(lines)
@@ -47,8 +66,10 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=400)
     parser.add_argument("--per-scene", type=int, help="at most so many questions about one scene")
     parser.add_argument("--first", type=int, default=0, help="number of the first scene")
+    parser.add_argument("--kind", choices=tuple(TASKS), help="only scenes of this kind")
+    parser.add_argument("--frames", type=int, default=0, help="videos of so many frames, 4 or more")
     args = parser.parse_args()
-    count = export(args.out, args.split, args.scenes, args.per_scene, args.first)
+    count = export(args.out, args.split, args.scenes, args.per_scene, args.first, args.kind, args.frames)
     print(f"{count} questions about {args.scenes} scenes in {args.out}/questions.jsonl")
 
 

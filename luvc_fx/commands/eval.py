@@ -37,7 +37,10 @@ def evaluate(
     ] = ",".join(f"{budget:g}" for budget in BUDGETS),
     schedule: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME|FILE", help="One more row: a preset or a JSON file. Repeatable."),
+        typer.Option(
+            metavar="NAME|FILE[:SELECTOR]",
+            help="One more row: a preset or a JSON file, or its counts with tokens picked by SELECTOR.",
+        ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Only questions of this split.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions.")] = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from luvc_fx.evaluation.store import Answers
 from luvc_fx.evaluation.timing import time_prefills
 from luvc_fx.inputs import InputError, one_line, read_schedule
 from luvc_fx.local_model import load
+from luvc_fx.registry import registered
 from luvc_fx.report import NotRewritten
 from luvc_fx.schedule import Schedule
 
@@ -38,7 +39,8 @@ class Options:
         model: a directory that `from_pretrained` can load; `questions`: see `read_questions`.
         out: folder of `answers.jsonl`, which a later run goes on with.
         methods: names of `luvc_fx.evaluation.methods`; empty: all.
-        schedules: presets and JSON files, each a row with a budget of its own.
+        schedules: presets and JSON files, each a row with a budget of its own; behind a colon the name of
+            a selector may stand, which then picks the tokens at the same counts.
         new_tokens: at most so many in an answer; None: what the generation config says.
         wrong_image: also ask the unpruned model about other scenes' images.
         rounds: timed prefills of each cell; 0: nothing is timed.
@@ -94,7 +96,7 @@ def run(options: Options, say: Callable[[str], None], watch: Watch) -> Result:
             if isinstance(error, InputError):
                 raise
             cells[number] = Cell(cell.method, cell.budget, cell.schedule, one_line(error))
-    rivals = [name for name in (RANDOM, SPECTRUM) if any(cell.method == name for cell in cells)]
+    rivals = {name: _rivals(name, answers) for name in (RANDOM, SPECTRUM)}
     scores = score(questions, answers, unpruned, rivals, options.seed)
     rows = [_row(cell, scores.get(cell), asker.facts(cell)) for cell in cells]
     if options.rounds:
@@ -201,7 +203,27 @@ def _cells(options: Options, names: Sequence[str], layers: int) -> list[Cell]:
         if known[name].own_budget:
             found.append(Cell(name, None, known[name].make(1.0, layers)))
     for given in dict.fromkeys(options.schedules):
-        found.append(Cell(Path(given).stem, None, read_schedule(given)))
+        found.append(_given(given, options.seed))
+    return found
+
+
+def _given(text: str, seed: int) -> Cell:
+    """The row of a preset or a file, maybe with another selector behind a colon."""
+    name, colon, selector = text.rpartition(":")
+    if not colon or selector not in registered():
+        return Cell(Path(text).stem, None, read_schedule(text))
+    return Cell(f"{Path(name).stem}:{selector}", None, with_selector(read_schedule(name), selector, seed))
+
+
+def _rivals(selector: str, cells: Iterable[Cell]) -> dict[Cell, Cell]:
+    """The cell of that method at each cell's budget, or of the same schedule with that selector."""
+    found = {}
+    by_name = {(cell.method, cell.budget): cell for cell in cells}
+    for (method, budget), cell in by_name.items():
+        stem = method.partition(":")[0]
+        rival = by_name.get((f"{stem}:{selector}", None) if budget is None else (selector, budget))
+        if rival is not None:
+            found[cell] = rival
     return found
 
 

@@ -27,14 +27,14 @@ def score(
     questions: Sequence[Question],
     answers: Mapping[Cell, Sequence[str]],
     unpruned: Cell,
-    rivals: Sequence[str] = (),
+    rivals: Mapping[str, Mapping[Cell, Cell]] | None = None,
     seed: int = 0,
 ) -> dict[Cell, dict[str, Score]]:
     """Scores of every cell by task.
 
     Args:
         answers: of each cell to `questions`, in their order; `unpruned` is among them.
-        rivals: methods that the others are compared with at the same budget.
+        rivals: by a name, what else cells are compared with.
         seed: of the bootstrap; all cells see the same resampled scenes.
     """
     right = {
@@ -65,10 +65,8 @@ def score(
                 agreement=float(agrees[cell][numbers].mean()),
             )
     _compare(found, UNPRUNED, {cell: unpruned for cell in answers}, right, tasks, scenes)
-    for rival in rivals:
-        at = {cell.budget: cell for cell in answers if cell.method == rival and cell.budget is not None}
-        others = {cell: at[cell.budget] for cell in answers if cell.budget in at}
-        _compare(found, rival, others, right, tasks, scenes)
+    for name, others in (rivals or {}).items():
+        _compare(found, name, others, right, tasks, scenes)
     return found
 
 
