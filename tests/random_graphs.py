@@ -12,9 +12,10 @@ from cases import GAP
 from oracle import Grid, merge_grid, select
 from random_spec import IMAGE, Spec, inputs
 from random_vlm import Hooks, RandomVLM, Rows, make
-from replay import BACKEND, Captured, assert_close, code, quietly
+from replay import Captured, assert_close, code, quietly
 from torch import Tensor, fx
 
+from luvc_fx import rewrite
 from luvc_fx.backend import LuvcBackend
 from luvc_fx.passes import PASSES, Context
 from luvc_fx.report import GraphReport, Reason, Refusal
@@ -359,12 +360,12 @@ def check_rollback(session: Session, schedule: Schedule, place: int) -> None:
             graph.call_function(torch.ops.aten.neg.default, (victim,))
         raise RuntimeError("a bug of ours")
 
-    passes = BACKEND.PASSES
-    BACKEND.PASSES = (*PASSES[:place], break_graph, *PASSES[place:])
+    passes = rewrite.PASSES
+    rewrite.PASSES = (*PASSES[:place], break_graph, *PASSES[place:])
     try:
         compiled, gm, report = session.rewrite(schedule)
     finally:
-        BACKEND.PASSES = passes
+        rewrite.PASSES = passes
     assert not report.rewritten
     assert report.nodes_after == len(gm.graph.nodes) == len(session.captured.gm.graph.nodes)
     for old, new in zip(session.captured.gm.graph.nodes, gm.graph.nodes, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,6 @@ import luvc_fx
 from luvc_fx.backend import LuvcBackend
 from luvc_fx.report import GraphReport, Refusal
 from luvc_fx.schedule import Schedule
-
-BACKEND = importlib.import_module("luvc_fx.backend")
-"""The module; the package has a function of that name."""
 
 THOROUGH = os.environ.get("LUVC_HYPOTHESIS") == "thorough"
 

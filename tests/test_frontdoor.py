@@ -115,7 +115,7 @@ def test_nodes_are_inserted_in_vision_prefill_and_decode(model: Any) -> None:
 def test_passes_switched_off_is_noticed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = inputs(model)
     wanted = oracle_generate(model, CASCADE, NEW_TOKENS, **prompt)
-    monkeypatch.setattr(importlib.import_module("luvc_fx.backend"), "PASSES", ())
+    monkeypatch.setattr(importlib.import_module("luvc_fx.rewrite"), "PASSES", ())
     luvc_fx.compile(model, CASCADE, inner="eager")
     assert not torch.equal(generate(model, **prompt), wanted)
 

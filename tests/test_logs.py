@@ -15,6 +15,7 @@ import torch
 from replay import quietly, toy, toy_inputs, toy_whole
 
 import luvc_fx
+from luvc_fx import rewrite
 from luvc_fx.schedule import Merge, Prune, Schedule
 
 ROOT = Path(__file__).parent.parent
@@ -40,12 +41,10 @@ def test_counters() -> None:
 
 
 def test_a_failed_pass_counts_as_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from replay import BACKEND
-
     def broken(context: Any) -> None:
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(BACKEND, "PASSES", (*BACKEND.PASSES, broken))
+    monkeypatch.setattr(rewrite, "PASSES", (*rewrite.PASSES, broken))
     captured = toy_whole()
     quietly(BOTH)(captured.copy(), list(captured.example_inputs))
     assert counters() == {"graphs": 1, "refused: pass-failed": 1}
@@ -153,7 +152,7 @@ def test_each_recompile_has_its_cause() -> None:
     assert "size mismatch at index 0. expected 1, actual 2" in second.recompile_reason
     assert f"compiled again ({second.compile_id}) because of" in str(second)
     (third,) = other.report.graphs
-    assert "BACKEND_MATCH failure" in third.recompile_reason
+    assert "rewrite_MATCH failure" in third.recompile_reason
     numbers = [graph.compile_id.partition("/")[2] for graph in (first, second, third)]
     assert numbers == ["0", "1", "2"]
 

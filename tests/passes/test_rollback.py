@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from replay import BACKEND, code, quietly, reasons, toy, toy_inputs, toy_whole, whole
+from replay import code, quietly, reasons, toy, toy_inputs, toy_whole, whole
 
 import luvc_fx
-from luvc_fx import LuvcWarning, Reason
+from luvc_fx import LuvcWarning, Reason, rewrite
 from luvc_fx.passes import PASSES, Context
 from luvc_fx.report import Refused
 from luvc_fx.schedule import Merge, Prune, Schedule
@@ -41,7 +41,7 @@ PLACES = range(len(PASSES) + 1)
 @torch.no_grad()
 def test_a_failing_pass_is_rolled_back(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = (*PASSES[:place], broken(RuntimeError("a bug of ours")), *PASSES[place:])
-    monkeypatch.setattr(BACKEND, "PASSES", passes)
+    monkeypatch.setattr(rewrite, "PASSES", passes)
     captured = toy_whole()
     gm = captured.copy()
     sources = [n._dynamo_source for n in gm.graph.nodes if n.op == "placeholder"]
@@ -63,7 +63,7 @@ def test_a_failing_pass_is_rolled_back(place: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_rolled_back_graph_has_its_old_fake_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BACKEND, "PASSES", (*PASSES, broken(RuntimeError("late"))))
+    monkeypatch.setattr(rewrite, "PASSES", (*PASSES, broken(RuntimeError("late"))))
     captured = whole(batch=2)
     gm = captured.copy()
     quietly(Schedule(merge=Merge("width", keep=0.5, layer=0), prune=Prune(tokens=3, layer=1)))(
@@ -76,7 +76,7 @@ def test_the_rolled_back_graph_has_its_old_fake_values(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("how", ["strict", "through torch.compile"])
 def test_strict_raises_the_error_itself(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BACKEND, "PASSES", (*PASSES, broken(ZeroDivisionError("a bug of ours"))))
+    monkeypatch.setattr(rewrite, "PASSES", (*PASSES, broken(ZeroDivisionError("a bug of ours"))))
     backend = luvc_fx.backend(BOTH, inner="eager", strict=True)
     if how == "strict":
         captured = toy_whole()
@@ -91,7 +91,7 @@ def test_strict_raises_the_error_itself(how: str, monkeypatch: pytest.MonkeyPatc
 
 def test_a_refusal_in_a_pass_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     error = Refused(Reason.TOKEN_AXIS, "no way", "some_node")
-    monkeypatch.setattr(BACKEND, "PASSES", (*PASSES, broken(error)))
+    monkeypatch.setattr(rewrite, "PASSES", (*PASSES, broken(error)))
     captured = toy_whole()
     backend = luvc_fx.backend(BOTH, inner="eager")
     gm = captured.copy()
@@ -104,7 +104,7 @@ def test_a_refusal_in_a_pass_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> No
 @torch.no_grad()
 def test_the_inner_compiler_takes_a_rolled_back_graph(inner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what Dynamo hangs on placeholders it would not."""
-    monkeypatch.setattr(BACKEND, "PASSES", (*PASSES, broken(RuntimeError("a bug of ours"))))
+    monkeypatch.setattr(rewrite, "PASSES", (*PASSES, broken(RuntimeError("a bug of ours"))))
     model, batch = toy(), toy_inputs()
     backend = quietly(BOTH, inner)
     got = torch.compile(model, backend=backend)(**batch)
@@ -115,10 +115,10 @@ def test_the_inner_compiler_takes_a_rolled_back_graph(inner: str, monkeypatch: p
 def test_a_failure_is_logged_with_its_traceback(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(BACKEND, "PASSES", (broken(RuntimeError("a bug of ours")),))
+    monkeypatch.setattr(rewrite, "PASSES", (broken(RuntimeError("a bug of ours")),))
     captured: Any = toy_whole()
-    with caplog.at_level("WARNING", logger="luvc_fx.backend"):
+    with caplog.at_level("WARNING", logger="luvc_fx.rewrite"):
         quietly(BOTH)(captured.copy(), list(captured.example_inputs))
-    (record,) = (r for r in caplog.records if r.name == "luvc_fx.backend")
+    (record,) = (r for r in caplog.records if r.name == "luvc_fx.rewrite")
     assert record.exc_info is not None
     assert "break_graph" in (record.exc_text or "")

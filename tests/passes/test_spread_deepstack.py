@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replay import BACKEND, Captured, Toy, capture, code, examples, quietly, reasons, toy_inputs
+from replay import Captured, Toy, capture, code, examples, quietly, reasons, toy_inputs
 from torch import Tensor, fx
 
 import luvc_fx
+from luvc_fx import rewrite
 from luvc_fx.fx_util import is_tensor, op_name, value
 from luvc_fx.passes.emit import inserted
 from luvc_fx.passes.spread_deepstack import deepstack_additions, spread_deepstack
@@ -307,9 +308,9 @@ def test_the_graph_is_restored(why: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     schedule = PRUNE
     if why == "a pass fails":
-        monkeypatch.setattr(BACKEND, "PASSES", (*BACKEND.PASSES, broken))
+        monkeypatch.setattr(rewrite, "PASSES", (*rewrite.PASSES, broken))
     elif why == "recognition fails":
-        monkeypatch.setattr(BACKEND, "recognise", broken)
+        monkeypatch.setattr(rewrite, "recognise", broken)
     else:
         schedule = Schedule(prune=Prune(keep=1.0, layer=1))
     graph = captured(deep(), **toy_inputs())
