@@ -11,6 +11,7 @@ from luvc_fx.selectors import register as register_selector
 
 if TYPE_CHECKING:
     from luvc_fx.frontdoor import applied, compile, report_of, restore
+    from luvc_fx.tuning import tune
     from luvc_fx.warming import warmup
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "register_selector",
     "report_of",
     "restore",
+    "tune",
     "warmup",
 ]
 
@@ -44,6 +46,10 @@ def __getattr__(name: str) -> Any:
         from luvc_fx.warming import warmup
 
         return warmup
+    if name == "tune":
+        from luvc_fx.tuning import tune
+
+        return tune
     if name not in _FRONT_DOOR:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from luvc_fx import frontdoor
