@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from luvc_fx.bench import SHAPES, Options, gate, run
+from luvc_fx.bench import SHAPES, Options, alone, choosing, gate, run
 from luvc_fx.bench.arms import BASELINE, FASTV, FROZEN, LUVC, RANDOM, SINGLE, SMALLER, arms_of
-from luvc_fx.bench.result import Result
+from luvc_fx.bench.result import Cost, Result
+from luvc_fx.bench.running import attention_of
 from luvc_fx.bench.shapes import Visual, smaller
 from luvc_fx.bench.timing import PREFILL, Clock, Stages, ratio_interval, spread
 from luvc_fx.inputs import InputError
@@ -74,6 +75,8 @@ def test_a_shape_that_does_not_exist_or_fit() -> None:
         run(Options("llava"))
     with pytest.raises(InputError, match="needs a GPU, or --layers"):
         run(Options("llava-ov-7b", device="cpu"))
+    with pytest.raises(InputError, match="--batch auto needs a GPU"):
+        run(Options("llava-ov-0.5b", device="cpu", batch=None))
 
 
 # ------------------------------------------------------------------------------------------------ arms
@@ -185,6 +188,93 @@ def test_the_gate_on_lengths() -> None:
     assert gate.lengths("arm", [8, 4], [13, 13], 5)
 
 
+# ------------------------------------------------------------------------------------ found by trying
+
+
+@pytest.mark.parametrize("most, want", [(1, 1), (5, 4), (8, 8), (10**9, 1024)])
+def test_the_largest_batch(most: int, want: int) -> None:
+    assert choosing.largest_batch(lambda rows: rows <= most) == want
+
+
+def test_not_even_one_row_fits() -> None:
+    with pytest.raises(InputError, match="not even one row"):
+        choosing.largest_batch(lambda rows: False)
+
+
+def test_the_best_mode_is_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: dict[str | None, float] = {None: 5.0, "max-autotune": 3.0}
+
+    def first_token(model: Any, inputs: Any, tokens: int, mode: str | None) -> float:
+        return taken[mode]
+
+    monkeypatch.setattr(choosing, "_first_token", first_token)
+    model = torch.nn.Linear(1, 1)
+    model.device = torch.device("cpu")  # type: ignore[assignment]
+    mode, found = choosing.best_mode(model, {}, 1, lambda _: None)
+    assert mode == "max-autotune" and found == {"default": 5.0, "max-autotune": 3.0}
+    del taken["max-autotune"]
+    mode, found = choosing.best_mode(model, {}, 1, lambda _: None)
+    assert mode is None and found == {"default": 5.0, "max-autotune": "KeyError: 'max-autotune'"}
+    taken.clear()
+    with pytest.raises(InputError, match="runs in no mode"):
+        choosing.best_mode(model, {}, 1, lambda _: None)
+
+
+# ------------------------------------------------------------------------------------- parts by themselves
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_has_a_projector(name: str) -> None:
+    model = SHAPES[name].build(1, torch.device("meta"), torch.float32)
+    part = alone.projector_of(model)
+    assert part is not None
+    width = model.config.get_text_config().hidden_size
+    assert [p.shape[0] for p in part.parameters()][-1] == width
+
+
+def test_what_enters_the_projector_is_read_from_the_graph() -> None:
+    graph = torch.fx.Graph()
+    weight, x = graph.placeholder("weight"), graph.placeholder("x")
+    before = graph.call_function(torch.relu, (x,))
+    inside = graph.call_function(torch.nn.functional.linear, (before, weight))
+    before.meta = {
+        "nn_module_stack": {"a": ("model.vision_tower", object)},
+        "example_value": torch.ones(2, 7),
+    }
+    weight.meta = {"example_value": torch.ones(3, 7)}
+    inside.meta = {"nn_module_stack": {"b": ("L['self'].model.multi_modal_projector.linear_1", object)}}
+    graph.output(inside)
+    gm = torch.fx.GraphModule(torch.nn.Module(), graph)
+    assert alone.projector_rows(gm) == (2, 7)
+    inside.meta = before.meta
+    assert alone.projector_rows(gm) is None
+
+
+def test_parts_are_timed_in_turns() -> None:
+    seen: list[str] = []
+    parts = {"a": (lambda: seen.append("a"),), "none": (), "b": (lambda: seen.append("b"),) * 2}
+    spans = alone.timed(parts, torch.device("cpu"), 3)
+    assert seen == ["a", "b", "b"] * 5
+    assert {name: len(found) for name, found in spans.items()} == {"a": 3, "b": 3}
+
+
+def test_the_attention_kernel_is_seen() -> None:
+    q = torch.randn(1, 2, 8, 16)
+    output, names = attention_of(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
+    assert output.shape == q.shape
+    assert [name for name in names if name.startswith("_scaled_dot_product_flash_attention")]
+    assert attention_of(lambda: q @ q.mT)[1] == []
+
+
+def test_arms_with_other_attention_kernels_are_named() -> None:
+    def cost(arm: str, *kernels: str) -> Cost:
+        return Cost(arm, [], None, None, 0, 0.0, 0.0, 0.0, 0.0, 0, 0, None, list(kernels))
+
+    costs = [cost(BASELINE, "flash"), cost(LUVC, "flash"), cost(FASTV, "efficient")]
+    result = Result([], costs, 0, 0, None, None, [], {}, (0.0, 0.0))
+    assert result.other_attention() == [FASTV]
+
+
 # --------------------------------------------------------------------------------------------- running
 
 SMALL: dict[str, Any] = {
@@ -223,7 +313,11 @@ def test_a_run(small: Result) -> None:
     baseline, luvc = small.row(BASELINE, "prefill"), small.row(LUVC, "prefill")
     assert baseline is not None and luvc is not None
     assert luvc.speedup == pytest.approx(baseline.median_ms / luvc.median_ms)
-    assert small.row(LUVC, "selector") is not None
+    assert small.row(LUVC, "selector") is not None and small.row(BASELINE, "selector") is None
+    for arm in (BASELINE, LUVC, SINGLE):
+        part, whole = small.row(arm, "projector"), small.row(arm, "vision")
+        assert part is not None and whole is not None and part.cpu_ms < whole.cpu_ms
+    assert small.other_attention() == [] and costs[LUVC].attention
     for cost in small.costs:
         assert cost.recompiled == 0
     assert 0 < costs[LUVC].luvc_s < costs[LUVC].first_s
@@ -264,3 +358,11 @@ def test_the_command_refuses_in_one_line() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("luvc-fx: there is no shape 'gpt'; there are")
+
+
+def test_a_batch_is_a_number_or_auto() -> None:
+    from luvc_fx.commands.bench import _rows
+
+    assert _rows("8") == 8 and _rows("auto") is None
+    with pytest.raises(InputError, match="--batch is '0'; allowed: a whole number of at least 1, or 'auto'"):
+        _rows("0")

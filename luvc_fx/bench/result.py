@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from luvc_fx.bench.arms import BASELINE
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -16,7 +18,8 @@ class Row:
         schedule: of the arm, as JSON; None for the stock model.
         arm: "inductor" is the baseline: the same callables with a schedule that does nothing.
         stage: "vision" (encoder and projector), "prefill", "decode" (one token), "first token" (from the
-            call of `generate` to the end of the prefill), "selector" (what ranks and picks, by itself).
+            call of `generate` to the end of the prefill); and parts that are in those, compiled and timed
+            by themselves: "projector", "selector" (what ranks and picks at all sites).
         median_ms, spread_ms: wall time, or time between device events; spread is the distance of the
             quartiles.
         cpu_ms: median of the processor time of this process; 0 on a GPU. Other processes disturb it less.
@@ -52,6 +55,7 @@ class Cost:
             in luvc_fx; `luvc_share` is the last over the first.
         graphs: compiled, and `recompiled` while timing.
         peak_bytes: of device memory during the timed runs; None on a CPU.
+        attention: the attention kernels of ATen in vision and prefill; none where Inductor wrote its own.
     """
 
     arm: str
@@ -66,6 +70,7 @@ class Cost:
     graphs: int
     recompiled: int
     peak_bytes: int | None
+    attention: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,8 @@ class Result:
         ideal: FLOPs of the baseline's prefill over those of luvc_fx's.
         realised: the prefill's speed-up over `ideal`, in processor time on a CPU; None with `obstacles`.
         obstacles: why no speed-up is given.
+        modes: milliseconds to the baseline's first token by Inductor's mode, or why it failed; empty unless
+            the best was asked for.
         load: of the machine, before and after: other processes, mean of one minute.
         left_out: arms that this shape or input has no form of, and why.
     """
@@ -90,6 +97,7 @@ class Result:
     left_out: dict[str, str]
     load: tuple[float, float]
     report: dict[str, Any] = field(default_factory=dict)
+    modes: dict[str, float | str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -98,6 +106,11 @@ class Result:
     def to_json(self) -> str:
         """One JSON object."""
         return json.dumps(self.to_dict(), indent=1)
+
+    def other_attention(self) -> list[str]:
+        """Arms whose attention kernels are not the baseline's."""
+        (base,) = (cost.attention for cost in self.costs if cost.arm == BASELINE)
+        return [cost.arm for cost in self.costs if cost.attention != base]
 
     def row(self, arm: str, stage: str) -> Row | None:
         """The row of that arm and stage."""

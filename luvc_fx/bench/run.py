@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -14,18 +14,16 @@ from typing import Any
 
 import torch
 
-from luvc_fx.bench import arms, gate
+from luvc_fx.bench import alone, arms, choosing, gate
 from luvc_fx.bench.arms import BASELINE, LUVC, Arm
 from luvc_fx.bench.result import Cost, Result, Row
 from luvc_fx.bench.running import Compiled, Reference, Stock
 from luvc_fx.bench.shapes import SHAPES, Shape, Visual, smaller
-from luvc_fx.bench.timing import PREFILL, SELECTOR, STAGES, Clock, Span, ratio_interval, spread
+from luvc_fx.bench.timing import PREFILL, PROJECTOR, SELECTOR, STAGES, Span, ratio_interval, spread
 from luvc_fx.encoders import placeholders
 from luvc_fx.environment import hardware, versions
 from luvc_fx.inputs import InputError
-from luvc_fx.report import Report
 from luvc_fx.schedule import Schedule
-from luvc_fx.selectors import Site, choose_mask
 
 ONE_IMAGE = Visual()
 
@@ -42,12 +40,13 @@ class Options:
     Args:
         shape: a name in `SHAPES`.
         visual: images or frames; None: one image.
-        text: text tokens in the prompt; `batch`: rows.
+        text: text tokens in the prompt.
+        batch: rows; None: a power of two, the largest that fits into a GPU's memory.
         new_tokens: decoded after the first.
         rounds: timed runs of each arm, in turns.
         layers: at most so many layers of the encoder and of the decoder; None: all.
         names: of the arms; the baseline and luvc_fx are always among them.
-        mode: of Inductor, in all arms.
+        mode: of Inductor, in all arms; "best": that in which the baseline is fastest.
         device: None: a GPU where there is one.
     """
 
@@ -55,7 +54,7 @@ class Options:
     schedule: Schedule = arms.FROZEN
     visual: Visual = ONE_IMAGE
     text: int = 64
-    batch: int = 1
+    batch: int | None = 1
     new_tokens: int = 4
     rounds: int = 10
     layers: int | None = None
@@ -80,7 +79,8 @@ def run(options: Options, say: Callable[[str], None] = lambda _: None) -> Result
     say(f"building {shape.name} with random weights")
     torch.manual_seed(0)
     model = shape.build(options.layers, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    inputs = shape.inputs(model, options.visual, options.text, options.batch)
+    options = _with_batch(model, shape, options, say)
+    inputs = shape.inputs(model, options.visual, options.text, options.batch or 1)
     visual = int(placeholders(model, inputs["input_ids"])[0].sum())
 
     say("running the graphs of luvc_fx without a compiler: logits and FLOPs")
@@ -92,6 +92,10 @@ def run(options: Options, say: Callable[[str], None] = lambda _: None) -> Result
     budget = references[LUVC].report.budget(visual)
     say(f"the same of the baseline; the budget is {budget:.3f}")
     references[BASELINE] = Reference(model, Arm(BASELINE, Schedule()), inputs)
+    modes: dict[str, float | str] = {}
+    if options.mode == choosing.BEST:
+        mode, modes = choosing.best_mode(model, inputs, options.new_tokens + 1, say)
+        options = dataclasses.replace(options, mode=mode)
 
     left_out: dict[str, str] = {}
     runners = []
@@ -108,13 +112,25 @@ def run(options: Options, say: Callable[[str], None] = lambda _: None) -> Result
             if less is None:
                 left_out[arm.name] = "this model takes an image in one size only"
                 continue
-            given = shape.inputs(model, less, options.text, options.batch)
+            given = shape.inputs(model, less, options.text, options.batch or 1)
         runners.append(_first_run(model, arm, given, options, say))
     obstacles = _checked(runners, references, options, visual)
     found = _timed(runners, options, say)
-    return _result(
-        options, model, runners, references, found, obstacles, left_out, load, visual, inputs, budget
-    )
+    result = _result(options, model, runners, references, found, obstacles, left_out, load, visual, inputs)
+    return dataclasses.replace(result, modes=modes)
+
+
+def _with_batch(model: Any, shape: Shape, options: Options, say: Callable[[str], None]) -> Options:
+    """The options with the largest batch that fits, if that was asked for."""
+    if options.batch is not None:
+        return options
+    say("looking for the largest batch")
+
+    def inputs(rows: int) -> dict[str, Any]:
+        return shape.inputs(model, options.visual, options.text, rows)
+
+    rows = choosing.largest_batch(choosing.fits(model, inputs, options.new_tokens + 1))
+    return dataclasses.replace(options, batch=rows)
 
 
 def _shape(options: Options) -> Shape:
@@ -124,6 +140,8 @@ def _shape(options: Options) -> Shape:
 
 
 def _refuse_too_large(shape: Shape, options: Options, device: torch.device) -> None:
+    if device.type != "cuda" and options.batch is None:
+        raise InputError("--batch auto needs a GPU: elsewhere the system ends what takes too much memory")
     if device.type == "cpu" and shape.parameters > 3 and options.layers is None:
         raise InputError(
             f"{shape.name} has {shape.parameters:g} billion parameters: it needs a GPU, or --layers"
@@ -204,12 +222,12 @@ def _checked(
     found = []
     for runner in runners:
         name, schedule = runner.arm.name, runner.arm.schedule
+        output = runner.watched()
+        runner.stages.take()
         if schedule is None:
             continue
         found += gate.refusals(name, runner.report)
         found += gate.unmatched(name, runner.report, schedule)
-        output = runner.generate(1)
-        runner.stages.take()
         if name in references:
             found += gate.wrong(name, output.logits[0], references[name].logits)
         if not runner.arm.smaller:
@@ -230,7 +248,6 @@ def _result(
     load: float,
     visual: int,
     inputs: dict[str, Any],
-    budget: float,
 ) -> Result:
     for runner in runners:
         name = runner.arm.name
@@ -246,6 +263,7 @@ def _result(
             "text": options.text,
             "batch": options.batch,
             "new_tokens": options.new_tokens,
+            "mode": options.mode or "default",
             "encoder_layers": options.layers,
             "decoder_layers": model.config.get_text_config().num_hidden_layers,
         },
@@ -258,7 +276,7 @@ def _result(
                 base = found.spans[BASELINE].get(stage) if runner.arm.name != BASELINE else None
                 rows.append(_row(runner.arm, stage, spans, None if obstacles else base, about))
     luvc = next(runner for runner in runners if runner.arm.name == LUVC)
-    rows += _selector(luvc, options, about)
+    rows += _parts(runners, options, obstacles, about)
     flops = [references[name].flops.get(PREFILL, 0) for name in (BASELINE, LUVC)]
     ideal = flops[0] / flops[1] if all(flops) else None
     prefill = next((row for row in rows if (row.arm, row.stage) == (LUVC, PREFILL)), None)
@@ -321,44 +339,28 @@ def _cost(runner: Runner, references: dict[str, Reference], found: Found, visual
         graphs=after,
         recompiled=after - before,
         peak_bytes=found.peak[name],
+        attention=runner.attention,
     )
 
 
-_PRUNE = re.compile(r"prune before decoder layer (\d+): \S+ (\d+) -> (\d+)")
-
-
-def _selector(luvc: Runner, options: Options, about: dict[str, Any]) -> list[Row]:
-    """Everything that ranks and picks in one prefill, compiled by itself on tokens of the same sizes."""
-    config = luvc.model.config.get_text_config()
-    layers, width = config.num_hidden_layers, config.hidden_size
-    prunes = dict(options.schedule.prunes_at(layers))
-    calls = []
-    for layer, before, after in _sites(luvc.report):
-        if after == 0:
-            continue
-        tokens = torch.randn(options.batch, before, width, dtype=luvc.model.dtype, device=luvc.model.device)
-        prune, site = prunes[layer], Site(layer, layers, None, 1)
-
-        def pick(x: torch.Tensor, prune: Any = prune, count: int = after, site: Site = site) -> Any:
-            return choose_mask(x, prune, count, site)
-
-        made = torch.compile(pick, dynamic=False, mode=options.mode)
-        made(tokens)
-        calls.append((made, tokens))
-    if not calls:
-        return []
-    clock, spans = Clock(luvc.model.device), []
-    for _ in range(max(3, options.rounds)):
-        clock.wait()
-        mark = clock.start()
-        for made, tokens in calls:
-            made(tokens)
-        stop = clock.stop(mark)
-        clock.wait()
-        spans.append(stop())
-    return [_row(luvc.arm, SELECTOR, spans, None, about)]
-
-
-def _sites(report: Report) -> list[tuple[int, int, int]]:
-    found = (_PRUNE.fullmatch(site) for graph in report.graphs for site in graph.inserted)
-    return [(int(m[1]), int(m[2]), int(m[3])) for m in found if m is not None]
+def _parts(runners: list[Runner], options: Options, obstacles: list[str], about: dict[str, Any]) -> list[Row]:
+    """The projector and the selectors of each compiled arm, each compiled by itself."""
+    compiled = [runner for runner in runners if isinstance(runner, Compiled)]
+    parts: dict[tuple[str, str], alone.Part] = {}
+    for runner in compiled:
+        name, schedule, model = runner.arm.name, runner.arm.schedule, runner.model
+        assert schedule is not None
+        parts[name, PROJECTOR] = alone.projector(model, runner.projected, options.mode)
+        parts[name, SELECTOR] = alone.selectors(
+            model, schedule, runner.report, options.batch or 1, options.mode
+        )
+    spans = alone.timed(parts, compiled[0].model.device, max(3, options.rounds))
+    base = spans.get((BASELINE, PROJECTOR))
+    rows = []
+    for stage in (PROJECTOR, SELECTOR):
+        for runner in compiled:
+            found = spans.get((runner.arm.name, stage))
+            if found:
+                compared = stage == PROJECTOR and runner.arm.name != BASELINE and not obstacles
+                rows.append(_row(runner.arm, stage, found, base if compared else None, about))
+    return rows

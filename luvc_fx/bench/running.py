@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import luvc_fx
 from luvc_fx import _compat
+from luvc_fx.bench.alone import projector_rows
 from luvc_fx.bench.arms import Arm
 from luvc_fx.bench.timing import DECODE, PREFILL, VISION, Clock, Stages
 from luvc_fx.encoders import modalities
@@ -28,6 +31,8 @@ class Compiled:
     Attributes:
         compile_s: seconds that Inductor took.
         first_s: seconds of the first run, in which everything is traced and compiled.
+        projected: the size of what enters the projector; None until it was compiled.
+        attention: the attention kernels that ATen ran in one prefill, by `watched`.
     """
 
     def __init__(self, model: Any, arm: Arm, inputs: Mapping[str, Tensor], mode: str | None) -> None:
@@ -35,6 +40,8 @@ class Compiled:
         self.model, self.arm, self.inputs, self.mode = model, arm, dict(inputs), mode
         self.stages = Stages(Clock(model.device))
         self.compile_s = self.first_s = 0.0
+        self.projected: tuple[int, ...] | None = None
+        self.attention: list[str] = []
         _compat.forget_shapes()
         luvc_fx.compile(model, arm.schedule, inner=self._inner, on_no_match="ignore")
         self.report: Report = luvc_fx.report_of(model)
@@ -43,6 +50,7 @@ class Compiled:
 
     def _inner(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         kind = self.report.graphs[-1].kind
+        self.projected = self.projected or projector_rows(gm)
         key = fingerprint(self.arm.schedule) if self.arm.schedule and depends_on_us(gm.graph) else ""
         started = time.perf_counter()
         made = _compat.compile_inductor(gm, example_inputs, self.mode, None, key)
@@ -65,6 +73,11 @@ class Compiled:
         finally:
             take_off(self.model)
 
+    def watched(self) -> Any:
+        """The output of `generate` for one token, noting what computes its attention."""
+        output, self.attention = attention_of(lambda: self.generate(1))
+        return output
+
 
 class Stock:
     """The model as it is, without a compiler."""
@@ -74,7 +87,13 @@ class Stock:
         self.stages = Stages(Clock(model.device))
         self.report = Report()
         self.compile_s = self.first_s = 0.0
+        self.attention: list[str] = []
         self.calls: dict[str, int] = {}
+
+    def watched(self) -> Any:
+        """As of `Compiled`."""
+        output, self.attention = attention_of(lambda: self.generate(1))
+        return output
 
     def generate(self, tokens: int) -> Any:
         """As of `Compiled`."""
@@ -123,15 +142,28 @@ class Reference:
 
     def _inner(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         kind = self.report.graphs[-1].kind if hasattr(self, "report") else ""
+        # The counter has no formula for the CPU's fused attention. A GPU would hold all scores in memory.
+        cpu = not any(isinstance(x, Tensor) and x.is_cuda for x in example_inputs)
 
         def call(*args: Any) -> Any:
-            # The counter has no formula for the CPU's fused attention.
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            counted = sdpa_kernel(SDPBackend.MATH) if cpu else contextlib.nullcontext()
+            with FlopCounterMode(display=False) as counter, counted:
                 result = gm.forward(*args)
             self.flops[kind] = self.flops.get(kind, 0) + counter.get_total_flops()
             return result
 
         return call
+
+
+def attention_of(call: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What `call` returns, and which of ATen's attention kernels it ran; none if Inductor wrote its own."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result = call()
+    names = {event.key for event in profile.key_averages()}
+    return result, sorted(name.removeprefix("aten::") for name in names if _KERNEL.fullmatch(name))
+
+
+_KERNEL = re.compile(r"aten::_scaled_dot_product_\w+")
 
 
 @torch.no_grad()

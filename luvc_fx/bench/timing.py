@@ -13,9 +13,12 @@ import torch
 
 RESAMPLES = 2000
 
-VISION, PREFILL, DECODE, FIRST_TOKEN, SELECTOR = "vision", "prefill", "decode", "first token", "selector"
-STAGES = (VISION, PREFILL, FIRST_TOKEN, DECODE, SELECTOR)
+VISION, PREFILL, FIRST_TOKEN, DECODE = "vision", "prefill", "first token", "decode"
+STAGES = (VISION, PREFILL, FIRST_TOKEN, DECODE)
 """``first token`` runs from the call of `generate` to the end of the prefill."""
+
+PROJECTOR, SELECTOR = "projector", "selector"
+"""Parts of the vision stage and of the prefill, timed by themselves (`luvc_fx.bench.alone`)."""
 
 
 @dataclass(frozen=True, slots=True)

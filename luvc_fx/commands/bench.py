@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from luvc_fx.bench.arms import ALL, FROZEN, QUICK
+from luvc_fx.bench.arms import ALL, BASELINE, FROZEN, QUICK
+from luvc_fx.bench.choosing import AUTO
 from luvc_fx.bench.result import Result
 from luvc_fx.bench.run import Options, run
 from luvc_fx.bench.shapes import SHAPES, Visual
 from luvc_fx.commands.output import make_console, make_table, note
-from luvc_fx.inputs import read_schedule
+from luvc_fx.inputs import InputError, read_schedule
 
 
 def bench(
@@ -26,12 +27,17 @@ def bench(
     images: Annotated[int, typer.Option(min=1, help="Images in the prompt.")] = 1,
     frames: Annotated[int, typer.Option(min=0, help="Frames of a video in place of images.")] = 0,
     text: Annotated[int, typer.Option(min=1, help="Text tokens in the prompt.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    batch: Annotated[
+        str, typer.Option(metavar="N|auto", help="Rows; auto: the largest power of two that fits a GPU.")
+    ] = "1",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after the first.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each arm, in turns.")] = 10,
     layers: Annotated[int | None, typer.Option(min=1, help="At most so many layers of each part.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: torch's.")] = None,
-    mode: Annotated[str | None, typer.Option(help="Inductor's mode, in all arms.")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="Inductor's mode, in all arms; best: the one in which the baseline is fastest."),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Only plain Inductor and luvc_fx, 3 rounds.")
     ] = False,
@@ -51,7 +57,7 @@ def bench(
         schedule=parsed,
         visual=Visual(frames, video=True) if frames else Visual(images),
         text=text,
-        batch=batch,
+        batch=_rows(batch),
         new_tokens=new_tokens,
         rounds=min(rounds, 3) if quick else rounds,
         layers=layers,
@@ -70,6 +76,14 @@ def bench(
         print(result.to_json())
     else:
         _show(result, make_console())
+
+
+def _rows(batch: str) -> int | None:
+    if batch == AUTO:
+        return None
+    if not batch.isdecimal() or int(batch) < 1:
+        raise InputError(f"--batch is {batch!r}; allowed: a whole number of at least 1, or {AUTO!r}")
+    return int(batch)
 
 
 def _show(result: Result, console: Console) -> None:
@@ -93,9 +107,8 @@ def _show(result: Result, console: Console) -> None:
             "-" if row.interval is None else f"{row.interval[0]:.2f} - {row.interval[1]:.2f}",
         )
     console.print(times)
-    costs = make_table(
-        "arm", "budget", "prefill FLOPs", "KV bytes", "first run", "luvc_fx in it", "graphs", right=True
-    )
+    columns = ["arm", "budget", "prefill FLOPs", "KV bytes", "first run", "luvc_fx in it", "graphs", "peak"]
+    costs = make_table(*columns, right=True)
     for cost in result.costs:
         flops = (cost.flops or {}).get("prefill")
         costs.add_row(
@@ -106,8 +119,18 @@ def _show(result: Result, console: Console) -> None:
             f"{cost.first_s:.1f} s",
             f"{cost.luvc_share:.1%}",
             str(cost.graphs),
+            "-" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**30:.1f} GiB",
         )
     console.print(costs)
+    for mode, taken in result.modes.items():
+        console.print(
+            f"mode {mode}: {taken if isinstance(taken, str) else f'first token in {taken:,.1f} ms'}"
+        )
+    kernels = {cost.arm: ", ".join(cost.attention) or "written by Inductor" for cost in result.costs}
+    if result.other_attention():
+        console.print("attention kernels differ: " + "; ".join(f"{arm}: {k}" for arm, k in kernels.items()))
+    else:
+        console.print(f"attention in all arms: {kernels[BASELINE]}")
     for name, why in result.left_out.items():
         console.print(f"{name} was left out: {why}")
     if result.realised is not None and result.ideal is not None:

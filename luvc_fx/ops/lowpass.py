@@ -29,11 +29,17 @@ def lowpass(x: Tensor, cutoff: float, realization: str = "auto") -> Tensor:
     sequence is much longer than it; on an accelerator Inductor generates all of it, with no call of a
     library, and an eager call holds ``N * taps * D`` numbers in memory.
 
-    ``"auto"`` was chosen by time on a CPU (one thread, float32): the basis takes 0.2 to 0.5 of the
-    FFT's time at 10 bins, the same at 30 to 100 and 1.3 to 2.6 times it at 128; so it is the FFT above
-    that. On an accelerator it is the FIR up to 2^29 products (2 GiB, were they not fused), and above
-    that the basis, whose two matrix products are then the only calls of a library. Under autocast,
-    which rounds the products of the basis (and of the FIR on a CPU), it is the FFT instead of those.
+    ``"auto"`` follows measurements (examples/benchmarks/realisations.py and its results). On a CPU (one
+    thread, float32) it is the basis up to 128 bins and the FFT above. On an accelerator it is the FIR
+    where its window is whole, up to 2^29 products, and else the basis, whose two matrix products are then
+    the only calls of a library. Not where the window is cut off: there as few as 97.8 % of a trained
+    model's kept tokens are the same. Not above 2^29 products: what Inductor writes for one is 15
+    instructions of an H100 at best and nothing for its tensor cores, so 2^29 take 0.3 ms, and the 2^35 of
+    8,192 tokens of 3,584 channels 15 ms. The basis takes 4 times as many there, but a library does them at
+    50 TFLOPS in 5 ms (all this counted, not measured), and sooner in TF32, where
+    `torch.set_float32_matmul_precision` allows it: then 99.1 % of the kept tokens are the same. In bfloat16
+    it is 94.7 %, so under autocast, which rounds the products of the basis (and of the FIR on a CPU),
+    ``"auto"`` is the FFT instead of those.
 
     Args:
         x: float32 ``[B, N, D]``, N at least 1.
@@ -75,8 +81,9 @@ def products(x: Tensor, cutoff: float, realization: str) -> int:
 
 def chosen(x: Tensor, cutoff: float) -> str:
     """What ``"auto"`` is for `x` ``[B, N, D]``."""
-    device = x.device.type
-    if device != "cpu" and products(x, cutoff, "fir") <= _MOST_PRODUCTS:
+    device, tokens = x.device.type, x.shape[1]
+    whole = products(x, cutoff, "fir") == x.numel() * tokens
+    if device != "cpu" and whole and x.numel() * tokens <= _MOST_PRODUCTS:
         return "fir"
     if torch.is_autocast_enabled(device):
         return "fft"
