@@ -19,6 +19,7 @@ def export(
     first: int = 0,
     kind: str | None = None,
     frames: int = 0,
+    as_images: bool = False,
 ) -> int:
     """Scenes `first`, `first` + 1, ... of `split` to `out`/questions.jsonl and a PNG each.
 
@@ -26,6 +27,7 @@ def export(
         per_scene: at most so many questions about one scene; None: all.
         kind: of scene; None: as they come.
         frames: videos of so many frames in place of scenes, an NPZ each.
+        as_images: which a model is to see as images, one after another.
 
     Returns:
         The number of questions.
@@ -36,9 +38,9 @@ def export(
         stem = f"{split}-{'video' if frames else kind or 'mixed'}-{number:05d}"
         if frames:
             asked = film(split, number, frames)
-            media = {"video": f"{stem}.npz"}
+            media = {"image" if as_images else "video": f"{stem}.npz"}
             shown = np.stack([np.asarray(image) for image, _ in asked.frames])
-            np.savez_compressed(out / media["video"], frames=shown)
+            np.savez_compressed(out / f"{stem}.npz", frames=shown)
         else:
             asked = sample(split, number, kind)
             media = {"image": f"{stem}.png"}
@@ -68,8 +70,10 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first scene")
     parser.add_argument("--kind", choices=tuple(TASKS), help="only scenes of this kind")
     parser.add_argument("--frames", type=int, default=0, help="videos of so many frames, 4 or more")
+    parser.add_argument("--as-images", action="store_true", help="frames for models that know no videos")
     args = parser.parse_args()
-    count = export(args.out, args.split, args.scenes, args.per_scene, args.first, args.kind, args.frames)
+    given = {name: value for name, value in vars(args).items() if name != "out"}
+    count = export(args.out, **given)
     print(f"{count} questions about {args.scenes} scenes in {args.out}/questions.jsonl")
 
 

@@ -66,7 +66,7 @@ class Prompts:
         self.padding = 0 if pad is None else pad
 
     def row(self, question: Question) -> Row:
-        """The prompt of that question: the image or video first, by the chat template if there is one.
+        """The prompt of that question: the images or the video first, by the chat template if there is one.
 
         Raises:
             InputError: a file that cannot be read, or a prompt that the processor cannot make.
@@ -96,7 +96,7 @@ class Prompts:
         token = image_token(self.model, self.processor)
         if token in question.text:
             raise InputError(f"question {question.text!r} must not contain {token!r}")
-        # A model without videos sees the frames as images, one after another.
+        # A model that knows no videos sees the frames as images, one after another.
         kinds = ["video"] if as_video else ["image"] * len(frames)
         try:
             if getattr(self.processor, "chat_template", None):

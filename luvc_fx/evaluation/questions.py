@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 ALL_TASKS = "all"
 """The name under which the questions of all tasks are counted together; no task may have it."""
 
+ARRAYS = (".npy", ".npz")
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """One question with its right answer.
 
     Attributes:
-        media: the files: one image, the frames of a video in order, or one array of frames.
-        video: whether they are a video.
+        media: the files: images in order, or one array of them.
+        video: whether they are shown as the frames of a video, and not as images one after another.
         task: what kind of question it is; accuracy is told for each.
         scene: what questions share that are not independent of each other: the image.
     """
@@ -69,8 +71,8 @@ def _digest(path: Path) -> bytes:
 def read_questions(path: Path, split: str | None = None, limit: int | None = None) -> list[Question]:
     """The questions in a JSONL file, in its order; files are found relative to its folder.
 
-    Each line is an object with ``image`` (a file) or ``video`` (a list of image files, or one ``.npy`` or
-    ``.npz`` file that holds uint8 ``[frames, height, width, 3]``), ``question``, ``answer``, ``task``,
+    Each line is an object with ``image`` or ``video`` (a file or a list of files in order; one ``.npy`` or
+    ``.npz`` file may hold all, uint8 ``[frames, height, width, 3]``), ``question``, ``answer``, ``task``,
     and if wanted ``scene`` (without it the image or video) and ``split``. Other keys are ignored.
 
     Args:
@@ -140,14 +142,12 @@ def _question(line: str, folder: Path) -> Question:
 
 def _names(entry: Mapping[str, Any], kind: str) -> list[str]:
     given = entry[kind]
-    if kind == "video" and isinstance(given, list):
-        if not given or not all(isinstance(name, str) and name for name in given):
-            raise ValueError(f"video is {given!r}; allowed: a list of image files")
-        return given
-    name = _text(entry, kind)
-    if kind == "video" and Path(name).suffix not in (".npy", ".npz"):
-        raise ValueError(f"video is {name!r}; allowed: a list of image files, or an .npy or .npz file")
-    return [name]
+    names = given if isinstance(given, list) else [given]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{kind} is {given!r}; allowed: a file, or a list of files that is not empty")
+    if len(names) > 1 and any(Path(name).suffix in ARRAYS for name in names):
+        raise ValueError(f"{kind} is {given!r}; allowed: one array, or images")
+    return names
 
 
 def _text(entry: Mapping[str, Any], field: str) -> str:
@@ -160,12 +160,12 @@ def _text(entry: Mapping[str, Any], field: str) -> str:
 
 
 def read_frames(question: Question) -> list[Image]:
-    """The image, or the frames of the video in order, as RGB.
+    """The images, or the frames of the video, in order, as RGB.
 
     Raises:
         InputError: a file that holds no image, or no array of frames.
     """
-    if question.video and len(question.media) == 1 and question.media[0].suffix in (".npy", ".npz"):
+    if question.media[0].suffix in ARRAYS:
         return _array_frames(question.media[0])
     return [read_image(path) for path in question.media]
 
@@ -180,17 +180,15 @@ def _array_frames(path: Path) -> list[Image]:
             with found:
                 names = found.files
                 if len(names) != 1:
-                    raise InputError(f"video '{path}' holds the arrays {names}; allowed: one")
+                    raise InputError(f"'{path}' holds the arrays {names}; allowed: one")
                 found = found[names[0]]
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"video '{path}' cannot be read: {type(error).__name__}") from None
+        raise InputError(f"'{path}' cannot be read: {type(error).__name__}") from None
     if found.dtype != numpy.uint8 or found.ndim != 4 or found.shape[-1] != 3 or not len(found):
         shape = "x".join(map(str, found.shape))
-        raise InputError(
-            f"video '{path}' is {found.dtype} {shape}; allowed: uint8 frames x height x width x 3"
-        )
+        raise InputError(f"'{path}' is {found.dtype} {shape}; allowed: uint8 frames x height x width x 3")
     return [Image.fromarray(frame) for frame in found]
 
 
