@@ -13,10 +13,11 @@ from torch import Tensor
 
 from luvc_fx.schedule import REALIZATIONS, round_half_up
 
-_MOST_BINS_ON_CPU = 128
+_MOST_BINS_ON_CPU, _MOST_BINS_OF_MANY = 64, 128
+_MANY = 1 << 22
 _MOST_PRODUCTS = 1 << 29
-# A window of 257 / sigma taps. With a quarter of it up to 1.4 % of the kept tokens of a trained model
-# differ, as the step at the edge (0.08 to 0) lets the impulse response fall off as slowly as 1 / t.
+# A window of 257 / sigma taps, cut off in longer sequences. There up to 2.2 % of the kept tokens of a
+# trained model differ, as the step at the edge (0.08 to 0) lets the impulse response fall off as 1 / t.
 _REACH_IN_BINS = 128
 
 
@@ -30,16 +31,16 @@ def lowpass(x: Tensor, cutoff: float, realization: str = "auto") -> Tensor:
     library, and an eager call holds ``N * taps * D`` numbers in memory.
 
     ``"auto"`` follows measurements (examples/benchmarks/realisations.py and its results). On a CPU (one
-    thread, float32) it is the basis up to 128 bins and the FFT above. On an accelerator it is the FIR
-    where its window is whole, up to 2^29 products, and else the basis, whose two matrix products are then
-    the only calls of a library. Not where the window is cut off: there as few as 97.8 % of a trained
-    model's kept tokens are the same. Not above 2^29 products: what Inductor writes for one is 15
-    instructions of an H100 at best and nothing for its tensor cores, so 2^29 take 0.3 ms, and the 2^35 of
-    8,192 tokens of 3,584 channels 15 ms. The basis takes 4 times as many there, but a library does them at
-    50 TFLOPS in 5 ms (all this counted, not measured), and sooner in TF32, where
-    `torch.set_float32_matmul_precision` allows it: then 99.1 % of the kept tokens are the same. In bfloat16
-    it is 94.7 %, so under autocast, which rounds the products of the basis (and of the FIR on a CPU),
-    ``"auto"`` is the FFT instead of those.
+    thread, float32) it is the basis up to 64 bins, or 128 where `x` has 2^22 numbers and the FFT misses
+    the caches, and the FFT above. On an accelerator it is the FIR where its window is whole, up to 2^29
+    products, and else the basis, whose two matrix products are then the only calls of a library. Not
+    where the window is cut off: as few as 97.8 % of a trained model's kept tokens are the same. Not
+    above 2^29 products: what Inductor writes for one is 15 instructions of an H100 at best and nothing
+    for its tensor cores, so 2^29 take 0.3 ms, and the 2^35 of 8,192 tokens of 3,584 channels 15 ms. The
+    basis takes 4 times as many there, but a library does them at 50 TFLOPS in 5 ms (all this counted, not
+    measured), and sooner in TF32, where `torch.set_float32_matmul_precision` allows it: then 99.1 % of
+    the kept tokens are the same. In bfloat16 it is 93.8 %, so under autocast, which rounds the products
+    of the basis (and of the FIR on a CPU), ``"auto"`` is the FFT instead of those.
 
     Args:
         x: float32 ``[B, N, D]``, N at least 1.
@@ -87,8 +88,8 @@ def chosen(x: Tensor, cutoff: float) -> str:
         return "fir"
     if torch.is_autocast_enabled(device):
         return "fft"
-    few = passing_bins(x.shape[1], cutoff) <= _MOST_BINS_ON_CPU
-    return "basis" if device != "cpu" or few else "fft"
+    most = _MOST_BINS_OF_MANY if x.numel() >= _MANY else _MOST_BINS_ON_CPU
+    return "basis" if device != "cpu" or passing_bins(tokens, cutoff) <= most else "fft"
 
 
 def _window(edge: int, device: torch.device) -> Tensor:

@@ -97,7 +97,8 @@ def test_traces(traced_names, realization, length):
     fourier = realization == "fft" or (realization == "auto" and cpu and length == 1024)
     assert bool(names & {"_fft_r2c", "_fft_c2r"}) == fourier
     assert bool([name for name in names if "complex" in name]) == fourier
-    windows = not cpu and realization in ("auto", "fir")
+    # Of 1,024 tokens at this cutoff the window of the FIR is cut off, so it is not chosen.
+    windows = not cpu and (realization == "fir" or (realization == "auto" and length == 16))
     assert bool(names & {"mm", "bmm"}) == (realization in ("auto", "basis") and not fourier and not windows)
     assert ("convolution" in names) == (realization == "fir" and cpu)
     assert ("index_select" in names) == windows
@@ -211,7 +212,10 @@ def test_trained_tokens_are_kept_alike(trained, layer, cutoff, energy, realizati
 @pytest.mark.parametrize("energy", ENERGIES)
 @pytest.mark.parametrize("realization", ["auto", "fir"])
 def test_trained_tokens_of_many_images_are_kept_alike(trained, layer, cutoff, energy, realization):
-    """Eight images in one row: 2,048 tokens, where the window of the FIR is short at 0.25 and 0.5."""
+    """Eight images in one row: 2,048 tokens, where the window of the FIR is short at 0.25 and 0.5.
+
+    In longer rows it keeps 97.8 % (examples/benchmarks/realisations.py), and ``"auto"`` is something else.
+    """
     x = trained[layer].reshape(4, 8 * 256, 128)
     share = agreement(x, cutoff, energy, realization, grid=(16, 16))
     assert share >= 0.99, f"{share:.4f} of the kept tokens are the same"
