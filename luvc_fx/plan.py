@@ -9,7 +9,7 @@ from torch import fx
 from luvc_fx.anatomy import Anatomy, Decoder
 from luvc_fx.encoder_anatomy import Encoder
 from luvc_fx.extents import Counts
-from luvc_fx.registry import wants_attention
+from luvc_fx.registry import wants_attention, wants_keys
 from luvc_fx.report import Reason, Refusal
 from luvc_fx.schedule import Merge, Prune, Schedule
 
@@ -33,7 +33,8 @@ class Step:
 
     def __str__(self) -> str:
         changes = dict.fromkeys(zip(self.before, self.after, strict=True))
-        return f"{self.merge.axis} " + ", ".join(f"{before} -> {after}" for before, after in changes)
+        name = self.merge.axis if self.merge.method == "oim" else f"{self.merge.method}, {self.merge.axis}"
+        return f"{name} " + ", ".join(f"{before} -> {after}" for before, after in changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,11 @@ def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bo
     by_block: dict[int, list[Step]] = {}
     lost = [0, 0]
     for block, merge in schedule.merges_at(len(encoder.leaving)):
+        if merge.method == "tome" and encoder.packing is not None:
+            raise ValueError(
+                "Merge.method 'tome': the tiles of this image are put together by place, where its tokens "
+                "are in no order; allowed: 'oim'"
+            )
         if block > encoder.last:
             raise ValueError(
                 f"Schedule.merge after encoder block {block}: features of block {encoder.last} enter the "
@@ -219,7 +225,8 @@ def _plan_decoder(
         count = prune.count(plan.fused)
         if count == left and not identity_sites:
             continue
-        if layer == 0 and 0 < count < left and wants_attention(prune.selector):
+        looks = wants_attention(prune.selector) or wants_keys(prune.selector)
+        if layer == 0 and 0 < count < left and looks:
             raise ValueError(
                 f"Prune.selector {prune.selector!r} before decoder layer 0: it looks at the attention of the "
                 "layer before; allowed: from layer 1"

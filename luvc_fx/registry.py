@@ -30,6 +30,10 @@ class Site:
         paid: float32 ``[B, N]``, the attention that the last token of each row pays to each visual token
             in the decoder layer before, mean over the heads. Only for selectors registered with
             ``attention=True``.
+        attended: float32 ``[B, N]``, the attention that the mean query of this layer would pay to each
+            visual token without rotary positions: over all tokens up to the last visual one, mean over the
+            heads. Only for selectors registered with ``keys=True``, as `keys`.
+        keys: float32 ``[B, N, heads * dim]``, the rotated keys of the visual tokens in this layer.
     """
 
     layer: int
@@ -37,6 +41,8 @@ class Site:
     grid: tuple[int, int] | None = None
     images: int = 1
     paid: Tensor | None = None
+    attended: Tensor | None = None
+    keys: Tensor | None = None
 
 
 class Selector(Protocol):
@@ -61,9 +67,10 @@ class Selector(Protocol):
 
 _functions: dict[str, Selector] = {}
 _attentive: set[str] = set()
+_by_keys: set[str] = set()
 
 
-def register(name: str, function: Selector, attention: bool = False) -> None:
+def register(name: str, function: Selector, attention: bool = False, keys: bool = False) -> None:
     """Let schedules use `function` as ``Prune(selector=name)``, in this process and from now on.
 
     A name keeps its function for good, as graphs were compiled with it; registering the same one
@@ -72,6 +79,8 @@ def register(name: str, function: Selector, attention: bool = False) -> None:
     Args:
         attention: let it know what the last token pays to the others (`Site.paid`). That costs one row of
             the attention of the layer before, which is computed again; the layer itself stays fused.
+        keys: let it know the layer's own keys and what its mean query attends to (`Site.keys`,
+            `Site.attended`). That costs the layer's norm and projections once more.
 
     Raises:
         ValueError: a name that is no text, empty or taken, or something that cannot be called.
@@ -84,11 +93,18 @@ def register(name: str, function: Selector, attention: bool = False) -> None:
         raise ValueError(f"selector {name!r} is registered already, as {_functions[name]!r}")
     if attention:
         _attentive.add(name)
+    if keys:
+        _by_keys.add(name)
 
 
 def wants_attention(name: str) -> bool:
     """Whether the selector of that name asks for `Site.paid`."""
     return name in _attentive
+
+
+def wants_keys(name: str) -> bool:
+    """Whether the selector of that name asks for `Site.keys`."""
+    return name in _by_keys
 
 
 def registered() -> tuple[str, ...]:

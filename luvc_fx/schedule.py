@@ -34,7 +34,8 @@ JSON_VERSION = 1
 AXES = ("width", "height")
 PAIRINGS = ("line", "shared")
 FEATURES = ("hidden", "keys")
-SELECTORS = ("spectrum", "random", "uniform", "norm", "fastv", "diversity")
+METHODS = ("oim", "tome")
+SELECTORS = ("spectrum", "random", "uniform", "norm", "fastv", "diversity", "pact")
 """Those that come with luvc_fx; `luvc_fx.selectors.register` adds to them."""
 ENERGIES = ("residual", "lowpass", "ratio")
 COVERAGES = ("block", "global")
@@ -52,6 +53,10 @@ def round_half_up(value: float) -> int:
 class Merge:
     """Merge visual tokens along one axis of their grid, after one encoder block (an OIM step).
 
+    ``method="tome"`` is a control in its place. It leaves as many tokens, on a grid of the same shape, but
+    merges the most similar pairs of the whole grid, whatever the axis, and its tokens come in ToMe's order:
+    where that grid is read afterwards, neighbours on it are none in the picture.
+
     Args:
         axis: ``"width"`` or ``"height"``: the axis that gets shorter.
         keep: fraction of that axis, as it then is, that is left; in (0, 1]. Or `length`.
@@ -60,7 +65,9 @@ class Merge:
         depth: fraction in (0, 1) of the encoder blocks that run before the merge.
         pairing: ``"line"`` lets each line along the axis choose its own pairs; ``"shared"`` chooses
             on the similarity averaged over an image's lines, so that whole columns (or rows) merge.
-        feature: what similarity compares, ``"hidden"`` states or the ``"keys"`` of the same block.
+        feature: what similarity compares, ``"hidden"`` states or the ``"keys"`` of the same block (for
+            ToMe, their mean over the heads).
+        method: ``"oim"``, or ``"tome"``, for which `pairing` plays no part.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -73,11 +80,13 @@ class Merge:
     depth: float | None = None
     pairing: str = "line"
     feature: str = "hidden"
+    method: str = "oim"
 
     def __post_init__(self) -> None:
         check_choice("Merge", "axis", self.axis, AXES)
         check_choice("Merge", "pairing", self.pairing, PAIRINGS)
         check_choice("Merge", "feature", self.feature, FEATURES)
+        check_choice("Merge", "method", self.method, METHODS)
         check_either("Merge", ("keep", self.keep), ("length", self.length))
         check_either("Merge", ("layer", self.layer), ("depth", self.depth))
         set_number(self, "keep", ABOVE_ZERO, 1.0, "a number in (0, 1]", optional=True)
@@ -113,7 +122,8 @@ class Prune:
         depth: fraction in (0, 1) of the decoder layers that run before the prune.
         selector: ``"spectrum"`` (SPU), ``"random"``, ``"uniform"``, ``"norm"`` (the largest sum of
             squares), ``"fastv"`` (the most attention of the last token in the layer before),
-            ``"diversity"`` (the least like a few pivots), or a name given to `luvc_fx.selectors.register`.
+            ``"diversity"`` (the least like a few pivots), ``"pact"`` (centres of clusters), or a name given
+            to `luvc_fx.selectors.register`.
         energy: what the spectrum ranks by: ``"residual"`` (what the low-pass cannot rebuild),
             ``"lowpass"`` or ``"ratio"`` (lowpass over total).
         coverage: ``"block"`` keeps the best of each block of neighbours, ``"global"`` the best of all.
@@ -125,6 +135,8 @@ class Prune:
         per_image: the spectrum filters each image's tokens by themselves while all of them are there.
         realization: how the spectrum's filter is computed: ``"fft"``, ``"basis"`` (the same as two
             thin matrix products), ``"fir"`` (a short convolution) or ``"auto"``.
+        absorb: each token that goes is averaged into the one that stays and is most like it (cosine of the
+            hidden states), whatever the selector. That one keeps its place and position.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -142,6 +154,7 @@ class Prune:
     normalize: str = "none"
     per_image: bool = False
     realization: str = "auto"
+    absorb: bool = False
 
     def __post_init__(self) -> None:
         check_either("Prune", ("keep", self.keep), ("tokens", self.tokens))
@@ -159,6 +172,7 @@ class Prune:
         check_choice("Prune", "normalize", self.normalize, NORMALIZATIONS)
         check_flag(self, "per_image")
         check_choice("Prune", "realization", self.realization, REALIZATIONS)
+        check_flag(self, "absorb")
 
     def decoder_layer(self, layers: int) -> int:
         """The index of the decoder layer before which this prune happens, out of `layers`."""
@@ -191,7 +205,8 @@ class Schedule:
     Schedule(merge=(), prune=(Prune(keep=0.5, ...
 
     Raises:
-        ValueError: for items of the wrong kind, two items at one place, or a keep that grows.
+        ValueError: for items of the wrong kind, merges of different methods, two items at one place, or a
+            keep that grows.
     """
 
     merge: tuple[Merge, ...] = ()
@@ -205,6 +220,9 @@ class Schedule:
             if not isinstance(items, (tuple, list)) or not all(isinstance(i, kind) for i in items):
                 refuse("Schedule", field, items, f"a tuple of {kind.__name__}")
             object.__setattr__(self, field, tuple(items))
+        methods = {merge.method for merge in self.merge}
+        if len(methods) > 1:
+            refuse("Schedule", "merge", sorted(methods), "one Merge.method for all merges")
 
     def merges_at(self, blocks: int) -> tuple[tuple[int, Merge], ...]:
         """``(encoder block, merge)`` pairs, by block and then as listed.

@@ -1,4 +1,4 @@
-"""Insert OIM steps behind encoder blocks."""
+"""Insert OIM steps, or those of ToMe in their place, behind encoder blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from luvc_fx.encoder_anatomy import Encoder
-from luvc_fx.ops import orthogonal_merge
+from luvc_fx.ops import orthogonal_merge, sequence_merge
 from luvc_fx.passes.context import Context
 from luvc_fx.passes.emit import constant, emit
 from luvc_fx.passes.merge_angles import find_angles, turn_followers
@@ -44,6 +44,8 @@ def merge_tokens(context: Context) -> None:
     if context.plan.merges:
         for filler in encoder.axes.fillers:
             context.retarget.fill(filler, side_counts(encoder, context.plan.merges[-1].merged))
+        if _in_rows(context.plan.merges[-1]):
+            slots = _representatives(context, encoder, slots)
         place_features(context, encoder, slots, leaving)
     if encoder.slots is not None:
         answer_slots(context, encoder)
@@ -52,6 +54,11 @@ def merge_tokens(context: Context) -> None:
 
 def _by_keys(site: MergeSite) -> bool:
     return any(step.merge.feature == "keys" for step in site.steps)
+
+
+def _in_rows(site: MergeSite) -> bool:
+    """Whether single patches merge over the whole row, with sizes and slots of single patches."""
+    return site.steps[0].merge.method == "tome"
 
 
 def _merge_body(
@@ -63,27 +70,33 @@ def _merge_body(
     that have some, and, from a site before, sizes and slots of all frames. It returns the merged
     value, angles, sizes and slots.
     """
-    groups = len(encoder.frames)
+    groups, in_rows = len(encoder.frames), _in_rows(site)
 
     def body(x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         parts = [x, *given[:angles]]
         if keys:
-            heads = torch.cat(
-                [key.transpose(1, 2).flatten(2) for key in given[angles : angles + keys]], dim=1
-            )
+            by_call = given[angles : angles + keys]
+            mean_or_all = [key.mean(1) if in_rows else key.transpose(1, 2).flatten(2) for key in by_call]
+            heads = torch.cat(mean_or_all, dim=1)
             parts.append(heads if x.dim() == 3 else heads.squeeze(0))
         limits = given[angles + keys : angles + keys + runs]
         state = given[angles + keys + runs :]
         rows = [_split(part.flatten(x.dim() - 1), encoder, site.grids) for part in parts]
         out: list[list[Tensor]] = []
         for group, frames in enumerate(encoder.frames):
-            grids = [_to_blocks(part[group], site.grids[group], encoder) for part in rows]
-            if not state:
+            grids = [part[group] for part in rows]
+            if not in_rows:
+                grids = [_to_blocks(part, site.grids[group], encoder) for part in grids]
+            if not state and in_rows:
+                sizes, slots = _fresh_rows(grids[0], site.grids[group], encoder)
+            elif not state:
                 sizes, slots = _fresh(grids[0], frames.count)
             else:
                 sizes, slots = state[group], state[groups + group]
             merged, sizes, slots = _steps(site.steps, group, grids, sizes, slots, limits, encoder, keys > 0)
-            out.append([*(_to_rows(grid, encoder) for grid in merged), sizes, slots])
+            if not in_rows:
+                merged = [_to_rows(grid, encoder) for grid in merged]
+            out.append([*merged, sizes, slots])
         results = [_joined(x, [found[0] for found in out], encoder)]
         if angles:
             table = torch.cat([found[1].flatten(0, 1) for found in out])
@@ -103,7 +116,10 @@ def _steps(
     encoder: Encoder,
     by_keys: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """All steps on the grids ``[n, H, W, C]`` of the tokens, and of angles and keys that merge along."""
+    """All steps on the grids of the tokens, and of angles and keys that merge along.
+
+    The grids are ``[n, H, W, C]`` of blocks, or for ToMe ``[n, T, C]`` of patches, in the tower's order.
+    """
     # Together, so that all merge alike; in single precision, which angles and keys are kept in.
     wide = grids[0].dtype if len(grids) == 1 else torch.promote_types(grids[0].dtype, torch.float32)
     channels = [grid.shape[-1] for grid in grids]
@@ -114,6 +130,10 @@ def _steps(
         last = by_keys and step.merge.feature == "keys"
         start, width = (sum(channels[:-1]), channels[-1]) if last else (0, channels[0])
         feature = joined.narrow(-1, start, width) if len(grids) > 1 else None
+        if step.merge.method == "tome":
+            left = joined.shape[1] // step.before[group] * step.after[group]
+            joined, sizes, slots, *_ = sequence_merge(joined, sizes, slots, left, feature)
+            continue
         joined, sizes, slots, *_ = orthogonal_merge(
             joined,
             sizes,
@@ -135,6 +155,37 @@ def _fresh(grid: Tensor, images: int) -> tuple[Tensor, Tensor]:
     sizes = torch.ones(images, height, width, dtype=torch.float32, device=grid.device)
     slots = torch.arange(height * width, device=grid.device).reshape(1, height, width)
     return sizes, slots.expand(images, height, width)
+
+
+def _fresh_rows(rows: Tensor, grid: Grid, encoder: Encoder) -> tuple[Tensor, Tensor]:
+    """Sizes and slots ``[n, T]`` of patches of which none has merged; they are numbered block by block."""
+    sizes = torch.ones(rows.shape[:2], dtype=torch.float32, device=rows.device)
+    blocks = torch.arange(rows.shape[1], device=rows.device).reshape(1, *encoder.blocks_of(grid), -1)
+    return sizes, _to_rows(blocks, encoder).reshape(1, -1).expand(rows.shape[:2])
+
+
+def _representatives(context: Context, encoder: Encoder, slots: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """Slots ``[n, H', W']`` of features, from those ``[n, T]`` of patches.
+
+    Where one feature is one patch they are the same. Else a feature holds patches of all over the
+    picture, and two may begin with patches of one block: features are put in the order of their first
+    patches, and spread evenly over the places that there are.
+    """
+    before = [encoder.blocks_of(frames.grid) for frames in encoder.frames]
+    after = context.plan.merges[-1].merged
+    single = encoder.unit == (1, 1)
+
+    def body(*parts: Tensor) -> tuple[Tensor, ...]:
+        found = []
+        for part, old, grid in zip(parts, before, after, strict=True):
+            blocks = _to_blocks(part.unsqueeze(-1), grid, encoder)
+            first = blocks.select(-1, 0).flatten(1)
+            rank = (first.unsqueeze(2) > first.unsqueeze(1)).sum(-1)
+            spread = (2 * rank + 1) * (old[0] * old[1]) // (2 * first.shape[1])
+            found.append((first if single else spread).reshape(blocks.shape[:3]))
+        return tuple(found)
+
+    return emit(context.graph, "representatives", body, *slots)
 
 
 def _split(rows: Tensor, encoder: Encoder, grids: tuple[Grid, ...]) -> list[Tensor]:

@@ -10,13 +10,14 @@ from torch import Tensor, fx
 
 from luvc_fx.extents import TOKENS
 from luvc_fx.fx_util import value
-from luvc_fx.ops import drop_tokens, gather_rows, mask_to_index
+from luvc_fx.ops import absorb, drop_tokens, gather_rows, mask_to_index
 from luvc_fx.passes.compact_rows import compact_followers
 from luvc_fx.passes.context import Context
 from luvc_fx.passes.emit import emit
 from luvc_fx.passes.last_query import last_query
+from luvc_fx.passes.site_keys import site_keys
 from luvc_fx.plan import PruneSite
-from luvc_fx.selectors import Site, choose_mask, wants_attention
+from luvc_fx.selectors import Site, choose_mask, wants_attention, wants_keys
 
 
 def prune_tokens(context: Context) -> None:
@@ -29,15 +30,13 @@ def prune_tokens(context: Context) -> None:
     for site in context.plan.prunes:
         context.retarget.advance(site.node)
         name = f"prune before decoder layer {site.layer}"
-        nodes: list[fx.Node] = []
-        paid: Callable[..., Tensor] | None = None
-        if wants_attention(site.prune.selector) and 0 < site.count < site.left and site.layer:
-            nodes, paid = last_query(decoder.calls[site.layer - 1])
-        body = _prune_body(site, _place(context, site), paid)
+        nodes, tell = _told(context, site)
+        body = _prune_body(site, tell)
         short, rows, context.places = emit(context.graph, name, body, site.node, context.places, *nodes)
         context.retarget.replace(site.node, short, {TOKENS: value(short).shape[1]})
         compact_followers(context, name, site.node, rows, rows)
-        context.report.inserted.append(f"{name}: {site.prune.selector} {site.left} -> {site.count}")
+        also = ", the others averaged into them" if _absorbs(site) else ""
+        context.report.inserted.append(f"{name}: {site.prune.selector} {site.left} -> {site.count}{also}")
 
 
 def _visual_rows(context: Context) -> fx.Node:
@@ -74,17 +73,50 @@ def _place(context: Context, site: PruneSite) -> Site:
     return Site(site.layer, len(decoder.entering), site.grid, images)
 
 
+def _told(context: Context, site: PruneSite) -> tuple[list[fx.Node], Callable[..., Site]]:
+    """The nodes that the selector looks at, and what it is told, from the tokens, rows and their values."""
+    decoder, place, name = context.anatomy.decoder, _place(context, site), site.prune.selector
+    assert decoder is not None
+    asked = 0 < site.count < site.left and site.layer > 0
+    queried: list[fx.Node] = []
+    projected: list[fx.Node] = []
+    paid = looks = None
+    if asked and wants_attention(name):
+        queried, paid = last_query(decoder.calls[site.layer - 1])
+    if asked and wants_keys(name):
+        projected, looks = site_keys(context.graph, decoder, site)
+
+    def tell(x: Tensor, places: Tensor, *values: Tensor) -> Site:
+        told = place
+        if paid is not None:
+            told = dataclasses.replace(told, paid=paid(places, *values[: len(queried)]))
+        if looks is not None:
+            attended, keys = looks(x, places, *values[len(queried) :])
+            told = dataclasses.replace(told, attended=attended, keys=keys)
+        return told
+
+    return [*queried, *projected], tell
+
+
+def _absorbs(site: PruneSite) -> bool:
+    return site.prune.absorb and 0 < site.count < site.left
+
+
 def _prune_body(  # type: ignore[no-untyped-def]
-    site: PruneSite, place: Site, paid: Callable[..., Tensor] | None
+    site: PruneSite, tell: Callable[..., Site]
 ):
     def body(x: Tensor, places: Tensor, *looked_at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         length = x.shape[1]
-        told = place if paid is None else dataclasses.replace(place, paid=paid(places, *looked_at))
-        keep, ahead = choose_mask(gather_rows(x, places, 1), site.prune, site.count, told)
+        visual = gather_rows(x, places, 1)
+        keep, ahead = choose_mask(visual, site.prune, site.count, tell(x, places, *looked_at))
         rows = drop_tokens(places, keep, ahead, length, length - site.left + site.count)
         kept = mask_to_index(keep, site.count)
         # A token moves up by those before it that went.
         moved = places.gather(1, kept) - kept + torch.arange(site.count, device=x.device)
-        return gather_rows(x, rows, 1), rows, moved
+        short = gather_rows(x, rows, 1)
+        if _absorbs(site):
+            mean = absorb(visual, keep, ahead, kept)
+            short = short.scatter(1, moved.unsqueeze(-1).expand_as(mean), mean)
+        return short, rows, moved
 
     return body

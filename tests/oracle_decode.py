@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from oracle_families import visual_rows
+from oracle_looks import Look, absorbed, attended, look
 from oracle_positions import (
     generate_positions,
     has_three_axes,
@@ -26,7 +27,7 @@ from oracle_positions import (
     rotary,
 )
 from oracle_rows import VisualRows, placeholders
-from oracle_select import select
+from oracle_select import Seen, select
 from oracle_sequence import Sequence, drop, fuse, visual_index
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -140,16 +141,38 @@ def _decode(
     layer_rows: list[Tensor] = []
     tokens_per_layer: list[int] = []
     count = fused
+    paid: Look | None = None
+
+    def looked(index: int) -> Look:
+        mask = _mask(state.valid[index], seq.valid, "eager", seq.hidden.dtype)
+        turn = rotary(decoder, seq.hidden, seq.position_ids)
+        return look(decoder, index, seq.hidden, state.cache, mask, turn)
+
     for index, layer in enumerate(layers):
         if index in prunes:
             keep = prunes[index].count(fused)
             places = visual_index(seq.visual, count)
             at = torch.arange(len(places), device=places.device)[:, None]
             whole = tokens.grid if tokens is not None and count == fused else None
-            kept[index] = select(seq.hidden[at, places], prunes[index], keep, index, whole, gaps)
+            seen = Seen()
+            if paid is not None:
+                weights = paid.weights[:, :, -1, -seq.hidden.shape[1] :].mean(dim=1)
+                seen.paid = weights[at, places].double().cpu().numpy()
+            if prunes[index].selector == "pact":
+                here = looked(index)
+                seen.attended = attended(here, seq.valid, places, layer.self_attn.scaling)
+                seen.keys = here.turned.transpose(1, 2).flatten(2)[at, places].double().cpu().numpy()
+            visual = seq.hidden[at, places]
+            kept[index] = select(visual, prunes[index], keep, index, whole, gaps, seen)
+            if prunes[index].absorb and 0 < keep < count:
+                hidden = seq.hidden.clone()
+                hidden[at, places.gather(1, kept[index])] = absorbed(visual, kept[index], gaps)
+                seq = dataclasses.replace(seq, hidden=hidden)
             seq = drop(seq, places, kept[index])
             alive = alive.gather(1, kept[index])
             count = keep
+        asks = index + 1 in prunes and prunes[index + 1].selector == "fastv"
+        paid = looked(index) if asks else None
         layer_rows.append(seq.rows)
         tokens_per_layer.append(count)
         mask = _mask(state.valid[index], seq.valid, decoder.config._attn_implementation, seq.hidden.dtype)

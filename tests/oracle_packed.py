@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from oracle_merge import Grid, merge_grid
 from oracle_rows import Piece, VisualRows, assemble, placeholders, shared_out
-from oracle_vision import target_blocks
+from oracle_tome import Patches, merge_patches, placed
+from oracle_vision import shorter, target_blocks
 from torch import Tensor, nn
 from transformers import (
     Qwen2_5_VLForConditionalGeneration,
@@ -33,7 +34,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from luvc_fx.schedule import Schedule
+from luvc_fx.schedule import Merge, Schedule
 
 FAMILIES = (
     Qwen2VLForConditionalGeneration,
@@ -164,6 +165,7 @@ def encode_packed(
         )
     ]
     deep: list[Tensor] = []
+    rows = [Patches(torch.empty(0), torch.ones(1, n), torch.arange(n)[None]) for n in lengths]
     for index, block in enumerate(tower.blocks):
         hidden = _patches([frame.x for frame in frames], unit)
         angles = _patches([frame.angles for frame in frames if frame.angles is not None], unit)
@@ -171,11 +173,21 @@ def encode_packed(
         keys: Sequence[Tensor | None] = [None] * len(frames)
         if any(merge.feature == "keys" for merge in here):
             keys = _blocks(tower.keys(block, hidden, angles), frames, unit)
+        before = hidden
         hidden = tower.run(block, hidden, angles, [unit**2 * frame.sizes.numel() for frame in frames])
         frames = [
             replace(frame, x=x, keys=key)
             for frame, x, key in zip(frames, _blocks(hidden, frames, unit), keys, strict=True)
         ]
+        if any(merge.method == "tome" for merge in here):
+            turned = tower.keys(block, before, angles).unflatten(1, (block.attn.num_heads, -1)).mean(1)
+            by_frame = [part[None] for part in turned.split([row.sizes.numel() for row in rows])]
+            for number, (frame, key) in enumerate(zip(frames, by_frame, strict=True)):
+                assert frame.angles is not None
+                own = rows[number]
+                patches = [values.reshape(1, own.sizes.numel(), -1) for values in (frame.x, frame.angles)]
+                rows[number], frames[number] = _tome(here, frame, own, key, *patches, unit, gaps)
+            here = []
         for merge in here:
             axis = {"height": 1, "width": 2}[merge.axis]
             frames = [
@@ -194,6 +206,10 @@ def encode_packed(
             deep.append(reader(_patches([frame.x for frame in frames], unit)))
     features = tower.tower.merger(_patches([frame.x for frame in frames], unit))
     counts = [frame.sizes.numel() for frame in frames]
+    if any(merge.method == "tome" for _, merge in merges):
+        for frame, row, length in zip(frames, rows, lengths, strict=True):
+            frame.slots = placed(row.slots.reshape(1, -1, unit**2)[..., 0], length // unit**2, unit == 1)
+            frame.sizes = (row.sizes.reshape(-1, unit**2).sum(1) / unit**2).reshape(frame.sizes.shape)
     made = [
         Frame(
             feature,
@@ -212,6 +228,27 @@ def encode_packed(
         )
     ]
     return _by_item(made, thw)
+
+
+def _tome(
+    merges: Sequence[Merge],
+    frame: Grid,
+    row: Patches,
+    keys: Tensor,
+    x: Tensor,
+    angles: Tensor,
+    unit: int,
+    gaps: list[float],
+) -> tuple[Patches, Grid]:
+    """The patches of one frame after `merges`, and what the tower has of them: a grid of other sides."""
+    height, width = (unit * side for side in frame.sizes.shape[1:])
+    row = Patches(x, row.sizes, row.slots, keys, angles)
+    for merge in merges:
+        height, width = shorter(merge, height, width, unit)
+        row = merge_patches(row, height * width, gaps, merge.feature)
+    assert row.angles is not None
+    shape = (1, height // unit, width // unit, -1)
+    return row, Grid.of(row.x.reshape(shape), angles=row.angles.reshape(shape))
 
 
 def _stock(model: nn.Module, pixels: Tensor, grid_thw: Tensor) -> list[list[Frame]]:

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from oracle_looks import centres
 from oracle_merge import note
 from torch import Tensor
 
 from luvc_fx.schedule import Prune, round_half_up
 
 _MOD = 1 << 32
+
+
+@dataclass
+class Seen:
+    """What attention says about N visual tokens, for the selectors that ask.
+
+    Attributes:
+        paid: [B, N], by the last query of the layer before; attended: [B, N], by the mean query of this
+            layer; keys: [B, N, C], its turned keys.
+    """
+
+    paid: np.ndarray | None = None
+    attended: np.ndarray | None = None
+    keys: np.ndarray | None = None
 
 
 def normalised(values: np.ndarray, normalize: str) -> np.ndarray:
@@ -58,13 +74,17 @@ def energies(x: Tensor, energy: str, cutoff: float, normalize: str = "none") -> 
     return _spectrum(x.detach().double().cpu().numpy(), energy, cutoff, normalize)[0]
 
 
-def _scores(x: Tensor, prune: Prune, grid: tuple[int, int] | None) -> tuple[np.ndarray, np.ndarray]:
+def _scores(
+    x: Tensor, prune: Prune, grid: tuple[int, int] | None, seen: Seen
+) -> tuple[np.ndarray, np.ndarray]:
     """What `prune` ranks the tokens [B, N, D] by, and the units, each [B, N]."""
     values = x.detach().double().cpu().numpy()
     batch, count, channels = values.shape
     if prune.selector == "norm":
         score = (values**2).sum(axis=-1)
         return score, score
+    if prune.selector == "fastv" and seen.paid is not None:
+        return seen.paid, seen.paid
     if prune.selector != "spectrum":
         raise NotImplementedError(f"the oracle does not know the selector {prune.selector!r}")
     if prune.per_image and grid is not None:
@@ -108,14 +128,33 @@ def _blocks(count: int, keep: int, grid: tuple[int, int] | None) -> list[list[in
     return blocks
 
 
+def _pact(x: Tensor, keep: int, seen: Seen, gaps: list[float]) -> list[list[int]]:
+    """Centres of clusters among the tokens with the best scores."""
+    assert seen.attended is not None and seen.keys is not None
+    scores = seen.attended * np.sqrt((x.detach().double().cpu().numpy() ** 2).sum(axis=-1))
+    among = max(keep, math.ceil(math.sqrt(keep * x.shape[1])))
+    chosen = []
+    for score, keys in zip(scores, seen.keys, strict=True):
+        best = _largest(score, among, float(score.max()), gaps)
+        chosen.append([best[i] for i in centres(keys[best], keep, gaps)])
+    return chosen
+
+
 def select(
-    x: Tensor, prune: Prune, keep: int, layer: int, grid: tuple[int, int] | None, gaps: list[float]
+    x: Tensor,
+    prune: Prune,
+    keep: int,
+    layer: int,
+    grid: tuple[int, int] | None,
+    gaps: list[float],
+    seen: Seen | None = None,
 ) -> Tensor:
     """The SPU step (or a control): which `keep` of the visual rows `x` [B, N, D] stay, ascending.
 
     Args:
         layer: the resolved decoder layer.
         grid: (h, w) of one image where the N tokens are whole row-major grids, stacked; else None.
+        seen: for the selectors that look at attention.
 
     Returns:
         [B, keep] int64.
@@ -131,9 +170,11 @@ def select(
         scores = random_scores(count, prune.seed, layer)
         order = sorted(range(count), key=lambda i: (-scores[i], i))
         chosen = [sorted(order[:keep])] * batch
+    elif prune.selector == "pact" and seen is not None:
+        chosen = _pact(x, keep, seen, gaps)
     else:
         chosen = []
-        for row, units in zip(*_scores(x, prune, grid), strict=True):
+        for row, units in zip(*_scores(x, prune, grid, seen or Seen()), strict=True):
             scale = max(float(units.max()), 1e-300)
             if prune.coverage == "global":
                 chosen.append(_largest(row, keep, scale, gaps))

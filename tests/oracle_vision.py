@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from oracle_merge import Grid, merge_grid
+from oracle_tome import Patches, merge_patches, placed
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration, LlavaForConditionalGeneration
 
@@ -112,6 +113,13 @@ def target_blocks(merge: Merge, blocks: int, unit: int) -> int:
     return -(-merge.target(blocks * unit) // unit)
 
 
+def shorter(merge: Merge, height: int, width: int, unit: int) -> tuple[int, int]:
+    """The grid of patches after `merge`."""
+    along = width if merge.axis == "width" else height
+    left = unit * target_blocks(merge, along // unit, unit)
+    return (height, left) if merge.axis == "width" else (left, width)
+
+
 # ----------------------------------------------------------------------------------------- encoding
 
 
@@ -170,13 +178,25 @@ def encode(
     hidden = family.embed(pixel_values)
     grid = Grid.of(to_blocks(hidden[:, 1:], height, width, unit))
     placeholders = grid.slots[0].numel()
+    numbers = torch.arange(height * width, device=hidden.device).reshape(*grid.slots[:1].shape, unit**2)
+    row = Patches(hidden[:, 1:], torch.ones_like(hidden[:, 1:, 0]), from_blocks(numbers, unit)[..., 0])
+    row.slots = row.slots.expand(len(hidden), -1)
     for index, block in enumerate(family.blocks[:count]):
         here = [merge for at, merge in merges if at == index]
         keys = None
         if any(merge.feature == "keys" for merge in here):
             keys = to_blocks(family.keys(block, hidden)[:, 1:], height, width, unit)
-        hidden = family.run(block, hidden)
+        before, hidden = hidden, family.run(block, hidden)
         if not here:
+            continue
+        if here[0].method == "tome":
+            heads = model.config.vision_config.num_attention_heads
+            keys = family.keys(block, before)[:, 1:].unflatten(2, (heads, -1)).mean(2)
+            row = Patches(hidden[:, 1:], row.sizes, row.slots, keys)
+            for merge in here:
+                height, width = shorter(merge, height, width, unit)
+                row = merge_patches(row, height * width, gaps, merge.feature)
+            hidden = torch.cat([hidden[:, :1], row.x], dim=1)
             continue
         grid = Grid(to_blocks(hidden[:, 1:], height, width, unit), grid.sizes, grid.slots, keys)
         for merge in here:
@@ -191,6 +211,10 @@ def encode(
             )
             height, width = (unit * side for side in grid.sizes.shape[1:])
         hidden = torch.cat([hidden[:, :1], from_blocks(grid.x, unit)], dim=1)
+    if any(merge.method == "tome" for _, merge in merges):
+        first = to_blocks(row.slots[..., None], height, width, unit)
+        grid.slots = placed(first[..., 0].flatten(1), placeholders, unit == 1)
+        grid.sizes = to_blocks(row.sizes[..., None], height, width, unit).sum(-1) / unit**2
     return VisualTokens(
         family.features(hidden, height, width),
         grid.slots.flatten(1),

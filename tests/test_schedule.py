@@ -52,6 +52,8 @@ BAD_VALUES: dict[str, tuple[type, dict[str, Any], str, Any, str]] = {
     "normalize by nothing": (Prune, PRUNE, "normalize", False, "'none', 'mean', 'rms'"),
     "per image as a number": (Prune, PRUNE, "per_image", 1, "True or False"),
     "per image as text": (Prune, PRUNE, "per_image", "yes", "True or False"),
+    "absorb as a number": (Prune, PRUNE, "absorb", 1, "True or False"),
+    "method": (Merge, MERGE, "method", "1d", "'oim', 'tome'"),
     "realization": (Prune, PRUNE, "realization", "dct", "'auto', 'fft', 'fir', 'basis'"),
 }
 
@@ -276,6 +278,12 @@ def test_the_first_count_is_checked_too() -> None:
         Schedule(prune=Prune(tokens=11, layer=0)).prunes_at(4, 10)
 
 
+def test_merges_have_one_method() -> None:
+    merges = (Merge("width", keep=0.5, layer=1), Merge("height", keep=0.5, layer=2, method="tome"))
+    with pytest.raises(ValueError, match=r"Schedule\.merge is \['oim', 'tome'\]; allowed: one Merge\.method"):
+        Schedule(merge=merges)
+
+
 def test_one_item_needs_no_tuple_and_lists_become_tuples() -> None:
     merge, prune = Merge(**MERGE), Prune(**PRUNE)
     assert Schedule(merge, prune) == Schedule((merge,), (prune,)) == Schedule([merge], [prune])  # type: ignore[arg-type]
@@ -291,8 +299,8 @@ def test_equal_by_value_and_hashable() -> None:
     assert {one: 1}[other] == 1
     changed: dict[str, Any] = {"keep": 0.25, "tokens": 3, "layer": 2, "depth": 0.5, "selector": "random"}
     changed |= {"energy": "ratio", "coverage": "global", "cutoff": 0.75, "seed": 7, "normalize": "rms"}
-    changed |= {"per_image": True, "realization": "fir"}
-    changed |= {"axis": "height", "length": 3, "pairing": "shared", "feature": "keys"}
+    changed |= {"per_image": True, "realization": "fir", "absorb": True}
+    changed |= {"axis": "height", "length": 3, "pairing": "shared", "feature": "keys", "method": "tome"}
     instead = {"keep": ("tokens", "length"), "tokens": ("keep",), "length": ("keep",)}
     instead |= {"layer": ("depth",), "depth": ("layer",)}
     for where, item in (("merge", Merge(**MERGE)), ("prune", Prune(**PRUNE))):

@@ -16,6 +16,7 @@ from luvc_fx.schedule import (
     COVERAGES,
     ENERGIES,
     FEATURES,
+    METHODS,
     NORMALIZATIONS,
     PAIRINGS,
     REALIZATIONS,
@@ -43,7 +44,7 @@ def test_json_round_trip(schedule: Schedule) -> None:
     st.floats(0.0, 1.0),
     st.floats(0.001, 1.0),
     st.integers(0, 2**40),
-    st.tuples(st.sampled_from(NORMALIZATIONS), st.booleans(), st.sampled_from(REALIZATIONS)),
+    st.tuples(st.sampled_from(NORMALIZATIONS), st.booleans(), st.sampled_from(REALIZATIONS), st.booleans()),
 )
 def test_json_keeps_every_field_of_a_prune(
     selector: str,
@@ -52,18 +53,26 @@ def test_json_keeps_every_field_of_a_prune(
     keep: float,
     cutoff: float,
     seed: int,
-    of_the_filter: tuple[str, bool, str],
+    the_rest: tuple[str, bool, str, bool],
 ) -> None:
-    how = (selector, energy, coverage, cutoff, seed, *of_the_filter)
+    how = (selector, energy, coverage, cutoff, seed, *the_rest)
     prune = Prune(keep, None, -3, None, *how)
     assert dataclasses.astuple(prune)[4:] == how, "a field without a test"
     assert Schedule.from_json(Schedule(prune=prune).to_json()).prune == (prune,)
 
 
-@given(st.sampled_from(AXES), st.floats(0.01, 1.0), st.sampled_from(PAIRINGS), st.sampled_from(FEATURES))
-def test_json_keeps_every_field_of_a_merge(axis: str, keep: float, pairing: str, feature: str) -> None:
-    merge = Merge(axis, keep, None, -2, None, pairing, feature)
-    assert dataclasses.astuple(merge) == (axis, keep, None, -2, None, pairing, feature)
+@given(
+    st.sampled_from(AXES),
+    st.floats(0.01, 1.0),
+    st.sampled_from(PAIRINGS),
+    st.sampled_from(FEATURES),
+    st.sampled_from(METHODS),
+)
+def test_json_keeps_every_field_of_a_merge(
+    axis: str, keep: float, pairing: str, feature: str, method: str
+) -> None:
+    merge = Merge(axis, keep, None, -2, None, pairing, feature, method)
+    assert dataclasses.astuple(merge) == (axis, keep, None, -2, None, pairing, feature, method)
     assert Schedule.from_json(Schedule(merge=merge).to_json()).merge == (merge,)
 
 
@@ -74,8 +83,9 @@ def test_json_from_before_the_newest_fields_means_what_it_meant() -> None:
                    "coverage": "block", "cutoff": 0.25, "seed": 0}]}"""
     merge, prune = Merge("width", keep=0.75, depth=0.5), Prune(keep=0.5, layer=2)
     assert Schedule.from_json(text) == Schedule(merge, prune)
-    assert (merge.pairing, merge.feature) == ("line", "hidden")
-    assert (prune.normalize, prune.per_image, prune.realization) == ("none", False, "auto")
+    assert (merge.pairing, merge.feature, merge.method) == ("line", "hidden", "oim")
+    newest = (prune.normalize, prune.per_image, prune.realization, prune.absorb)
+    assert newest == ("none", False, "auto", False)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,52 @@ def _cosine(a: Array, b: Array) -> float:
     return -2.0 if math.isnan(cosine) else cosine
 
 
+def sequence_merge(
+    x: Array, sizes: Array, slots: Array, length: int, feature: Array | None = None
+) -> tuple[Array, ...]:
+    """Twin of `luvc_fx.ops.sequence_merge` for float32 or float64 `x` ``[B, n, C]``."""
+    out: list[list[Array]] = []
+    for b in range(len(x)):
+        row = list(zip(x[b], sizes[b], slots[b], x[b] if feature is None else feature[b], strict=True))
+        while len(row) > length:
+            merges = min(len(row) // 2, len(row) - length)
+            proposals = []
+            for even in range(0, len(row), 2):
+                likeness = {odd: _cosine(row[even][3], row[odd][3]) for odd in range(1, len(row), 2)}
+                to = max(likeness, key=likeness.__getitem__)  # the first of equals
+                proposals.append((likeness[to], even, to))
+            best = sorted(proposals, key=lambda proposal: (-proposal[0], proposal[1]))[:merges]
+            target_of = {even: to for _, even, to in best}
+            order = [even for even in range(0, len(row), 2) if even not in target_of]
+            row = [_merge_into(row, i, target_of) for i in (*order, *range(1, len(row), 2))]
+        out.append([np.array(values) for values in zip(*row, strict=True)])
+    merged = tuple(np.stack(values) for values in zip(*out, strict=True))
+    return merged[:3] if feature is None else merged
+
+
+def _merge_into(row: list, i: int, target_of: dict[int, int]) -> tuple:
+    token, size, slot, compared = row[i]
+    joined = [i, *(even for even, to in target_of.items() if to == i)]
+    if len(joined) > 1:
+        size = sum((row[j][1] for j in joined), np.float32(0))
+        token, compared = (sum(row[j][k] * row[j][1] for j in joined) / size for k in (0, 3))
+    return token, size, slot, compared
+
+
+def absorb(x: Array, kept: Array) -> Array:
+    """Twin of `luvc_fx.ops.absorb`, in float64: ``[B, N, D]`` and ``[B, k]`` -> ``[B, k, D]``."""
+    x = x.astype(np.float64)
+    out = []
+    for row, stay in zip(x, kept.tolist(), strict=True):
+        groups = {i: [i] for i in stay}
+        for token in range(len(row)):
+            if token not in groups:
+                likeness = {i: _cosine(row[token], row[i]) for i in stay}
+                groups[max(likeness, key=likeness.__getitem__)].append(token)
+        out.append([row[groups[i]].mean(axis=0) for i in stay])
+    return np.array(out)
+
+
 def lowpass(x: Array, cutoff: float) -> Array:
     """Twin of `luvc_fx.ops.lowpass`, a Fourier sum in float64: ``[B, N, D]``."""
     x = x.astype(np.float64)
@@ -236,6 +282,22 @@ def uniform_positions(tokens: int, count: int) -> Array:
 def norm_scores(x: Array) -> Array:
     """Twin of `luvc_fx.selectors.select_norm`: ``[B, N]``."""
     return np.array([[sum(float(value) ** 2 for value in token) for token in row] for row in x])
+
+
+def pact_positions(x: Array, attended: Array, keys: Array, count: int) -> Array:
+    """Twin of `luvc_fx.selectors.select_pact`, in float64: ``[B, count]``."""
+    rows = []
+    for tokens, paid, compared in zip(x.astype(np.float64), attended, keys.astype(np.float64), strict=True):
+        scores = paid * np.sqrt((tokens**2).sum(-1))
+        best = sorted(_best_first(scores, range(len(scores)))[: math.ceil(math.sqrt(count * len(scores)))])
+        apart = np.array([[1.0 - _cosine(compared[i], compared[j]) for j in best] for i in best])
+        density = np.exp(-((apart / 2) ** 2)).sum(-1)
+        delta = np.empty(len(best))
+        for i in range(len(best)):
+            denser = [j for j in range(len(best)) if (-density[j], j) < (-density[i], i)]
+            delta[i] = min((apart[i, j] for j in denser), default=math.inf)
+        rows.append(sorted(best[i] for i in _best_first(delta, range(len(best)))[:count]))
+    return _index(rows, count)
 
 
 def positions(scores: Array, count: int, coverage: str, grid: tuple[int, int] | None) -> Array:

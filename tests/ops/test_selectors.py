@@ -27,8 +27,8 @@ def prune(**options):
 
 
 def told(site, x):
-    """`site` with something that the last token paid, for the selectors that want to know."""
-    return dataclasses.replace(site, paid=x.sum(-1))
+    """`site` with something that was paid and some keys, for the selectors that want to know."""
+    return dataclasses.replace(site, paid=x.sum(-1), attended=x.sum(-1).abs(), keys=x)
 
 
 def tokens(seed, batch, length, channels):
@@ -137,6 +137,32 @@ def test_random_depends_on_seed_and_layer_only():
     assert torch.equal(first(), first(torch.full((1, 64, 1), float("nan")), grid=(8, 8)))
     assert not torch.equal(first(), first(seed=2))
     assert not torch.equal(first(), first(layer=3))
+
+
+@given(st.integers(0, 2**31), st.integers(2, 24), st.data())
+def test_pact_equals_twin(seed, length, data):
+    count = data.draw(st.integers(1, length - 1))
+    x, keys = tokens(seed, 2, length, 3), tokens(seed + 1, 2, length, 4)
+    attended = tokens(seed + 2, 2, length, 1).squeeze(-1).softmax(-1)
+    site = dataclasses.replace(SITE, attended=attended, keys=keys)
+    got = choose(x, prune(selector="pact"), count, site)
+    want = reference.pact_positions(x.numpy(), attended.numpy(), keys.numpy(), count)
+    np.testing.assert_array_equal(got.numpy(), want)
+
+
+def test_pact_keeps_one_of_each_cluster():
+    """Three tight pairs of keys; what matters less is not clustered, however far it is."""
+    angle = torch.tensor([0.0, 0.01, 2.0, 2.01, 4.0, 4.01, 0.5, 1.0, 3.0, 5.0, 5.5, 6.0])
+    keys = torch.stack([angle.cos(), angle.sin()], -1)[None]
+    attended = torch.tensor([[1.0] * 6 + [0.1] * 6])
+    site = dataclasses.replace(SITE, attended=attended, keys=keys)
+    (kept,) = choose(torch.ones(1, 12, 2), prune(selector="pact"), 3, site).tolist()
+    assert [token // 2 for token in kept] == [0, 1, 2]
+
+
+def test_pact_needs_keys():
+    with pytest.raises(ValueError, match="before decoder layer 0: its keys are not known"):
+        choose(tokens(0, 1, 4, 2), prune(selector="pact"), 2, SITE)
 
 
 @given(st.integers(1, 64), st.data())

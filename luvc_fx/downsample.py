@@ -1,0 +1,115 @@
+"""A control: the same model on a smaller image, with the number of visual tokens that a schedule leaves."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from luvc_fx.buckets import SizeBuckets
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Downsampled:
+    """How to ask about a smaller image.
+
+    Attributes:
+        image: what to give to the processor.
+        processing: options of that call of the processor, beside images and text.
+        interpolated: whether the encoder's learned positions have to be interpolated; see `encoded`.
+        tokens: visual tokens that the model then has; `of`: those of the image as it was.
+    """
+
+    image: Image
+    processing: Mapping[str, Any] = field(default_factory=dict)
+    interpolated: bool = False
+    tokens: int = 0
+    of: int = 0
+
+    def encoded(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The processor's `inputs` as `model` takes them, in `forward` and in `generate`.
+
+        Where positions are interpolated the image is encoded here, as LLaVA's `forward` (transformers 5.23)
+        does not hand the option on to its encoder: `mm_encoder_outputs` then stand for `pixel_values`.
+        """
+        given = dict(inputs)
+        if self.interpolated:
+            pixels = given.pop("pixel_values")
+            features = model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True)
+            given["mm_encoder_outputs"] = {"image": features}
+        return given
+
+
+def downsample(model: Any, processor: Any, image: Image, budget: float) -> Downsampled:
+    """A smaller image of which `model` makes about `budget` of the visual tokens.
+
+    For encoders that take images of any size (Qwen2-VL) the image itself is resized, to the whole patches
+    that come nearest to the budget and to its aspect; for those with one square grid of learned positions
+    (LLaVA with CLIP) the processor resizes to a smaller square.
+
+    Args:
+        model, processor: of transformers.
+        budget: in (0, 1].
+
+    Raises:
+        ValueError: for a budget that is not allowed, or a model that takes images, or tiles, of one size.
+    """
+    if not 0.0 < budget <= 1.0:
+        raise ValueError(f"budget is {budget!r}; allowed: a number in (0, 1]")
+    vision = getattr(getattr(model, "config", None), "vision_config", None)
+    ours = getattr(processor, "image_processor", None)
+    if vision is None or ours is None:
+        raise ValueError(f"{type(model).__name__} and {type(processor).__name__} are for no images")
+    if hasattr(vision, "spatial_merge_size") and hasattr(ours, "merge_size"):
+        return _any_size(model, ours, image, budget)
+    if _takes_squares(model, ours):
+        return _square(vision, ours, image, budget)
+    raise ValueError(
+        f"{type(model).__name__} takes images, or tiles of them, of one size only: a smaller image has as "
+        "many visual tokens"
+    )
+
+
+def _any_size(model: Any, processor: Any, image: Image, budget: float) -> Downsampled:
+    unit = SizeBuckets.granularity_of(model)
+    (_, height, width), *_ = processor(images=[image], return_tensors="pt")["image_grid_thw"].tolist()
+    high, wide = height // processor.merge_size, width // processor.merge_size
+    low, narrow = _nearest(high, wide, budget)
+    # The processor would make larger what is below its least size.
+    size = {"shortest_edge": unit * unit, "longest_edge": high * wide * unit * unit}
+    smaller = image.resize((narrow * unit, low * unit), resample=processor.resample)
+    return Downsampled(smaller, {"size": size}, False, low * narrow, high * wide)
+
+
+def _nearest(high: int, wide: int, budget: float) -> tuple[int, int]:
+    """The grid with the number of tokens nearest to the budget, and among those with the nearest aspect."""
+
+    def misses(grid: tuple[int, int]) -> tuple[float, float]:
+        count = abs(grid[0] * grid[1] - budget * high * wide) / (budget * high * wide)
+        aspect = abs(math.log(grid[0] * wide / (grid[1] * high)))
+        return count + aspect, aspect
+
+    return min(((h, w) for h in range(1, high + 1) for w in range(1, wide + 1)), key=misses)
+
+
+def _takes_squares(model: Any, processor: Any) -> bool:
+    """Whether there is one square grid of patches a picture, of positions that can be interpolated."""
+    tower = getattr(model.base_model, "vision_tower", None)
+    tiled = hasattr(model.config, "image_grid_pinpoints") or hasattr(processor, "crop_to_patches")
+    known = tower is not None and "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
+    return known and not tiled and isinstance(model.config.vision_config.image_size, int)
+
+
+def _square(vision: Any, processor: Any, image: Image, budget: float) -> Downsampled:
+    whole = vision.image_size // vision.patch_size
+    side = max(1, math.floor(whole * math.sqrt(budget) + 0.5))
+    pixels = side * vision.patch_size
+    square = {"height": pixels, "width": pixels}
+    cropped = processor.do_center_crop
+    processing = {"size": {"shortest_edge": pixels} if cropped else square, "crop_size": square}
+    return Downsampled(image, processing, side < whole, side * side, whole * whole)
