@@ -5,7 +5,8 @@ results/realisations-DEVICE.json. `luvc_fx.ops.lowpass` chooses by it. What the 
 
 - ``times``: `tokens`, `dim`, `cutoff`, `bins` (that pass), `realisation`; `median_ms` and `spread_ms`
   (between the quartiles) of `spectral_energy` as Inductor compiles it, on noise; `cpu_ms` is processor
-  time, 0 on a GPU; ``auto`` is what `auto` takes there. ``left_out``: too many products for a CPU.
+  time, 0 on a GPU; the committed ones of a CPU are from a machine that others used as well, so only that
+  counts there. ``left_out``: too many products for a CPU.
 - ``selection``: the same of choosing a quarter of the `tokens` by `coverage`.
 - ``agreement``, on a CPU: the least share of the tokens kept by the FFT in float32 that `realisation` keeps
   too, over energies, coverages and decoder layers, on what enters these layers in the shipped model (of its
@@ -31,7 +32,7 @@ from luvc_fx.bench.timing import Clock, Span, spread
 from luvc_fx.demo import load_model
 from luvc_fx.environment import hardware, versions
 from luvc_fx.ops import select_blocks, select_global, spectral_energy
-from luvc_fx.ops.lowpass import chosen, passing_bins, products
+from luvc_fx.ops.lowpass import passing_bins, products
 from luvc_fx.ops.select import keep_blocks, keep_global
 from luvc_fx.schedule import ENERGIES
 
@@ -86,7 +87,6 @@ def _time(x: Tensor, cutoff: float, realisation: str, runs: int) -> dict[str, An
         "cutoff": cutoff,
         "bins": passing_bins(x.shape[1], cutoff),
         "realisation": realisation,
-        "auto": chosen(x, cutoff),
     }
     if x.device.type == "cpu" and products(x, cutoff, realisation) > MOST_PRODUCTS_ON_CPU:
         return {**about, "left_out": f"{products(x, cutoff, realisation):.1g} products"}
