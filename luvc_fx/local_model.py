@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from luvc_fx.images_only import load_images_only
 from luvc_fx.inputs import InputError, brief
 
 if TYPE_CHECKING:
@@ -58,8 +59,13 @@ def load(directory: Path) -> tuple[Any, Any]:
     try:
         processor = AutoProcessor.from_pretrained(directory, **local)
     except Exception as error:
-        lacking = "" if find_spec("torchvision") else " (torchvision, which many need, is not installed)"
-        raise _cannot(f"'{directory}' holds no processor that can be loaded{lacking}", error) from error
+        try:
+            processor = load_images_only(directory, **local)
+        except Exception as other:
+            log.debug("nor without its part for videos", exc_info=other)
+            lacking = "" if find_spec("torchvision") else " (torchvision, which many need, is not installed)"
+            raise _cannot(f"'{directory}' holds no processor that can be loaded{lacking}", error) from error
+        log.info("the processor in '%s' is used without its part for videos: %s", directory, brief(error))
     if getattr(processor, "image_processor", None) is None:
         raise InputError(f"'{directory}' holds no processor for images, only {type(processor).__name__}")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -15,6 +14,8 @@ from transformers import (
     Qwen2VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from luvc_fx.images_only import images_only
 
 SPECIAL = ("<pad>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 """Numbers 0 to 4, in the models and in the tokenizer."""
@@ -43,16 +44,6 @@ CHAT = (
 )
 
 
-class ImageOnlyProcessor(Qwen2VLProcessor):
-    """Without a video processor, which needs torchvision; all else is the stock class."""
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """As the stock method, except that there may be no video processor."""
-        if argument_name == "video_processor":
-            return None
-        return super().check_argument_for_proper_class(argument_name, argument)
-
-
 def build_processor(
     patch_size: int = 14, min_pixels: int = 56 * 56, max_pixels: int = 336 * 336
 ) -> Qwen2VLProcessor:
@@ -69,7 +60,8 @@ def build_processor(
     images = Qwen2VLImageProcessorPil(
         min_pixels=min_pixels, max_pixels=max_pixels, patch_size=patch_size, merge_size=2
     )
-    return ImageOnlyProcessor(images, tokenizer, None, chat_template=CHAT)
+    # The part for videos needs torchvision.
+    return images_only(Qwen2VLProcessor)(images, tokenizer, chat_template=CHAT)
 
 
 def build_model(

@@ -1,8 +1,4 @@
-"""Assert that packed training equals the stock one-conversation forward, in every family.
-
-For the LLaVA the stock side starts from the processor and the chat template, pixels included; for the
-others from ids and pixels, so that the models find positions and visual tokens by themselves.
-"""
+"""Assert that packed training equals the stock one-conversation forward, in every family, pixels included."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from families import Family, family
-from model import EOS, build_processor
+from model import EOS
 from packing import CONVERSATION_TURNS, converse, pack, tokens
 from qwen2_vl import patches
 from scenes import Question, Scene, sample
@@ -20,33 +16,18 @@ from train import read, visual
 from videos import Video, film
 
 
-def llava_inputs(scene: Scene, conversation: list[Question]) -> dict[str, Any]:
+def stock_inputs(kind: Family, scene: Scene | Video, conversation: list[Question]) -> Any:
     """What a user sends for this conversation, answers included: processor and chat template."""
     messages = []
+    images = [image for image, _ in scene.frames]
     for turn, question in enumerate(conversation):
         text = {"type": "text", "text": question.text}
-        content = [text] if turn else [{"type": "image"}, text]
+        content = [text] if turn else [*[{"type": "image"}] * len(images), text]
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": question.answer})
-    prompt = build_processor().apply_chat_template(messages)
-    return build_processor()(images=scene.image, text=prompt, return_tensors="pt")
-
-
-def plain_inputs(
-    kind: Family, pixels: torch.Tensor, frames: int, conversation: list[Question]
-) -> dict[str, Any]:
-    """The same without a processor: `pixels` are those of the scene's frames."""
-    layout = kind.layout(frames, kind.grid())
-    ids = torch.tensor([layout.ids + tokens(conversation)[0]])
-    if kind.name == "internvl":
-        return {"input_ids": ids, "pixel_values": pixels}
-    side = pixels.shape[-1] // 8
-    return {
-        "input_ids": ids,
-        "pixel_values": patches(pixels),
-        "image_grid_thw": torch.tensor([[1, side, side]] * frames),
-        "mm_token_type_ids": (ids == 3).long(),
-    }
+    processor = kind.processor()
+    prompt = processor.apply_chat_template(messages)
+    return processor(images=images, text=[prompt], return_tensors="pt")
 
 
 @torch.no_grad()
@@ -60,12 +41,9 @@ def check(kind: Family, model: nn.Module, scenes: list[Scene] | list[Video]) -> 
     for b, scene in enumerate(scenes):
         mine, at = packed[rows == b], 0
         for conversation in converse(scene.questions, rng, CONVERSATION_TURNS):
+            inputs = stock_inputs(kind, scene, conversation)
             own = batch.pixels[b * frames : (b + 1) * frames]
-            if kind.name == "llava":
-                inputs = llava_inputs(scene, conversation)
-                assert torch.equal(inputs["pixel_values"], own)
-            else:
-                inputs = plain_inputs(kind, own, frames, conversation)
+            assert torch.equal(inputs["pixel_values"], patches(own) if kind.name == "qwen2_vl" else own)
             logits = model(**inputs).logits[0]
             ids, targets, _ = tokens(conversation)
             assert ids[-1] == EOS

@@ -7,19 +7,22 @@ import json
 from pathlib import Path
 
 import torch
-from model import build_model, build_processor
+from families import family
 from scenes import sample
 
 EXAMPLES = {"objects": 14, "chart": 2}  # kind -> seed of the dev scene shipped as an example
 
 
-def export(checkpoint: Path, out: Path) -> None:
-    """Write weights, configs, tokenizer, processor and two example scenes to ``out``."""
-    model = build_model()
+def export(checkpoint: Path, out: Path, name: str = "llava", examples: bool = False) -> None:
+    """Write weights, configs, tokenizer and processor to ``out``, and two scenes with ``examples``."""
+    kind = family(name)
+    model = kind.build()
     content = torch.load(checkpoint, weights_only=True)
     model.load_state_dict(content["model"])
     model.half().save_pretrained(out)
-    build_processor().save_pretrained(out)
+    kind.processor().save_pretrained(out)
+    if not examples:
+        return
     listed = []
     for kind, seed in EXAMPLES.items():
         scene = sample("dev", seed, kind)
@@ -34,8 +37,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/tinyvlm/checkpoint.pt"))
     parser.add_argument("--out", type=Path, default=Path("luvc_fx/demo_model"))
+    parser.add_argument("--family", default="llava", help="llava, internvl or qwen2_vl")
+    parser.add_argument("--examples", action="store_true", help="two scenes, as in the shipped folder")
     args = parser.parse_args()
-    export(args.checkpoint, args.out)
+    export(args.checkpoint, args.out, args.family, args.examples)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import model as llava
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 EXTRA = ("<img>", "</img>", "<video>", "rows", "way", "does", "move", "moves", "appears", "first", "last")
 EXTRA += ("at", "end", "start", "in", "row", "up", "down", "still")
@@ -46,6 +46,7 @@ class Family:
         groups: dense labels that a visual token of this family can know about itself.
         kinds: scenes that it is trained on, with their shares.
         vision_from_llava: (model, trained LLaVA): start the vision tower from that one's.
+        processor: the stock class, for images.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Family:
     groups: tuple[str, ...]
     kinds: dict[str, float]
     vision_from_llava: Callable[[nn.Module, nn.Module], None]
+    processor: Callable[[], ProcessorMixin]
 
     def grid(self, side: int | None = None) -> int:
         """Visual tokens along one side of an image."""
@@ -109,6 +111,7 @@ def family(name: str) -> Family:
             groups=("color", "kind", "number", "cell"),
             kinds={"objects": 0.5, "chart": 0.3, "cards": 0.2},
             vision_from_llava=_vision_of_llava,
+            processor=llava.build_processor,
         ),
         "internvl": internvl.FAMILY,
         "qwen2_vl": qwen2_vl.FAMILY,

@@ -6,17 +6,22 @@ A video is a row of frames, each between ``<img>`` and ``</img>``, as InternVL h
 from __future__ import annotations
 
 import torch
-from families import VOCAB, WORD, Family, Layout, in_a_row
-from model import EOS, IMAGE, PAD
+from families import VOCAB, WORD, Family, Layout, in_a_row, tokenizer
+from model import CHAT_TEMPLATE, EOS, IMAGE, PAD
 from torch import nn
 from torch.nn import functional
 from transformers import (
     GenerationConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    InternVLProcessor,
     InternVLVisionConfig,
+    ProcessorMixin,
     Qwen2Config,
 )
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+from luvc_fx.images_only import images_only
 
 SIDE = 192
 PATCH = 8
@@ -69,6 +74,19 @@ def build_model() -> InternVLForConditionalGeneration:
     return model
 
 
+def build_processor() -> ProcessorMixin:
+    """Any image becomes 192 x 192, one tile; a video is a list of images."""
+    images = GotOcr2ImageProcessorPil(
+        size={"height": SIDE, "width": SIDE},
+        crop_to_patches=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    kind = images_only(InternVLProcessor)
+    tokens = (SIDE // PATCH // 2) ** 2
+    return kind(images, tokenizer(), image_seq_length=tokens, chat_template=CHAT_TEMPLATE)
+
+
 def features(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Visual tokens (B, N, 128) of pixels (B, 3, S, S)."""
     return model.get_image_features(
@@ -118,4 +136,5 @@ FAMILY = Family(
     groups=("color", "kind", "number", "cell"),
     kinds={"objects": 0.4, "chart": 0.2, "cards": 0.15, "page": 0.25},
     vision_from_llava=vision_from_llava,
+    processor=build_processor,
 )

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from families import VOCAB, WORD, Family, Layout
-from model import EOS, IMAGE, PAD
+from families import VOCAB, WORD, Family, Layout, tokenizer
+from model import CHAT_TEMPLATE, EOS, IMAGE, PAD
 from torch import nn
-from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    ProcessorMixin,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from luvc_fx.images_only import images_only
 
 SIDE = 192
 PATCH = 8
@@ -60,6 +69,20 @@ def build_model() -> Qwen2VLForConditionalGeneration:
         max_new_tokens=4, do_sample=False, eos_token_id=EOS, pad_token_id=PAD
     )
     return model
+
+
+def build_processor() -> ProcessorMixin:
+    """Any square image becomes 192 x 192 pixels."""
+    images = Qwen2VLImageProcessorPil(
+        min_pixels=SIDE * SIDE,
+        max_pixels=SIDE * SIDE,
+        patch_size=PATCH,
+        merge_size=MERGE,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    template = CHAT_TEMPLATE.replace(" <image>", " <img><image></img>")
+    return images_only(Qwen2VLProcessor)(images, tokenizer(), chat_template=template)
 
 
 def patches(pixels: torch.Tensor) -> torch.Tensor:
@@ -120,4 +143,5 @@ FAMILY = Family(
     groups=("color", "kind", "number"),
     kinds={"objects": 0.4, "chart": 0.2, "cards": 0.15, "page": 0.25},
     vision_from_llava=vision_from_llava,
+    processor=build_processor,
 )
