@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def projector(model: Any, size: tuple[int, ...] | None, mode: str | None) -> Par
         return ()
     rows = torch.randn(size, dtype=model.dtype, device=model.device)
     made = torch.compile(module.forward, dynamic=False, mode=mode)
-    return (lambda: made(rows),)
+    return (partial(made, rows),)
 
 
 def selectors(model: Any, schedule: Schedule, report: Report, batch: int, mode: str | None) -> Part:
@@ -82,13 +83,18 @@ def selectors(model: Any, schedule: Schedule, report: Report, batch: int, mode: 
             return choose_mask(x, prune, count, site)
 
         made = torch.compile(pick, dynamic=False, mode=mode)
-        calls.append(lambda made=made, tokens=tokens: made(tokens))
+        calls.append(partial(made, tokens))
     return calls
 
 
 def _sites(report: Report) -> list[tuple[int, int, int]]:
     found = (_PRUNE.fullmatch(site) for graph in report.graphs for site in graph.inserted)
     return [(int(m[1]), int(m[2]), int(m[3])) for m in found if m is not None]
+
+
+def _run(part: Part) -> None:
+    for call in part:
+        call()
 
 
 @torch.no_grad()
@@ -99,7 +105,7 @@ def timed(parts: dict[Any, Part], device: torch.device, rounds: int) -> dict[Any
     for number in range(-2, rounds):
         for name in found:
             clock.wait()
-            stop = clock.stop_after(lambda part=parts[name]: [call() for call in part])
+            stop = clock.stop_after(partial(_run, parts[name]))
             clock.wait()
             if number >= 0:
                 found[name].append(stop())
