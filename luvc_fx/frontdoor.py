@@ -120,7 +120,12 @@ def report_of(model: Any) -> Report:
     Raises:
         ValueError: the model is not compiled by luvc_fx.
     """
+    return door_of(model).report
+
+
+def door_of(model: Any) -> FrontDoor:
+    """The hooks on a compiled model. Raises `ValueError` as `report_of`."""
     door: FrontDoor | None = vars(_wired(model)).get(_STATE)
     if door is None:
         raise ValueError("this model is not compiled by luvc_fx; call luvc_fx.compile(model) first")
-    return door.report
+    return door

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ from PIL import Image
 from questions import export
 
 import luvc_fx
+from luvc_fx import _compat
 from luvc_fx.cli import main
 from luvc_fx.demo import MODEL_DIR
 from luvc_fx.evaluation import Options, run
-from luvc_fx.evaluation import run as running
 from luvc_fx.evaluation.asking import Facts, ask
+from luvc_fx.evaluation.features import Features
 from luvc_fx.evaluation.keys import model_key, run_key
 from luvc_fx.evaluation.markdown import is_evidence, markdown
 from luvc_fx.evaluation.methods import methods
@@ -31,7 +33,9 @@ from luvc_fx.inputs import InputError
 from luvc_fx.local_model import load
 from luvc_fx.schedule import Prune, Schedule
 
-LAYERS = 4
+running = importlib.import_module("luvc_fx.evaluation.run")
+
+LAYERS, VISION_LAYERS = 3, 2
 SCENES = 4
 
 
@@ -44,8 +48,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, local_files_only=True)
     del model.model.language_model.layers[LAYERS:]
     model.config.text_config.num_hidden_layers = LAYERS
-    del model.model.vision_tower.encoder.layers[3:]
-    model.config.vision_config.num_hidden_layers = 3
+    del model.model.vision_tower.encoder.layers[VISION_LAYERS:]
+    model.config.vision_config.num_hidden_layers = VISION_LAYERS
     model.save_pretrained(folder / "model")
     AutoProcessor.from_pretrained(MODEL_DIR, local_files_only=True).save_pretrained(folder / "model")
     export(folder / "questions", "dev", SCENES, per_scene=3)
@@ -95,26 +99,28 @@ def _check(result: Result) -> None:
     assert unpruned.tokens_per_layer == [256] * LAYERS and unpruned.measured == 1.0
     assert unpruned.scores["all"].questions == 3 * SCENES and unpruned.scores["all"].scenes == SCENES
     assert unpruned.scores["all"].agreement == 1.0
-    assert sum(spectrum.tokens_per_layer) == 256 and spectrum.tokens_per_layer[-1] == 0
+    assert spectrum.tokens_per_layer == [128, 64, 0]
     assert spectrum.measured == 0.25
-    assert last.tokens_per_layer == [256] * 3 + [0] and last.measured == 0.75
+    assert last.tokens_per_layer == [256, 256, 0] and last.measured == pytest.approx(2 / 3)
     assert fastv.scores == {} and fastv.cell.schedule is None
     assert set(result.wrong_image) == set(result.tasks) and result.hardware["dtype"] == "float32"
 
     text = markdown(result)
     assert "| fastv | n/a |  |" in text
-    assert "| last |  | " in text and ", at 75.0 % |" in text
+    assert "| last |  | " in text and ", at 66.7 % |" in text
     assert text.count("| spectrum | ") == len(result.tasks) + 1, "one table a task, and that of agreement"
     row = json.loads(result.to_json())["rows"][1]
     assert row["schedule"] == json.loads(spectrum.cell.schedule.to_json()) if spectrum.cell.schedule else None
 
 
-def test_what_the_graphs_refuse_is_said(small: Path, tmp_path: Path) -> None:
+def test_smaller_images_and_what_the_graphs_refuse(small: Path, tmp_path: Path) -> None:
     """More tokens than there are: the reason stands where the answers would."""
     path = tmp_path / "many.json"
     path.write_text(Schedule(prune=Prune(tokens=300, layer=1)).to_json())
-    result = run(options(small, tmp_path, methods=("fastv",), schedules=(str(path),), limit=2), quiet, quiet)
-    many = result.rows[-1]
+    given = options(small, tmp_path, methods=("fastv", "downsample"), schedules=(str(path),), limit=2)
+    result = run(given, quiet, quiet)
+    smaller, many = result.rows[-2:]
+    assert smaller.tokens_per_layer == [64] * LAYERS and smaller.measured == 0.25 and smaller.visual == 256
     assert many.cell.method == "many" and not many.scores and "256" in many.cell.reason
     assert f"- no answers from many: {many.cell.reason}" in markdown(result)
 
@@ -127,13 +133,17 @@ def test_batches_give_the_answers_of_single_prompts(small: Path) -> None:
     schedule = methods()["spectrum"].make(0.25, LAYERS)
     assert schedule is not None
     facts = Facts()
-    answers = {q: a for part in ask(prompts, asked, schedule, facts, batch=5, new_tokens=2) for q, a in part}
-    assert facts.budget == 0.25 and len(facts.paces) == 2
+    features, found = Features(), []
+    for _ in range(2):  # the second time without the encoder
+        parts = ask(prompts, asked, schedule, facts, batch=5, new_tokens=1, features=features)
+        found.append({question: text for part in parts for question, text in part})
+    answers = found[0]
+    assert found[1] == answers and len(features.kept) == 2
+    assert facts.budget == 0.25 and len(facts.paces) == 4
     with torch.inference_mode(), luvc_fx.applied(model, schedule, inner="eager", strict=True):
         for question in asked:
-            row = prompts.row(question)
-            inputs = {**row.text, **row.pixels}
-            ids = model.generate(**inputs, max_new_tokens=2)[0, row.length :]
+            inputs = collate([prompts.row(question)], 1, 0, model.device, model.dtype)
+            ids = model.generate(**inputs, max_new_tokens=1)[0, inputs["input_ids"].shape[1] :]
             assert answers[question] == processor.decode(ids, skip_special_tokens=True).strip()
 
 
@@ -258,7 +268,7 @@ def test_batches_hold_rows_of_one_shape() -> None:
     rows = [_row(5, 4, 2), _row(6, 4, 3), _row(3, 4, 2), _row(4, 4, 2), _row(4, 4, 2, (2, 1))]
     assert list(batches(rows, 2)) == [([2, 3], 2), ([0], 2), ([1], 1), ([4], 1)]
     inputs = collate([rows[0], rows[2]], 3, 9, torch.device("cpu"), torch.float64)
-    assert inputs["input_ids"].tolist() == [[7] * 5, [9, 9, 7, 7, 7], [9, 9, 7, 7, 7]]
+    assert inputs["input_ids"].tolist() == [[9] * (16 - n) + [7] * n for n in (5, 3, 3)]
     assert inputs["attention_mask"].sum(1).tolist() == [5, 3, 3]
     assert inputs["pixel_values"].shape == (3, 2) and inputs["pixel_values"].dtype == torch.float64
 
@@ -275,19 +285,24 @@ def test_evidence_needs_accuracy_and_the_image() -> None:
 
 
 def test_the_command_writes_all_and_prints_one_object(
-    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Inductor would take minutes, and has no part in how times are taken.
+    monkeypatch.setattr(_compat, "compile_inductor", lambda gm, *_: gm.forward)
     asked = ["--model", str(small / "model"), "--questions", str(small / "questions" / "questions.jsonl")]
     few = ["--methods", "last", "--limit", "3", "--max-new-tokens", "1", "--out", str(tmp_path)]
-    assert main(["eval", *asked, *few, "--json"]) == 0
+    assert main(["eval", *asked, *few, "--time", "2", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown == json.loads((tmp_path / "results.json").read_text())
     assert [row["method"] for row in shown["rows"]] == ["unpruned", "last"]
+    assert all(row["prefill_ms"] > 0 for row in shown["rows"])
     assert "| last |" in (tmp_path / "RESULTS.md").read_text()
     with Image.open(tmp_path / "pareto.png") as picture:
-        assert picture.width > 300
+        wide = picture.width
     assert main(["eval", *asked, *few]) == 0
-    assert "0.750" in capsys.readouterr().out
+    assert "0.667" in capsys.readouterr().out
+    with Image.open(tmp_path / "pareto.png") as picture:
+        assert picture.width < wide, "without times there is one panel"
     with pytest.raises(InputError, match="cannot be written"):
         draw(Result([], [], {}, {}, {}, {}), tmp_path / "none" / "x.png")
 

@@ -30,7 +30,7 @@ def tokens(schedule: Schedule, layers: int, fused: int) -> list[int]:
 def test_the_mean_is_the_budget(budget: float, layers: int, visual: int, name: str) -> None:
     method = methods()[name]
     schedule = method.make(budget, layers)
-    if schedule is None or method.own_budget:
+    if schedule is None or method.own_budget or method.smaller:
         return
     fused = round(MERGED_WIDTH * visual) if schedule.merge else visual
     found = tokens(schedule, layers, fused)

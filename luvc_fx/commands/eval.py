@@ -23,6 +23,7 @@ from luvc_fx.evaluation.run import BUDGETS, Options, Watch, run
 from luvc_fx.inputs import InputError
 
 NAMES = ", ".join(known_methods())
+COLUMNS = ",".join(f"{budget:g}" for budget in BUDGETS)
 
 
 def evaluate(
@@ -34,7 +35,7 @@ def evaluate(
     methods: Annotated[str, typer.Option(metavar="A,B,..", help=f"Of {NAMES}. Default: all.")] = "",
     budgets: Annotated[
         str, typer.Option(metavar="X,Y,..", help="Mean visual tokens a decoder layer, of all.")
-    ] = ",".join(f"{budget:g}" for budget in BUDGETS),
+    ] = COLUMNS,
     schedule: Annotated[
         list[str] | None,
         typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -9,11 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import luvc_fx
 from luvc_fx import _compat
+from luvc_fx.evaluation.features import Features
 from luvc_fx.evaluation.prompts import Prompts, Row, batches, collate
 from luvc_fx.evaluation.questions import Question
+from luvc_fx.report import NotRewritten, Report
 from luvc_fx.schedule import Schedule
 
 
@@ -64,15 +68,18 @@ def ask(
     inner: str = "eager",
     batch: int = 25,
     new_tokens: int | None = None,
+    features: Features | None = None,
 ) -> Iterator[list[tuple[Question, str]]]:
     """Questions and the model's greedy answers, batch by batch; `facts` is filled on the way.
 
     The model is restored at the end. What it generates is that of `model.generate` alone: of the tokens
-    up to the end of the sentence the text, without special tokens and spaces around it.
+    up to the end of the sentence the text, without special tokens and spaces around it. Where `prompts`
+    makes images smaller, the model runs as it is, and `schedule` has to do nothing.
 
     Args:
         inner: what compiles the rewritten graphs; accuracy needs no speed, and all give the same tokens.
         new_tokens: at most so many; None: what the generation config says.
+        features: what earlier schedules' encoders made of the same pixels.
 
     Raises:
         luvc_fx.NotRewritten: something of the schedule that the graphs cannot follow.
@@ -82,23 +89,45 @@ def ask(
     rows = [prompts.row(question) for question in questions]
     most: dict[str, Any] = {} if new_tokens is None else {"max_new_tokens": new_tokens}
     _compat.forget_shapes()
-    with luvc_fx.applied(model, schedule, inner=inner, strict=True):
+    stock = prompts.smaller is not None
+    hooks = luvc_fx.applied(model, schedule, inner=inner, strict=True)
+    with contextlib.nullcontext() if stock else hooks:
+        if features is not None and not stock:
+            features.share(model)
         for numbers, count in batches(rows, batch):
             chosen = [rows[number] for number in numbers]
             inputs = collate(chosen, count, prompts.padding, model.device, model.dtype)
             started = time.perf_counter()
-            output = model.generate(**inputs, do_sample=False, num_beams=1, **most)
+            if chosen[0].smaller is not None:
+                inputs = chosen[0].smaller.encoded(model, inputs)
+            output = _generate(model, inputs, most)
             new = output[: len(chosen), inputs["input_ids"].shape[1] :]
             texts = prompts.processor.batch_decode(new, skip_special_tokens=True)
             facts.paces.append((time.perf_counter() - started) / count)
-            _note(facts, luvc_fx.report_of(model), chosen)
+            _note(facts, None if stock else luvc_fx.report_of(model), chosen, model)
             yield [(questions[number], text.strip()) for number, text in zip(numbers, texts, strict=True)]
 
 
-def _note(facts: Facts, report: Any, rows: Sequence[Row]) -> None:
-    visual = rows[0].visual
-    if visual not in facts.budgets:
-        facts.budgets[visual] = report.budget(visual)
+def _generate(model: Any, inputs: dict[str, Any], most: dict[str, Any]) -> Tensor:
+    try:
+        return model.generate(**inputs, do_sample=False, num_beams=1, **most)
+    except Exception as error:
+        # What a backend raises, Dynamo wraps.
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, NotRewritten):
+            raise inner from error
+        raise
+
+
+def _note(facts: Facts, report: Report | None, rows: Sequence[Row], model: Any) -> None:
+    visual, smaller = rows[0].visual, rows[0].smaller
+    if report is not None:
+        budget, tokens = report.budget(visual), report.tokens_per_layer()
+    else:
+        assert smaller is not None
+        budget = smaller.tokens / smaller.of
+        tokens = [visual] * model.config.get_text_config().num_hidden_layers
+    facts.budgets.setdefault(visual, budget)
     if not facts.tokens_per_layer:
-        facts.tokens_per_layer, facts.visual = report.tokens_per_layer(), visual
+        facts.tokens_per_layer, facts.visual = tokens, round(visual / budget) if smaller else visual
     facts.asked[visual] = facts.asked.get(visual, 0) + len(rows)

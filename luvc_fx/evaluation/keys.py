@@ -16,7 +16,7 @@ from luvc_fx.schedule import Schedule
 
 # What draws, counts or prints has no part in an answer.
 _FOLDERS = ("", "ops", "selectors")
-_FILES = ("asking.py", "prompts.py")
+_FILES = ("asking.py", "features.py", "prompts.py")
 _CHUNK = 1 << 24
 
 

@@ -1,7 +1,7 @@
 """The methods that can be compared: each makes a schedule for a budget, or says that it cannot.
 
 **Budget** is the mean over the decoder layers of the visual tokens that enter the layer, over the original
-number. A method meets it up to one token a layer, VTW up to half a layer.
+number. A method meets it up to one token a layer, VTW up to half a layer, a smaller image as its grid allows.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import luvc_fx.selectors  # registers what comes with luvc_fx  # noqa: F401
 from luvc_fx.evaluation.cascade import cascade
-from luvc_fx.registry import registered
 from luvc_fx.schedule import Merge, Prune, Schedule, round_half_up
 
 SPECTRUM = "spectrum"
@@ -39,12 +37,14 @@ class Method:
     Attributes:
         about: a line for the people who read the table.
         own_budget: it has one schedule, whatever budget is asked for.
+        smaller: images are made smaller to the budget (`luvc_fx.downsample`), and the schedule does nothing.
     """
 
     name: str
     make: Maker
     about: str
     own_budget: bool = False
+    smaller: bool = False
 
 
 def progressive(budget: float, layers: int, **options: object) -> Schedule | None:
@@ -60,7 +60,7 @@ def once(budget: float, layers: int, layer: int, **options: object) -> Schedule 
     keep = (budget * layers - layer) / (layers - layer) if layer < layers else 0.0
     if not 0.0 < keep <= 1.0:
         return None
-    return Schedule(prune=Prune(keep=keep, layer=layer, **options))  # type: ignore[arg-type]
+    return Schedule(prune=(Prune(keep=keep, layer=layer, **options),))  # type: ignore[arg-type]
 
 
 def with_selector(schedule: Schedule, selector: str, seed: int = 0) -> Schedule:
@@ -98,11 +98,11 @@ def _fastv(budget: float, layers: int) -> Schedule | None:
 
 def _vtw(budget: float, layers: int) -> Schedule | None:
     layer = round_half_up(budget * layers)
-    return Schedule(prune=Prune(tokens=0, layer=layer)) if 0 < layer < layers else None
+    return Schedule(prune=(Prune(tokens=0, layer=layer),)) if 0 < layer < layers else None
 
 
 def _pact(budget: float, layers: int) -> Schedule | None:
-    return once(budget, layers, PACT_LAYER, selector="pact", coverage="global")
+    return once(budget, layers, PACT_LAYER, selector="pact", absorb=True)
 
 
 def _single(budget: float, layers: int) -> Schedule | None:
@@ -110,7 +110,7 @@ def _single(budget: float, layers: int) -> Schedule | None:
 
 
 def _last(budget: float, layers: int) -> Schedule | None:
-    return Schedule(prune=Prune(keep=0.0, layer=-1))
+    return Schedule(prune=(Prune(keep=0.0, layer=-1),))
 
 
 _TABLE = (
@@ -122,17 +122,14 @@ _TABLE = (
     Method("norm", _control("norm"), "the same counts, the longest tokens"),
     Method("diversity", _control("diversity"), "the same counts, the least alike"),
     Method("fastv", _fastv, f"once before layer {FASTV_LAYER}, by the last token's attention"),
+    Method("pact", _pact, f"once before layer {PACT_LAYER}: PACT's cluster centres, the others averaged in"),
     Method("vtw", _vtw, "all tokens leave before one layer"),
     Method("single-shot", _single, "the spectrum once, before layer 0"),
+    Method("downsample", lambda budget, layers: Schedule(), "a smaller image, all its tokens", smaller=True),
     Method("last", _last, "zero at the last layer alone", own_budget=True),
 )
-
-_PACT = Method("pact", _pact, f"once before layer {PACT_LAYER}, PACT's scores")
 
 
 def methods() -> Mapping[str, Method]:
     """All methods by name, in the order of the table."""
-    found = {method.name: method for method in _TABLE}
-    if "pact" in registered():
-        found["pact"] = _PACT
-    return MappingProxyType(found)
+    return MappingProxyType({method.name: method for method in _TABLE})

@@ -54,7 +54,8 @@ def draw(result: Result, path: Path) -> None:
         axes.set_xlabel(label)
         axes.set_ylabel("accuracy, %, with 95 % intervals")
         axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

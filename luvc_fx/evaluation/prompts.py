@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luvc_fx.downsample import Downsampled, downsample
 from luvc_fx.encoders import placeholders
 from luvc_fx.evaluation.questions import Question, read_frames
 from luvc_fx.inputs import InputError, brief
@@ -21,6 +22,9 @@ PIXEL_BYTES = 2 << 30
 PADDED = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """What is as long as the text and gets padding on its left."""
 
+LENGTH_STEP = 16
+"""Prompts are padded to a multiple of it: a few tokens more, and fewer graphs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -30,11 +34,13 @@ class Row:
         text: each ``[1, tokens]``.
         pixels: everything else, on images or videos.
         visual: placeholders of visual tokens in the text.
+        smaller: how the images were made smaller, if they were.
     """
 
     text: dict[str, Tensor]
     pixels: dict[str, Tensor]
     visual: int
+    smaller: Downsampled | None = None
 
     @property
     def length(self) -> int:
@@ -55,11 +61,15 @@ class Row:
 
 
 class Prompts:
-    """Rows of questions for one model; an image is processed once for all its questions and methods."""
+    """Rows of questions for one model; an image is processed once for all its questions and methods.
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.model, self.processor = model, processor
-        self._texts: dict[Question, tuple[dict[str, Tensor], int]] = {}
+    Args:
+        smaller: a budget that images are made smaller to (see `luvc_fx.downsample`); None: they are not.
+    """
+
+    def __init__(self, model: Any, processor: Any, smaller: float | None = None) -> None:
+        self.model, self.processor, self.smaller = model, processor, smaller
+        self._texts: dict[Question, tuple[dict[str, Tensor], int, Downsampled | None]] = {}
         self._pixels: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         self._bytes = 0
         pad = getattr(processor.tokenizer, "pad_token_id", None)
@@ -70,12 +80,13 @@ class Prompts:
 
         Raises:
             InputError: a file that cannot be read, or a prompt that the processor cannot make.
+            ValueError: images of this model cannot be made smaller.
         """
         of = (question.media, question.video)
         if question in self._texts and of in self._pixels:
-            text, visual = self._texts[question]
-            return Row(text, self._pixels[of], visual)
-        inputs = self._process(question)
+            text, visual, smaller = self._texts[question]
+            return Row(text, self._pixels[of], visual, smaller)
+        inputs, smaller = self._process(question)
         length = inputs["input_ids"].shape[1]
         text = {name: inputs[name] for name in PADDED if name in inputs}
         text.setdefault("attention_mask", torch.ones(1, length, dtype=torch.int64))
@@ -83,19 +94,26 @@ class Prompts:
         visual = int(placeholders(self.model, text["input_ids"]).sum())
         if not visual:
             raise InputError(f"the prompt of {question.text!r} holds no visual token")
-        self._texts[question] = text, visual
+        self._texts[question] = text, visual, smaller
         size = sum(tensor.nbytes for tensor in pixels.values())
         if of not in self._pixels and self._bytes + size <= PIXEL_BYTES:
             self._pixels[of] = pixels
             self._bytes += size
-        return Row(text, self._pixels.get(of, pixels), visual)
+        return Row(text, self._pixels.get(of, pixels), visual, smaller)
 
-    def _process(self, question: Question) -> dict[str, Tensor]:
-        frames = read_frames(question)
+    def _process(self, question: Question) -> tuple[dict[str, Tensor], Downsampled | None]:
+        frames, made_smaller = read_frames(question), None
+        options: dict[str, Any] = {}
         as_video = question.video and getattr(self.processor, "video_processor", None) is not None
         token = image_token(self.model, self.processor)
         if token in question.text:
             raise InputError(f"question {question.text!r} must not contain {token!r}")
+        if self.smaller is not None:
+            if as_video:
+                raise ValueError("videos are not made smaller")
+            all_smaller = [downsample(self.model, self.processor, image, self.smaller) for image in frames]
+            made_smaller, frames = all_smaller[0], [one.image for one in all_smaller]
+            options = dict(made_smaller.processing)
         # A model that knows no videos sees the frames as images, one after another.
         kinds = ["video"] if as_video else ["image"] * len(frames)
         try:
@@ -109,11 +127,11 @@ class Prompts:
             given: dict[str, Any] = {"videos": [frames]} if as_video else {"images": frames}
             if as_video:  # all frames are shown
                 given["do_sample_frames"] = False
-            made = self.processor(text=[text], return_tensors="pt", **given)
+            made = self.processor(text=[text], return_tensors="pt", **given, **options)
         except Exception as error:
             name = type(self.processor).__name__
             raise InputError(f"{name} cannot make the prompt of {question.text!r}: {brief(error)}") from error
-        return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in made.items() if isinstance(value, Tensor)}, made_smaller
 
 
 def batches(rows: Sequence[Row], most: int) -> Iterator[tuple[list[int], int]]:
@@ -141,8 +159,9 @@ def collate(
         count: rows of the batch, at least those given: the last one is repeated.
         padding: id of the padding token.
     """
-    rows = [*rows, *rows[-1:] * (count - len(rows))]
+    rows = [*rows, *[rows[-1]] * (count - len(rows))]
     length = max(row.length for row in rows)
+    length += -length % LENGTH_STEP
     inputs = {}
     for name in rows[0].text:
         fill = padding if name == "input_ids" else 0

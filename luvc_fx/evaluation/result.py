@@ -18,12 +18,14 @@ class Cell:
     Attributes:
         budget: what was asked for; None where the method has a budget of its own.
         schedule: None where the method cannot reach the budget.
+        smaller: the budget that images are made smaller to; None: they are not.
         reason: why there are no answers; empty where there are.
     """
 
     method: str
     budget: float | None
     schedule: Schedule | None
+    smaller: float | None = None
     reason: str = ""
 
     @property
@@ -97,6 +99,7 @@ class Row:
             "method": self.cell.method,
             "budget": self.cell.budget,
             "reason": self.cell.reason,
+            "smaller": self.cell.smaller,
             "schedule": None if schedule is None else json.loads(schedule.to_json()),
             "measured_budget": self.measured,
             "tokens_per_layer": self.tokens_per_layer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from luvc_fx.environment import hardware, versions
 from luvc_fx.evaluation.asking import Facts, ask
+from luvc_fx.evaluation.features import Features
 from luvc_fx.evaluation.keys import model_key, run_key
 from luvc_fx.evaluation.methods import RANDOM, SPECTRUM, methods, with_selector
 from luvc_fx.evaluation.prompts import Prompts, collate
@@ -69,7 +71,7 @@ def run(options: Options, say: Callable[[str], None], watch: Watch) -> Result:
     Raises:
         InputError: anything in `options` that cannot be followed, in one line.
     """
-    makers = _chosen(options)
+    names, given = _chosen(options), [_given(text, options.seed) for text in dict.fromkeys(options.schedules)]
     questions = read_questions(options.questions, options.split, options.limit)
     say(f"{len(questions)} questions about {len({q.scene for q in questions})} scenes")
     model, processor = load(options.model)
@@ -86,16 +88,17 @@ def run(options: Options, say: Callable[[str], None], watch: Watch) -> Result:
             said = asker.answers(unpruned, others, "unpruned, wrong images")
             right = torch.tensor([q.right(text) for q, text in zip(others, said, strict=True)]).double()
             wrong_image = {task: float(right[which].mean()) for task, which in tasks_of(others).items()}
-    cells = [unpruned, *_cells(options, makers, model.config.get_text_config().num_hidden_layers)]
+    layers = model.config.get_text_config().num_hidden_layers
+    cells = [unpruned, *_cells(options, names, layers), *given]
     for number, cell in enumerate(cells[1:], 1):
         if cell.schedule is None:
             continue
         try:
             answers[cell] = asker.answers(cell, questions)
+        except InputError:
+            raise
         except (NotRewritten, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            cells[number] = Cell(cell.method, cell.budget, cell.schedule, one_line(error))
+            cells[number] = dataclasses.replace(cell, reason=one_line(error))
     rivals = {name: _rivals(name, answers) for name in (RANDOM, SPECTRUM)}
     scores = score(questions, answers, unpruned, rivals, options.seed)
     rows = [_row(cell, scores.get(cell), asker.facts(cell)) for cell in cells]
@@ -123,14 +126,16 @@ class Asker:
 
     def __init__(self, model: Any, processor: Any, options: Options, store: Answers, watch: Watch) -> None:
         self.model, self.options, self.store, self.watch = model, options, store, watch
-        self.prompts = Prompts(model, processor)
+        self.prompts, self.features = Prompts(model, processor), Features()
         self.model_key = model_key(options.model)
 
-    def key(self, schedule: Schedule) -> str:
-        """Of the answers under that schedule."""
+    def key(self, cell: Cell) -> str:
+        """Of the answers of that cell."""
+        assert cell.schedule is not None
         return run_key(
             self.model_key,
-            schedule,
+            cell.schedule,
+            smaller=cell.smaller,
             inner=self.options.inner,
             dtype=str(self.model.dtype),
             new_tokens=self.options.new_tokens,
@@ -143,34 +148,39 @@ class Asker:
             luvc_fx.NotRewritten, ValueError: as of `ask`.
         """
         assert cell.schedule is not None
-        key, title = self.key(cell.schedule), title or cell.name
+        key, title = self.key(cell), title or cell.name
         known = self.store.answers[key]
         todo = list({q.key: q for q in questions if q.key not in known}.values())
         total, done, facts = len(todo), 0, Facts()
         new = key not in self.store.facts
-        if todo:
-            self.watch(title, 0, total)
+        if not todo:
+            return [known[question.key] for question in questions]
+        self.watch(title, 0, total)
+        prompts = self.prompts
+        if cell.smaller is not None:
+            prompts = Prompts(self.model, self.prompts.processor, cell.smaller)
         for part in ask(
-            self.prompts,
+            prompts,
             todo,
             cell.schedule,
             facts,
             self.options.inner,
             self.options.batch,
             self.options.new_tokens,
+            self.features,
         ):
             if key not in self.store.facts:  # before the answers, which are nothing without them
                 self.store.note(key, facts.to_dict())
             self.store.add(key, {question.key: text for question, text in part})
             done += len(part)
             self.watch(title, done, total)
-        if todo and new:
+        if new:
             self.store.note(key, facts.to_dict())
         return [known[question.key] for question in questions]
 
     def facts(self, cell: Cell) -> dict[str, Any]:
         """What was seen while the cell was asked; empty where it was not."""
-        return {} if cell.schedule is None else self.store.facts.get(self.key(cell.schedule), {})
+        return {} if cell.schedule is None else self.store.facts.get(self.key(cell), {})
 
 
 def _most(options: Options) -> str:
@@ -189,7 +199,7 @@ def _chosen(options: Options) -> list[str]:
 
 
 def _cells(options: Options, names: Sequence[str], layers: int) -> list[Cell]:
-    """All cells, budget by budget, and then those with a budget of their own."""
+    """The cells of these methods, budget by budget, and then those with a budget of their own."""
     known, found = methods(), []
     for budget in dict.fromkeys(options.budgets):
         for name in names:
@@ -198,12 +208,10 @@ def _cells(options: Options, names: Sequence[str], layers: int) -> list[Cell]:
             made = known[name].make(budget, layers)
             if made is not None and name == RANDOM:
                 made = with_selector(made, RANDOM, options.seed)
-            found.append(Cell(name, budget, made))
+            found.append(Cell(name, budget, made, budget if known[name].smaller else None))
     for name in names:
         if known[name].own_budget:
             found.append(Cell(name, None, known[name].make(1.0, layers)))
-    for given in dict.fromkeys(options.schedules):
-        found.append(_given(given, options.seed))
     return found
 
 
@@ -243,7 +251,7 @@ def _row(cell: Cell, scores: Any, facts: dict[str, Any]) -> Row:
 def _time(rows: list[Row], asker: Asker, question: Question, rounds: int, say: Callable[[str], None]) -> None:
     model, prompts = asker.model, asker.prompts
     inputs = collate([prompts.row(question)], 1, prompts.padding, model.device, model.dtype)
-    timed = {row.cell.name: row for row in rows if row.scores}
+    timed = {row.cell.name: row for row in rows if row.scores and row.cell.smaller is None}
     schedules = {name: row.cell.schedule for name, row in timed.items() if row.cell.schedule is not None}
     for name, (median, spread) in time_prefills(model, inputs, schedules, rounds, say).items():
         timed[name].prefill_ms, timed[name].prefill_spread_ms = median, spread

@@ -87,9 +87,9 @@ def _compare(
             numbers = tasks[task]
             within = [scenes[i] for i in numbers]
             for cell, other in pairs:
-                difference = right[cell][numbers] - right[other][numbers]
+                gained = right[cell][numbers] - right[other][numbers]
                 where.append(found[cell][task])
-                values.append(sign_flip(cluster_sums(difference, within)))
-                differences.append(float(difference.mean()))
+                values.append(sign_flip(cluster_sums(gained, within)))
+                differences.append(float(gained.mean()))
         for scored, difference, p, adjusted in zip(where, differences, values, holm(values), strict=True):
             scored.against[name] = Comparison(difference, p, adjusted)

@@ -5,6 +5,7 @@ Everything works on sums over clusters, as those are independent of each other a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,8 @@ def cluster_sums(values: Sequence[float] | NDArray[np.generic], clusters: Sequen
     """Sums of `values` ``[n]`` over equal `clusters` ``[n]``: ``[clusters]``, in the order of first sight."""
     codes: dict[str, int] = {}
     which = [codes.setdefault(name, len(codes)) for name in clusters]
-    return np.bincount(which, weights=np.asarray(values, dtype=np.float64), minlength=len(codes))
+    sums = np.bincount(which, weights=np.asarray(values, dtype=np.float64), minlength=len(codes))
+    return sums.astype(np.float64)
 
 
 def ratio_interval(
@@ -41,12 +43,19 @@ def ratio_interval(
     count = len(above)
     if count < 2:
         return None
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn = _draws(count, seed, resamples)
     over, under = drawn @ above, drawn @ below
     if not under.all():
         return None
     low, high = np.quantile(over / under, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=2)  # all methods are asked about the same scenes, one after another
+def _draws(count: int, seed: int, resamples: int) -> Numbers:
+    """How often each cluster is drawn: ``[resamples, clusters]``."""
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    return drawn.astype(np.float64)
 
 
 def sign_flip(differences: Sequence[int] | NDArray[np.generic]) -> float:

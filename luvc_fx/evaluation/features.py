@@ -1,0 +1,65 @@
+"""Features of images that several schedules share: an encoder without merges runs once for all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luvc_fx.frontdoor import door_of
+
+MOST_BYTES = 2 << 30
+"""Features that are kept; those beyond are computed each time."""
+
+
+class Features:
+    """What the encoders of one model made of batches of pixels.
+
+    Only on a CPU, where encoding costs more than comparing pixels, and only where nothing merges: a merge is
+    part of the schedule. What is remembered are the very tensors, so answers do not change.
+
+    Attributes:
+        kept: what an encoder returned, by a hash of its pixels and options.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[bytes, Any] = {}
+        self._bytes = 0
+
+    def share(self, model: Any) -> None:
+        """Let the encoders of a model that is compiled now look here first; `restore` ends it."""
+        if model.device.type == "cpu":
+            for encoder in door_of(model).encoders.values():
+                encoder.plain = self._remembering(encoder.kind.name, encoder.plain)
+
+    def _remembering(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(pixels: Tensor, plain: dict[str, Any], text: dict[str, str], told: dict[str, str]) -> Any:
+            if any(isinstance(value, Tensor) for value in plain.values()):
+                return run(pixels, plain, text, told)
+            about = repr((name, pixels.shape, pixels.dtype, sorted(plain.items()), text, told))
+            hasher = hashlib.blake2b(about.encode(), digest_size=24)
+            hasher.update(pixels.contiguous().flatten().view(dtype=torch.uint8).numpy().data)
+            key = hasher.digest()
+            if key in self.kept:
+                return self.kept[key]
+            found = run(pixels, plain, text, told)
+            size = sum(part.nbytes for part in _tensors(found))
+            if self._bytes + size <= MOST_BYTES:
+                self.kept[key] = found
+                self._bytes += size
+            return found
+
+        return call
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [tensor for part in value for tensor in _tensors(part)]
