@@ -48,9 +48,16 @@ def test_nothing_starts_when_the_time_is_over(tmp_path: Path) -> None:
     assert said == ["late: no time left"] and not list(tmp_path.iterdir())
 
 
+def test_time_is_kept_for_the_tests(tmp_path: Path) -> None:
+    said: list[str] = []
+    rows = (script("long", "print(1)"), script("tests", "print(2)", minutes=2.0, held=True))
+    assert campaign.campaign(rows, tmp_path, 1.5, False, said.append) == 1
+    assert said[0] == "long: no time left" and said[1].startswith("tests: done")
+
+
 def test_the_most_important_row_comes_first_and_the_tests_last() -> None:
     assert (ROWS[0].shape, ROWS[0].frames) == ("llava-ov-7b", 32)
-    assert ROWS[-1].script[:2] == ("-m", "pytest")
+    assert ROWS[-1].script[:2] == ("-m", "pytest") and [row for row in ROWS if row.held] == [ROWS[-1]]
     assert len({row.name for row in ROWS}) == len(ROWS)
 
 
