@@ -1,9 +1,9 @@
 """The measurements that need a GPU, the most important first, each written as it finishes.
 
 ``.venv/bin/python examples/benchmarks/campaign.py`` runs the rows below one after the other, each in a
-process of its own, and writes results/gpu-NAME.json for each. A row that fails is written too, with its error,
-and the next one follows. A row whose file is there without an error is left out, so that a second call
-goes on where the first ended. Nothing starts after ``--minutes``, and what runs then is ended.
+process of its own, and writes results/gpu-NAME.json for each. A row that fails is written too, with its
+error, and the next one follows. A row whose file is there without an error is left out, so that a second
+call goes on where the first ended. Nothing starts after ``--minutes``, and what runs then is ended.
 
 ``--small`` runs every row with few layers and tokens, on a CPU as well: it shows that the script works, and
 its numbers say nothing.
