@@ -70,8 +70,8 @@ def visible(seen: Tensor, over_cache: bool, keys: int | torch.SymInt, rows: int 
         seen, over_cache: as `last_mask` says.
     """
     if over_cache:
-        return _behind_padding(seen, keys).narrow(1, keys - rows, rows)  # type: ignore[arg-type]
-    last = seen[:, 0, -1].narrow(1, keys - rows, rows)  # type: ignore[arg-type]
+        return _behind_padding(seen, keys).narrow(1, keys - rows, rows)
+    last = seen[:, 0, -1].narrow(1, keys - rows, rows)
     return last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
 
 
@@ -79,7 +79,7 @@ def _behind_padding(padding: Tensor, keys: int | torch.SymInt) -> Tensor:
     """Bool ``[B or 1, keys]``, from each row's padding as `last_mask` has it, maybe counted from the end."""
     if padding.shape[0] == 0:
         padding = padding.new_zeros(1)
-    padding = torch.where(padding < 0, keys + padding, padding)
+    padding = torch.where(padding < 0, padding + keys, padding)  # type: ignore[arg-type]
     row = torch.arange(keys, device=padding.device)  # type: ignore[arg-type]
     return row >= padding.unsqueeze(1)
 
