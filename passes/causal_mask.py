@@ -79,12 +79,8 @@ def _is_hiding(node: fx.Node) -> bool:
         return False
     shown = node.args[1]
     dtype = value(node).dtype
-    return (
-        op_name(shown) == "zeros"
-        and value(shown).numel() == 1
-        and dtype.is_floating_point
-        and node.args[2] == torch.finfo(dtype).min
-    )
+    zero = op_name(shown) == "zeros" and value(shown).numel() == 1
+    return bool(zero and dtype.is_floating_point and node.args[2] == torch.finfo(dtype).min)
 
 
 def _conjuncts(node: fx.Node) -> list[fx.Node]:

@@ -73,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {
         "torch": torch.__version__,
-        "rows": {str(n): attention(n) for n in (ROWS, LEFT)},
+        "layer": {str(n): attention(n) for n in (ROWS, LEFT)},
         "mask": masks(),
     }
     text = json.dumps(found, indent=1) + "\n"
