@@ -156,7 +156,7 @@ def campaign(
             missing += 1
             continue
         started = time.monotonic()
-        found = _in_a_process(row, path, min(left, 60 * row.minutes), small)
+        found = _in_a_process(row, path, left if small else min(left, 60 * row.minutes), small)
         took = time.monotonic() - started
         path.write_text(
             json.dumps({"row": row.name, "seconds": took, **found}, indent=1) + "\n", encoding="utf-8"
