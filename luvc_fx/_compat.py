@@ -43,8 +43,10 @@ __all__ = [
     "hint",
     "inductor_options",
     "install_output_hooks",
+    "is_flash",
     "make_fx",
     "recompile_reason",
+    "segments",
     "shares_of",
     "takes_varlen",
     "tracing_settings",
@@ -347,8 +349,22 @@ def shares_of(local: Any, whole: Any) -> Shares | None:
 
 def takes_varlen(base: Any) -> bool:
     """Whether the vision encoder's attention wants its segments as a tensor (flash attention)."""
-    encoder = getattr(base, "visual", None)
-    return "flash" in str(getattr(getattr(encoder, "config", None), "_attn_implementation", ""))
+    return is_flash(getattr(getattr(base, "visual", None), "config", None))
+
+
+def is_flash(config: Any) -> bool:
+    """Whether a part of a model with this config calls FlashAttention (transformers 5.17 - 5.23)."""
+    return "flash" in str(getattr(config, "_attn_implementation", ""))
+
+
+def segments(bounds: torch.Tensor, length: int) -> dict[str, Any]:
+    """Keyword arguments of a forward by which each decoder layer calls FlashAttention on segments.
+
+    Without them transformers (5.17 - 5.23) takes padding out, or reads in each layer whether the positions
+    of a single row have gaps: a wait for the device, and the end of a graph.
+    """
+    both = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
+    return {"attention_mask": None, **both}
 
 
 def vision_tables(base: Any, grid: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache
 
+from luvc_fx import _compat
 from luvc_fx.cache import PrunedCache, PrunedRows, is_empty, unsupported
 from luvc_fx.encoders import modalities
 from luvc_fx.report import Reason, Refusal
@@ -62,6 +63,9 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
             shown = type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
             note(Refusal(Reason.INPUTS, f"{name}={shown}: all visual tokens stay"))
             return NOTHING
+    if _is_static(option) and (refused := _refusal_of_static(model)) is not None:
+        note(refused)
+        return NOTHING
     allowed = for_images(model, kwargs, note)
     if allowed.shorten and ((option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1):
         if allowed.textual:
@@ -74,11 +78,26 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
     return dataclasses.replace(allowed, decode_mode=_decode_mode(model, option))
 
 
+def _is_static(option: Callable[[str], Any]) -> bool:
+    return option("cache_implementation") == "static" or isinstance(option("past_key_values"), StaticCache)
+
+
+def _refusal_of_static(model: Any) -> Refusal | None:
+    """Why visual tokens must stay over a static cache, or None."""
+    if not _compat.is_flash(model.config.get_text_config()):
+        return None
+    text = "a static cache under FlashAttention, which would read its empty rows; use a DynamicCache"
+    return Refusal(Reason.CACHE, f"{text}: all visual tokens stay")
+
+
 def _decode_mode(model: Any, option: Callable[[str], Any]) -> str | None:
     """Over a static cache transformers compiles decoding itself: on a GPU, or with a `CompileConfig`."""
-    static = option("cache_implementation") == "static" or isinstance(option("past_key_values"), StaticCache)
     config = option("compile_config")
-    if not static or option("disable_compile") or (config is None and model.device.type != "cuda"):
+    if (
+        not _is_static(option)
+        or option("disable_compile")
+        or (config is None and model.device.type != "cuda")
+    ):
         return None
     mode = (CompileConfig() if config is None else config).mode
     return None if mode == "default" else mode
@@ -118,6 +137,14 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
     if mask is not None and mask.dim() != 2:
         note(Refusal(Reason.INPUTS, "an attention_mask that is not 2-D: pruned, but not merged"))
         return dataclasses.replace(UNMERGED, rows=ids.shape[0])
+    if mask is not None and _compat.is_flash(model.config.get_text_config()):
+        seen = mask != 0
+        if bool((seen[:, 1:] < seen[:, :-1]).any()):
+            text = (
+                "an attention_mask with more than left padding, under FlashAttention: all visual tokens stay"
+            )
+            note(Refusal(Reason.INPUTS, text))
+            return NOTHING
     return dataclasses.replace(ALL, rows=ids.shape[0] - len(textual), textual=textual)
 
 
@@ -175,6 +202,8 @@ def refusal_of_later_images(model: Any, kwargs: dict[str, Any]) -> Refusal | Non
 def refusal_of_forward(model: Any, cache: object) -> Refusal | None:
     """Why a forward must leave all visual tokens alone, or None."""
     refused = unsupported(cache)
+    if refused is None and isinstance(cache, StaticCache):
+        refused = _refusal_of_static(model)
     if refused is None and model.training:
         return Refusal(Reason.TRAINING, "the model is in training mode; call model.eval()")
     return refused

@@ -26,7 +26,7 @@ from luvc_fx.token_axes import trace
 ENDED = "the capture ended before the image features enter the text"
 APART = "the encoder of the image features is not in this graph: nothing is merged"
 
-UNKNOWN = "no attention that we know (scaled_dot_product_attention, or its products and softmax)"
+UNKNOWN = "no attention that we know (scaled_dot_product_attention, FlashAttention, or products and softmax)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from luvc_fx import flash
 from luvc_fx.fx_util import is_tensor, op_name, shape, value
 
 FUSED = {"scaled_dot_product_attention"}
@@ -22,7 +23,8 @@ class Attention:
         node: the result.
         masked: the node that reads `mask`: the fused operator, or the sum of scores and mask; None
             where there is no mask.
-        fused: whether one operator does it all; its mask may then be boolean.
+        fused: whether one operator does it all; its mask may then be boolean, and of FlashAttention it is
+            the bounds of segments.
         scale: what the products are multiplied with; None where that is no constant of the graph.
     """
 
@@ -39,7 +41,15 @@ class Attention:
         """The mask as it is now: a pass may have put another one there."""
         if self.masked is None:
             return None
+        if self.is_flash:
+            bounds: fx.Node | None = flash.arguments(self.masked)[flash.BOUNDS[0]]
+            return bounds
         return operand(self.masked, 3, "attn_mask") if self.fused else operand(self.masked, 1, "other")
+
+    @property
+    def is_flash(self) -> bool:
+        """Whether it is a call of the package flash-attn."""
+        return op_name(self.node) in flash.NAMES
 
     def unmask(self) -> None:
         """Let a fused call see everything. Keys that several heads share are then read, not repeated first.
@@ -60,7 +70,9 @@ def attentions(graph: fx.Graph, inside: set[fx.Node]) -> list[Attention]:
     found = []
     for node in graph.nodes:
         if node in inside and node.op.startswith("call_"):
-            call = _fused(node) if op_name(node) in FUSED else _written_out(node)
+            name = op_name(node)
+            call = read_flash(node) if name in flash.NAMES else None
+            call = call or (_fused(node) if name in FUSED else _written_out(node))
             if call is not None:
                 found.append(call)
     return found
@@ -80,6 +92,21 @@ def _fused(node: fx.Node) -> Attention | None:
     scale = node.kwargs.get("scale")
     if scale is None:
         scale = shape(queries)[-1] ** -0.5
+    return Attention(node, queries, keys, values, masked, True, scale if isinstance(scale, float) else None)
+
+
+def read_flash(node: fx.Node) -> Attention | None:
+    """`node` as a call of FlashAttention in which rows may go, or None."""
+    given = flash.arguments(node)
+    if not flash.is_followed(given):
+        return None
+    packed = given.get(flash.BOUNDS[0]) is not None
+    found = [flash.heads_first(given[name], packed) for name in ("q", "k", "v")]
+    queries, keys, values = found
+    if queries is None or keys is None or values is None:
+        return None
+    scale = given.get("softmax_scale") if not given.get("softcap") else None
+    masked = node if packed else None
     return Attention(node, queries, keys, values, masked, True, scale if isinstance(scale, float) else None)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 
 from torch import fx
 
-from luvc_fx.attention import FUSED, attentions
+from luvc_fx import flash
+from luvc_fx.attention import FUSED, attentions, read_flash
 from luvc_fx.fx_util import is_tensor, live_nodes, op_name, output_node, shape, value
 
 
@@ -76,6 +77,16 @@ def _attention(node: fx.Node) -> int:
     queries, keys, values = (
         shape(_operand(node, *spot)) for spot in ((0, "query"), (1, "key"), (2, "value"))
     )
+    return _both_products(queries, keys, values)
+
+
+def _flash_attention(node: fx.Node) -> int:
+    """Of what is no plain call, nothing: how long its segments are is not in the graph."""
+    call = read_flash(node)
+    return 0 if call is None else _both_products(*map(shape, (call.queries, call.keys, call.values)))
+
+
+def _both_products(queries: tuple[int, ...], keys: tuple[int, ...], values: tuple[int, ...]) -> int:
     return 2 * math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
 
 
@@ -88,4 +99,5 @@ _FORMULAS = {
     **_formulas(("addmm", "baddbmm"), _product(1, "mat1")),
     **_formulas(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     **_formulas(FUSED, _attention),
+    **_formulas(flash.NAMES, _flash_attention),
 }

@@ -33,8 +33,8 @@ class Factor:
 
     def size(self, counts: Counts) -> Any:
         """The size for these counts, exactly: a Fraction where it does not divide."""
-        if self.symbol == CONSTANT:
-            return self.scale
+        if self.symbol == CONSTANT:  # beside a symbolic size only an int will do
+            return int(self.scale) if self.scale.denominator == 1 else self.scale
         count = counts[self.symbol]
         if self.scale == 1:
             return count

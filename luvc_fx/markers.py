@@ -15,6 +15,7 @@ _LIBRARY.define("patches(Tensor pixels, int[] grids, int unit) -> Tensor")
 _LIBRARY.define("image_grid(Tensor features, int height, int width) -> Tensor")
 _LIBRARY.define("prompt_rows(Tensor embeds_or_ids) -> Tensor")
 _LIBRARY.define("cache_mask(Tensor padding, SymInt queries) -> Tensor")
+_LIBRARY.define("cache_mask.segments(Tensor padding) -> Tensor")
 
 
 def _slots(features: torch.Tensor, rows: int) -> torch.Tensor:
@@ -38,7 +39,11 @@ def _cache_mask_shape(padding: torch.Tensor, queries: int) -> torch.Tensor:
     return padding.new_empty((padding.shape[0] or 1, 1, queries, 1), dtype=torch.bool)
 
 
-def _cache_mask(padding: torch.Tensor, queries: int) -> torch.Tensor:
+def _segments_shape(padding: torch.Tensor) -> torch.Tensor:
+    return padding.new_empty(2 * padding.shape[0] + 1, dtype=torch.int32)
+
+
+def _cache_mask(padding: torch.Tensor, queries: int = 0) -> torch.Tensor:
     raise RuntimeError(
         "this forward over a shortened cache was not compiled by luvc_fx (Dynamo fell back to eager?), "
         "and without that its attention mask would be wrong"
@@ -48,8 +53,10 @@ def _cache_mask(padding: torch.Tensor, queries: int) -> torch.Tensor:
 _SHOWN = {"slots": _slots, "patches": _patches, "image_grid": _image_grid, "prompt_rows": _prompt_rows}
 for _name, _body in _SHOWN.items():
     _LIBRARY.impl(_name, _body, "CompositeImplicitAutograd")
-_LIBRARY.impl("cache_mask", _cache_mask, "CompositeExplicitAutograd")
+for _name in ("cache_mask", "cache_mask.segments"):
+    _LIBRARY.impl(_name, _cache_mask, "CompositeExplicitAutograd")
 torch.library.register_fake("luvc_fx::cache_mask", _cache_mask_shape, lib=_LIBRARY)
+torch.library.register_fake("luvc_fx::cache_mask.segments", _segments_shape, lib=_LIBRARY)
 
 SLOTS = torch.ops.luvc_fx.slots
 """`slots(features [N, D], rows) -> [1, 1, N]`: which placeholder each feature stands for, over all images.
@@ -70,12 +77,15 @@ PROMPT_ROWS = torch.ops.luvc_fx.prompt_rows
 CACHE_MASK = torch.ops.luvc_fx.cache_mask
 """`cache_mask(padding [B], queries) -> bool [B, 1, queries, 1]`: stands for "causal over whatever
 this layer's cache holds, without the first `padding` rows" (none where `padding` is ``[0]``). Only true
-once a pass rebuilt it."""
+once a pass rebuilt it.
+
+`cache_mask(padding [B]) -> int32 [2 B + 1]`: the same for FlashAttention. Where segments begin when the rows
+of a batch lie one behind the other: each one's padding is a segment, and what is behind it another."""
 
 
 def is_call(node: torch.fx.Node, marker: torch._ops.OpOverloadPacket) -> bool:
-    """Whether `node` calls `marker`, in either spelling that Dynamo keeps."""
-    return node.op == "call_function" and node.target in (marker, marker.default)
+    """Whether `node` calls `marker`, in any spelling that Dynamo keeps."""
+    return node.op == "call_function" and getattr(node.target, "overloadpacket", node.target) is marker
 
 
 def is_ours(node: torch.fx.Node) -> bool:

@@ -32,12 +32,14 @@ def with_positions(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What an encoder made: features ``[N, D]``, their `slots`, and how many placeholders there were.
+    """What an encoder made: its features, their `slots`, and how many placeholders there were.
 
-    `extra`: what enters the decoder late, each level ``[N, D]``.
+    Attributes:
+        features: ``[N, D]`` or ``[1, N, D]``, or a sequence of ``[n, D]``.
+        extra: what enters the decoder late, each level ``[N, D]``.
     """
 
-    features: Tensor
+    features: Any
     slots: Tensor
     placeholders: int
     extra: dict[str, list[Tensor]]
@@ -72,7 +74,21 @@ def stand_in(
 
     extra = {name: [spread(level) for level in levels] for name, levels in given.extra.items()}
     shape = (-1, *given.slots.shape[1:]) if given.slots.shape[1] > 1 else (1, 1, -1)
-    return ids, Encoded(spread(given.features), slots.reshape(shape), each * batch, extra)
+    if isinstance(given.features, Tensor):
+        features: Any = spread(given.features.flatten(0, -2)).unsqueeze(0)
+    else:
+        features = (spread(torch.cat(list(given.features))),)
+    return ids, Encoded(features, slots.reshape(shape), each * batch, extra)
+
+
+def without_full_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` without a 2-D mask that hides nothing: attention is then causal by itself.
+
+    So transformers does it, but not in a graph. This waits for the device.
+    """
+    mask = kwargs.get("attention_mask")
+    full = isinstance(mask, Tensor) and mask.shape == kwargs["input_ids"].shape and bool((mask != 0).all())
+    return {**kwargs, "attention_mask": None} if full else kwargs
 
 
 def compact(
@@ -115,3 +131,36 @@ def _at(positions: Tensor, places: Tensor) -> Tensor:
     if positions.dim() == 2:
         return gather_rows(positions, places, 1)
     return torch.stack([gather_rows(axis, places, 1) for axis in positions])
+
+
+def left_padding(ids: Tensor, mask: Tensor | None, textual: tuple[int, ...] = ()) -> Tensor:
+    """Int64 ``[B]``: how many rows of padding each row of a batch begins with, all told.
+
+    Args:
+        ids: ``[B, S]``; mask: ``[B, past + S]``.
+        textual: rows of which padding goes instead of visual tokens. What is left of it is counted from the
+            end, as minus the number of rows behind it.
+
+    Raises:
+        NotImplementedError: the mask has other than two axes.
+    """
+    if mask is None:
+        padding = torch.zeros(ids.shape[0], dtype=torch.int64, device=ids.device)
+    elif mask.dim() == 2:
+        seen = mask != 0
+        padding = (seen.cumsum(1) == 0).sum(1)
+        rows = torch.arange(mask.shape[1], device=mask.device)
+        torch._assert_async(
+            (seen == (rows >= padding.unsqueeze(1))).all(),
+            "luvc_fx: over a cache with dropped visual tokens only left padding can be masked",
+        )
+    else:
+        raise NotImplementedError(
+            f"luvc_fx: a {mask.dim()}-D attention_mask cannot be followed over a cache with dropped "
+            "visual tokens; pass a 2-D mask with left padding, or none"
+        )
+    if textual:
+        seen_rows = ids.shape[1] if mask is None else mask.shape[1]
+        index = torch.tensor(textual, device=ids.device)
+        padding = padding.index_add(0, index, torch.full_like(index, -seen_rows))
+    return padding

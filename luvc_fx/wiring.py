@@ -152,6 +152,7 @@ class FrontDoor:
         forward = self.original("forward")
         takes_features = "mm_encoder_outputs" in self.signature.parameters
         pixels = {kind.name: kind.pixels for kind in self.kinds}
+        text_config = self.model.config.get_text_config()
 
         def body(
             kwargs: dict[str, Any],
@@ -160,8 +161,11 @@ class FrontDoor:
             rows: bool = False,
         ) -> tuple[Any, Tensor | None]:
             if padding is not None:
-                mask = markers.CACHE_MASK(padding, kwargs["input_ids"].shape[1])
-                kwargs = {**kwargs, "attention_mask": mask}
+                length = kwargs["input_ids"].shape[1]
+                if _compat.is_flash(text_config):
+                    kwargs = {**kwargs, **_compat.segments(markers.CACHE_MASK(padding), length)}
+                else:
+                    kwargs = {**kwargs, "attention_mask": markers.CACHE_MASK(padding, length)}
             outputs = {}
             for name, (features, grid, extra) in (encoded or {}).items():
                 if grid:
@@ -271,7 +275,10 @@ class FrontDoor:
             past = cache.get_seq_length()
             follow(cache)
         kwargs, padding = self._over_cache(kwargs, cache)
-        masked = kwargs.get("past_key_values") is None and not self._uses_cache(kwargs)
+        segments = padding is None and self._takes_segments()
+        masked = kwargs.get("past_key_values") is None and not self._uses_cache(kwargs) and not segments
+        if past == 0 and not masked:
+            kwargs = prompts.without_full_mask(kwargs)
         encoded = {}
         for kind in self.kinds:
             output = outputs.get(kind.name)
@@ -283,14 +290,11 @@ class FrontDoor:
             if slots is not None:
                 count, token = output.luvc_placeholders, getattr(self.model.config, kind.token)
                 if textual:
-                    whole = isinstance(features, Tensor)
-                    flat = features.flatten(0, -2) if whole else torch.cat(list(features))
-                    made = prompts.Encoded(flat, slots, count, extra)
+                    made = prompts.Encoded(features, slots, count, extra)
                     ids, made = prompts.stand_in(kwargs["input_ids"], start, token, made, textual)
                     kwargs = {**kwargs, "input_ids": ids}
                     start += made.placeholders // ids.shape[0]
-                    features = made.features.unsqueeze(0) if whole else (made.features,)
-                    slots, count, extra = made.slots, made.placeholders, made.extra
+                    features, slots, count, extra = made.features, made.slots, made.placeholders, made.extra
                 # Each size of the features is a plan of its own, so it must not become symbolic.
                 for part in [features] if isinstance(features, Tensor) else features:
                     torch._dynamo.mark_static(part)
@@ -302,6 +306,9 @@ class FrontDoor:
                     kwargs, found = prompts.compact(kwargs, visual, slots, count, masked, past)
                     places = found if places is None else places.gather(1, found)
             encoded[kind.name] = (features, grid, extra)
+        if segments:
+            padding = prompts.left_padding(kwargs["input_ids"], kwargs.get("attention_mask"), textual)
+            kwargs = {**kwargs, "attention_mask": None}
         # Of one modality, luvc_fx writes additions by a mask anew; of two, they end the graph.
         deepstack = len(encoded) == 1 and any(extra for _, _, extra in encoded.values())
         out, final = self.prefill(kwargs, padding, encoded, tell_rows, deepstack=deepstack and self.prunes)
@@ -330,28 +337,17 @@ class FrontDoor:
             return kwargs, None
         if ids is None:
             raise NotImplementedError("luvc_fx: inputs_embeds over a cache with dropped visual tokens")
-        if mask is None:
-            # Of no row: then nothing has to be compared with it, and one query needs no mask.
-            padding = torch.zeros(ids.shape[0] if cache.textual else 0, dtype=torch.int64, device=ids.device)
-        elif mask.dim() == 2:
-            seen = mask != 0
-            padding = (seen.cumsum(1) == 0).sum(1)
-            rows = torch.arange(mask.shape[1], device=mask.device)
-            torch._assert_async(
-                (seen == (rows >= padding.unsqueeze(1))).all(),
-                "luvc_fx: over a cache with dropped visual tokens only left padding can be masked",
-            )
-        else:
-            raise NotImplementedError(
-                f"luvc_fx: a {mask.dim()}-D attention_mask cannot be followed over a cache with dropped "
-                "visual tokens; pass a 2-D mask with left padding, or none"
-            )
-        if cache.textual:
-            # Of these rows padding went: what is left of it is counted from the end.
-            seen_rows = ids.shape[1] if mask is None else mask.shape[1]
-            index = torch.tensor(cache.textual, device=ids.device)
-            padding = padding.index_add(0, index, torch.full_like(index, -seen_rows))
-        return {**kwargs, "attention_mask": None}, padding
+        rest = {**kwargs, "attention_mask": None}
+        if mask is None and not cache.textual:
+            if not self._takes_segments():
+                # Of no row: then nothing has to be compared with it, and one query needs no mask.
+                return rest, torch.zeros(0, dtype=torch.int64, device=ids.device)
+            if ids.shape[1] == 1:
+                return rest, None
+        return rest, prompts.left_padding(ids, mask, cache.textual)
+
+    def _takes_segments(self) -> bool:
+        return _compat.is_flash(self.model.config.get_text_config())
 
     def _encode_inputs(self, kwargs: dict[str, Any], call: Allowed) -> dict[str, Any]:
         """Encode each modality that came as pixels; positions are computed from the whole prompt first."""

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from luvc_fx import markers
+from luvc_fx import flash, markers
+from luvc_fx.attention import Attention
 from luvc_fx.fx_util import ancestors, is_tensor, op_name, shape, value
 from luvc_fx.passes.context import Context
-from luvc_fx.passes.emit import emit
+from luvc_fx.passes.emit import MARK, emit
 
 
 def rebuild_masks(context: Context) -> None:
@@ -23,15 +24,18 @@ def rebuild_masks(context: Context) -> None:
     if not context.anatomy.cache_attentions:
         return
     context.retarget.advance()  # a prompt over a cache may have been pruned: its masks are for what is left
-    made: dict[object, fx.Node] = {}
+    made: dict[object, Any] = {}
     for call in context.anatomy.cache_attentions:
         assert call.mask is not None and call.masked is not None
         marker = next(n for n in ancestors(call.mask) if markers.is_call(n, markers.CACHE_MASK))
         padding = marker.args[0]
         assert isinstance(padding, fx.Node)
         added = None if call.fused else value(call.masked).dtype
-        written = _written_rows(call.keys)
         context.report.masks_rebuilt += 1
+        if call.is_flash:
+            _bound(context.graph, call, padding, made)
+            continue
+        written = _written_rows(call.keys)
         if call.fused and written is None and shape(padding)[0] == 0 and context.anatomy.queries == 1:
             call.unmask()
             continue
@@ -42,6 +46,45 @@ def rebuild_masks(context: Context) -> None:
                 context.graph, "cache mask", _mask_body(added), call.queries, call.keys, padding, *rows
             )
         call.masked.replace_input_with(call.mask, made[like])
+
+
+def _bound(graph: fx.Graph, call: Attention, padding: fx.Node, made: dict[object, Any]) -> None:
+    """Give a call of FlashAttention the bounds of its own segments."""
+    sizes = [value(node).shape[-2] for node in (call.queries, call.keys)]
+    like = tuple(map(str, sizes))
+    if like not in made:
+        bounds = emit(graph, "cache mask", _segments, call.queries, call.keys, padding)
+        longest = []
+        for node, size in zip((call.queries, call.keys), sizes, strict=True):
+            if isinstance(size, torch.SymInt):
+                with graph.inserting_after(node):
+                    read = graph.call_function(torch.ops.aten.sym_size.int, (node, 2))
+                read.meta = {"example_value": size, MARK: "cache mask"}
+                longest.append(read)
+            else:
+                longest.append(size)
+        made[like] = {
+            **dict(zip(flash.BOUNDS, bounds, strict=True)),
+            **dict(zip(flash.LONGEST, longest, strict=True)),
+        }
+    flash.write(call.node, {**flash.arguments(call.node), **made[like]})
+
+
+def _segments(queries: Tensor, keys: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+    """Int32 ``[2 batch + 1]`` each: where the segments of queries and of keys begin, and where they end.
+
+    Each row of the batch is two of them: its padding, and what is behind it. The last query of a segment
+    lies beside its last key, and each sees what lies before it, as FlashAttention does from 2.1 on.
+    """
+    asked, held = queries.shape[-2], keys.shape[-2]
+    padding = torch.where(padding < 0, held + padding, padding)  # counted from the end
+    row = torch.arange(padding.shape[0], device=padding.device)
+    found = []
+    for length in (asked, held):
+        hidden = (padding - (held - length)).clamp(min=0)
+        ends = torch.stack([row * length + hidden, (row + 1) * length], dim=1).flatten()
+        found.append(torch.nn.functional.pad(ends, (1, 0)).to(torch.int32))
+    return found[0], found[1]
 
 
 def _written_rows(keys: fx.Node) -> fx.Node | None:
