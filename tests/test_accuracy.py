@@ -3,49 +3,58 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
-import torch
-from compare import Arm, compare, questions, with_selector
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from questions import export
 
 from luvc_fx import Prune, Schedule
 from luvc_fx.demo import MODEL_DIR
+from luvc_fx.evaluation import Options, Result, run
 
 QUESTIONS = 100
 
 
 @cache
-def arms() -> dict[str, Arm]:
-    """The same test questions, by seed from 0, without a budget, with the preset, and with random."""
-    preset = Schedule.preset("image")
-    schedules = {
-        "unpruned": Schedule(),
-        "image": preset,
-        "random": with_selector(preset, "random"),
-        "nothing seen": Schedule(prune=(Prune(keep=0.0, layer=0),)),
-    }
-    model = LlavaForConditionalGeneration.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(MODEL_DIR)
-    return {arm.name: arm for arm in compare(model, processor, schedules, questions("test", QUESTIONS))}
+def found() -> Result:
+    """The same test questions, by seed from 0, without a budget, with the preset, with random, and blind."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        export(folder, "test", 20)
+        blind = folder / "blind.json"
+        blind.write_text(Schedule(prune=(Prune(keep=0.0, layer=0),)).to_json())
+        options = Options(
+            MODEL_DIR,
+            folder / "questions.jsonl",
+            folder / "out",
+            methods=("last",),
+            budgets=(),
+            schedules=("image", "image:random", str(blind)),
+            limit=QUESTIONS,
+        )
+        return run(options, lambda _: None, lambda *_: None)
 
 
 @pytest.mark.slow
 def test_the_image_preset_keeps_the_answers() -> None:
-    found = arms()
-    unpruned, image, random = found["unpruned"], found["image"], found["random"]
-    assert unpruned.right.shape == (QUESTIONS,)
-    assert unpruned.accuracy > 0.9, "the shipped model no longer answers"
-    assert image.budget <= 0.5
-    assert image.tokens[-1] == 0
-    assert image.tokens == random.tokens
-    assert image.accuracy >= 0.95 * unpruned.accuracy
-    assert image.accuracy >= random.accuracy
+    unpruned, last, image, random, _ = found().rows
+    scores = unpruned.scores["all"]
+    assert scores.questions == QUESTIONS
+    assert scores.accuracy > 0.9, "the shipped model no longer answers"
+    assert image.measured is not None and image.measured <= 0.5
+    assert image.tokens_per_layer[-1] == last.tokens_per_layer[-1] == 0
+    assert image.tokens_per_layer == random.tokens_per_layer
+    assert image.scores["all"].accuracy >= 0.95 * scores.accuracy
+    assert image.scores["all"].accuracy >= random.scores["all"].accuracy
+    # The preset and its control are compared on the same questions.
+    difference = image.scores["all"].accuracy - random.scores["all"].accuracy
+    assert image.scores["all"].against["random"].difference == pytest.approx(difference)
 
 
 @pytest.mark.slow
 def test_without_visual_tokens_the_answers_are_gone() -> None:
     """Or accuracy would say nothing about tokens."""
-    found = arms()
-    assert found["nothing seen"].tokens == [0] * len(found["image"].tokens)
-    assert found["nothing seen"].accuracy < 0.5 * found["unpruned"].accuracy
+    unpruned, *_, blind = found().rows
+    assert blind.tokens_per_layer == [0] * len(unpruned.tokens_per_layer)
+    assert blind.scores["all"].accuracy < 0.5 * unpruned.scores["all"].accuracy
