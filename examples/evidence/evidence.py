@@ -1,0 +1,121 @@
+"""One command for the table: methods x budgets x task types x models, with intervals and controls.
+
+Each model answers its sets of questions under every method (`luvc-fx eval`). Answers are kept in
+``runs/evidence``, so the command can be stopped and started at will. Results without the answers go to
+``results/``, with a table for each set; ``table.py`` puts one of all sets into the README.
+
+    python examples/evidence/evidence.py --split tune --scenes 60      # a look, 60 scenes of each set
+    python examples/evidence/evidence.py                               # the test split: hours on a CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples" / "tinyvlm"))
+
+from questions import export  # noqa: E402
+
+from luvc_fx.evaluation.markdown import markdown  # noqa: E402
+from luvc_fx.evaluation.run import BUDGETS, Options, run  # noqa: E402
+
+MODELS = {
+    "llava": ROOT / "luvc_fx" / "demo_model",
+    "internvl": ROOT / "examples" / "models" / "internvl",
+    "qwen2_vl": ROOT / "examples" / "models" / "qwen2_vl",
+}
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Set:
+    """Questions of one task type for one model.
+
+    Attributes:
+        kind: of scene; ``video`` for films of `frames` frames, shown as images in a row.
+        scenes: so many hold 2,500 questions and a few more.
+        batch: questions at once.
+    """
+
+    model: str
+    kind: str
+    scenes: int
+    frames: int = 0
+    batch: int = 50
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its result."""
+        return f"{self.model}-{self.kind}{self.frames or ''}"
+
+
+SETS = (
+    Set("llava", "objects", 300),
+    Set("llava", "chart", 430),
+    Set("llava", "cards", 500),
+    Set("internvl", "objects", 300),
+    Set("internvl", "chart", 430),
+    Set("internvl", "page", 580),
+    Set("internvl", "video", 220, frames=16, batch=8),
+    Set("qwen2_vl", "objects", 300),
+    Set("qwen2_vl", "chart", 430),
+    Set("qwen2_vl", "page", 580),
+)
+
+
+def ask(chosen: Set, split: str, scenes: int, methods: tuple[str, ...], budgets: tuple[float, ...]) -> None:
+    """Answers, result and table of one set."""
+    work = ROOT / "runs" / "evidence"
+    folder = work / "questions" / f"{split}-{chosen.kind}{chosen.frames or ''}-{scenes}"
+    if not (folder / "questions.jsonl").exists():
+        if chosen.kind == "video":
+            export(folder, split, scenes, frames=chosen.frames, as_images=True)
+        else:
+            export(folder, split, scenes, kind=chosen.kind)
+    options = Options(
+        model=MODELS[chosen.model],
+        questions=folder / "questions.jsonl",
+        out=work / chosen.name,
+        methods=methods,
+        budgets=budgets,
+        split=split,
+        batch=chosen.batch,
+        wrong_image=True,
+    )
+    result = run(options, print, lambda title, done, total: None)
+    out = RESULTS / split
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{chosen.name}.json").write_text(result.to_json() + "\n")
+    (out / f"{chosen.name}.md").write_text(markdown(result))
+    print((out / f"{chosen.name}.md").read_text())
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    names = [chosen.name for chosen in SETS]
+    parser.add_argument(
+        "--only", nargs="*", choices=names, default=names, metavar="SET", help=", ".join(names)
+    )
+    parser.add_argument("--split", choices=("tune", "dev", "test"), default="test")
+    parser.add_argument("--scenes", type=int, help="of each set; those that it asks for, without it")
+    parser.add_argument("--methods", default="", help="with commas; all, without it")
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
+    args = parser.parse_args()
+    methods = tuple(name for name in args.methods.split(",") if name)
+    budgets = tuple(float(budget) for budget in args.budgets.split(","))
+    for chosen in SETS:
+        if chosen.name not in args.only:
+            continue
+        if not MODELS[chosen.model].exists():
+            print(f"{chosen.name} is left out: there is no {MODELS[chosen.model]}")
+            continue
+        ask(chosen, args.split, args.scenes or chosen.scenes, methods, budgets)
+
+
+if __name__ == "__main__":
+    main()
