@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +16,18 @@ class LuvcWarning(UserWarning):
 
 class NotRewritten(RuntimeError):
     """Raised in place of a `LuvcWarning` with ``on_no_match="raise"`` or ``strict=True``."""
+
+
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """Inside, `NotRewritten` comes as itself: what a backend raises, Dynamo wraps."""
+    try:
+        yield
+    except Exception as error:
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, NotRewritten):
+            raise inner from error
+        raise
 
 
 class Reason(enum.StrEnum):

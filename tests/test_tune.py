@@ -13,7 +13,7 @@ import luvc_fx
 from luvc_fx import Merge, Prune, Schedule
 from luvc_fx.tuning import search
 from luvc_fx.tuning.candidates import SLACK, at_random, drawn, shares
-from luvc_fx.tuning.divergence import Said, _compare, hear, say
+from luvc_fx.tuning.divergence import Heard, Said, _compare, halves, hear, say
 from luvc_fx.tuning.flops import DecoderCost
 
 LAYERS = 4
@@ -67,16 +67,16 @@ def test_shares_count_merges_and_the_layers_behind_a_prune() -> None:
 
 def test_the_measure_ends_with_the_first_token_that_differs() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
-    one = Said(torch.tensor([0, 1, 0]), logits)
+    one = Said(torch.tensor([0, 1, 0]), logits, [])
     assert _compare(one, one) == (0.0, False)
     other = logits.clone()
     other[1] = torch.tensor([1.0, 0.0])
     other[2] = torch.tensor([-50.0, 50.0])  # has another past
-    kl, differs = _compare(one, Said(torch.tensor([0, 0, 1]), other))
+    kl, differs = _compare(one, Said(torch.tensor([0, 0, 1]), other, []))
     p, q = logits[1].log_softmax(0), other[1].log_softmax(0)
     assert differs
     assert kl == pytest.approx((p.exp() * (p - q)).sum().item() / 2)
-    ended = Said(torch.tensor([0, 0]), other[:2])
+    ended = Said(torch.tensor([0, 0]), other[:2], [])
     assert _compare(one, ended)[1]
 
 
@@ -86,15 +86,34 @@ def test_the_model_itself_diverges_by_nothing(model: Any, samples: list[dict[str
     assert (heard.kl, heard.changed) == (0.0, 0.0)
     harsh = hear(model, samples[:2], wanted, Schedule(prune=Prune(tokens=0, layer=0)), 3, "eager")
     assert harsh.kl > 0.01
-    assert harsh.tokens == [0] * LAYERS
+    text = int((samples[0]["input_ids"] != model.config.image_token_id).sum())
+    assert harsh.rows == [[text] * LAYERS] * 2
+    assert wanted[0].rows == [samples[0]["input_ids"].shape[1]] * LAYERS
+
+
+def test_no_image_is_both_searched_on_and_held_out() -> None:
+    def sample(image: int, word: int) -> dict[str, Any]:
+        return {"input_ids": torch.tensor([[word]]), "pixel_values": torch.full((1, 3), float(image))}
+
+    asked = [sample(image, word) for image in (3, 1, 2) for word in (5, 6)]
+    assert halves([*asked, sample(3, 7)]) == ([0, 1, 6, 4, 5], [2, 3])
+    with pytest.raises(ValueError, match="all samples are about one image"):
+        halves(asked[:2])
+
+
+def test_what_a_model_refuses_is_left_out(model: Any, samples: list[dict[str, Any]]) -> None:
+    """There are not so many tokens. Dynamo wraps what the backend says to that."""
+    wanted = say(model, samples[:1], 1)
+    refused = Schedule(prune=Prune(tokens=10_000, layer=1))
+    with pytest.raises(luvc_fx.NotRewritten):
+        hear(model, samples[:1], wanted, refused, 1, "eager")
 
 
 def test_the_best_schedule_of_a_speedup(model: Any, samples: list[dict[str, Any]]) -> None:
     told: list[str] = []
     tuned = luvc_fx.tune(model, samples, target_speedup=1.5, candidates=2, new_tokens=2, say_so=told.append)
-    searched = [trial for trial in tuned.trials if trial.samples == 4]
-    assert {trial.samples for trial in tuned.trials} == {2, 4}
-    best = min((t for t in searched if t.speedup >= 1.485), key=lambda trial: trial.kl)
+    best = min((t for t in tuned.trials if t.speedup >= 1.485), key=lambda trial: trial.kl)
+    assert {trial.samples for trial in tuned.trials} == {4}
     assert tuned.schedule == best.schedule
     assert tuned.held_out is not None
     assert tuned.held_out.speedup >= 1.485
@@ -109,6 +128,28 @@ def test_the_best_schedule_of_a_speedup(model: Any, samples: list[dict[str, Any]
     assert "tuned: 1." in str(tuned)
 
 
+def test_the_better_half_goes_on_to_more_samples(
+    model: Any, samples: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a planted KL, the later the first prune the smaller: four candidates, then two on all samples."""
+    whole = samples[0]["input_ids"].shape[1]
+    asked: list[tuple[int, Schedule]] = []
+
+    def planted(model: Any, given: Any, wanted: Any, schedule: Schedule, steps: int, inner: str) -> Heard:
+        asked.append((len(given), schedule))
+        kl = -float(schedule.prune[0].layer or 0) if schedule.prune[0].layer is not None else 9.0
+        return Heard(kl, 0.0, [[whole // 2] * LAYERS] * len(given))
+
+    monkeypatch.setattr(search, "hear", planted)
+    tuned = luvc_fx.tune(model, samples, target_speedup=1.5, candidates=4, new_tokens=1)
+    rounds = [count for count, _ in asked[: len(tuned.trials)]]
+    assert rounds == [2, 2, 2, 2, 4, 4]
+    first = [schedule for _, schedule in asked[:4]]
+    by_kl = sorted(first, key=lambda schedule: -(schedule.prune[0].layer or 0))
+    assert [schedule for _, schedule in asked[4:6]] == by_kl[:2]
+    assert tuned.schedule == by_kl[0]
+
+
 def test_the_fastest_schedule_that_changes_nothing(
     model: Any, samples: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,18 +158,18 @@ def test_the_fastest_schedule_that_changes_nothing(
 
     def best(self: Any, target: float) -> search.Trial:
         asked.append(target)
-        return search.Trial(Schedule(prune=Prune(keep=0.5, layer=1)), target, 0.0, target / 10, 4)
+        return search.Trial(Schedule(prune=Prune(keep=0.5, layer=len(asked))), target, 0.0, target / 10, 4)
 
     def held_out(self: Any, schedule: Schedule) -> search.Trial:
-        return search.Trial(schedule, asked[-1], 0.0, asked[-1] / 10, 4)
+        return search.Trial(schedule, schedule.prune[0].layer, 0.0, 0.5, 4)
 
     monkeypatch.setattr(search._Search, "best", best)
     monkeypatch.setattr(search._Search, "held_out", held_out)
     monkeypatch.setattr(search._Search, "_try", lambda self, schedule, part, count: None)
     tuned = luvc_fx.tune(model, samples, max_loss=0.2, new_tokens=1)
     assert asked == [1.25, 1.5, 1.75, 2.0, 2.5]
+    assert tuned.schedule.prune[0].layer == 4  # the fourth rung
     assert tuned.held_out is not None
-    assert tuned.held_out.speedup == 2.0
     nothing = luvc_fx.tune(model, samples, max_loss=0.01, new_tokens=1)
     assert (nothing.schedule, nothing.held_out) == (Schedule(), None)
 

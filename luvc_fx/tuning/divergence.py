@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 import luvc_fx
 from luvc_fx import _compat
 from luvc_fx.encoders import placeholders
+from luvc_fx.report import unwrapped
 from luvc_fx.schedule import Schedule
 
 
@@ -22,10 +24,12 @@ class Said:
     Attributes:
         tokens: int64 ``[steps]``.
         logits: float32 ``[steps, vocabulary]``, those that chose them.
+        rows: rows of the prompt that entered each decoder layer, as its cache holds them.
     """
 
     tokens: Tensor
     logits: Tensor
+    rows: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +40,37 @@ class Heard:
         kl: mean over the samples of KL(all tokens || schedule) in nats: of a sample the mean over its steps
             up to the first token that differs, behind which the two have different texts in front of them.
         changed: share of the samples whose greedy answer is another.
-        tokens: visual tokens entering each decoder layer, in the last sample.
+        rows: of each sample, `Said.rows`.
     """
 
     kl: float
     changed: float
-    tokens: list[int]
+    rows: list[list[int]]
 
 
 @torch.inference_mode()
 def say(model: Any, samples: Sequence[Mapping[str, Any]], steps: int) -> list[Said]:
-    """Greedy answers of at most `steps` tokens."""
+    """Greedy answers of at most `steps` tokens.
+
+    Raises:
+        luvc_fx.NotRewritten: of a model under a strict schedule, what its graphs cannot follow.
+    """
     found = []
     for sample in samples:
-        output = model.generate(
-            **sample,
-            max_new_tokens=steps,
-            do_sample=False,
-            num_beams=1,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        start = sample["input_ids"].shape[1]
-        found.append(Said(output.sequences[0, start:], torch.cat(output.logits).float()))
+        with unwrapped():
+            output = model.generate(
+                **sample,
+                max_new_tokens=steps,
+                do_sample=False,
+                num_beams=1,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        tokens = output.sequences[0, sample["input_ids"].shape[1] :]
+        held = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+        # The last token was chosen and not run.
+        rows = [count - (len(tokens) - 1) for count in held]
+        found.append(Said(tokens, torch.cat(output.logits).float(), rows))
     return found
 
 
@@ -78,9 +90,8 @@ def hear(
     _compat.forget_shapes()
     with luvc_fx.applied(model, schedule, inner=inner, strict=True):
         got = say(model, samples, steps)
-        tokens = luvc_fx.report_of(model).tokens_per_layer()
     kls, changed = zip(*(_compare(a, b) for a, b in zip(wanted, got, strict=True)), strict=True)
-    return Heard(sum(kls) / len(kls), sum(changed) / len(changed), tokens)
+    return Heard(sum(kls) / len(kls), sum(changed) / len(changed), [said.rows for said in got])
 
 
 def _compare(wanted: Said, got: Said) -> tuple[float, bool]:
@@ -108,3 +119,29 @@ def sizes(model: Any, sample: Mapping[str, Any]) -> tuple[int, int]:
     if not visual:
         raise ValueError("a sample has no visual tokens; allowed: prompts with an image or a video")
     return visual, ids.shape[1] - visual
+
+
+def halves(samples: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+    """Numbers of the samples to search on, and of those held out: no image is in both.
+
+    Raises:
+        ValueError: all samples are about one image.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for number, sample in enumerate(samples):
+        groups.setdefault(_pixels_of(sample), []).append(number)
+    parts = list(groups.values())
+    if len(parts) < 2:
+        raise ValueError("all samples are about one image; allowed: two images and more")
+    searched, held_out = ([n for group in parts[first::2] for n in group] for first in (0, 1))
+    return searched, held_out
+
+
+def _pixels_of(sample: Mapping[str, Any]) -> bytes:
+    """What tells images apart: a hash of all floating tensors."""
+    hasher = hashlib.sha256()
+    for name, value in sorted(sample.items()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            hasher.update(value.float().cpu().numpy().tobytes())
+            hasher.update(name.encode())
+    return hasher.digest()

@@ -45,12 +45,6 @@ class DecoderCost:
             for count, weights in zip(rows, self.weights, strict=True)
         )
 
-    def speedup(self, visual: int, text: int, tokens: Sequence[int]) -> float:
-        """How many times fewer FLOPs a prefill takes with `tokens` visual tokens entering each layer.
-
-        Args:
-            visual: visual tokens without luvc_fx.
-            text: rows of text.
-        """
-        whole = self.flops([visual + text] * len(self.weights))
-        return whole / self.flops([count + text for count in tokens])
+    def speedup(self, whole: int, rows: Sequence[int]) -> float:
+        """How many times fewer FLOPs a prefill takes with `rows` entering the layers in place of `whole`."""
+        return self.flops([whole] * len(self.weights)) / self.flops(rows)

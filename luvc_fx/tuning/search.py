@@ -12,7 +12,7 @@ from luvc_fx.presets import PRESETS
 from luvc_fx.report import NotRewritten
 from luvc_fx.schedule import Schedule
 from luvc_fx.tuning.candidates import at_random, drawn
-from luvc_fx.tuning.divergence import Said, hear, say, sizes
+from luvc_fx.tuning.divergence import Said, halves, hear, say, sizes
 from luvc_fx.tuning.flops import DecoderCost
 
 LADDER = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0)
@@ -29,8 +29,8 @@ class Trial:
     """One schedule, as it did.
 
     Attributes:
-        speedup: FLOPs of a prefill of the decoder with all tokens over those with the schedule, from the
-            tokens that really entered its layers.
+        speedup: FLOPs of the decoder's prefills of these samples with all tokens over those with the
+            schedule, from the rows that really entered its layers.
         kl, changed: of `luvc_fx.tuning.divergence.Heard`.
         samples: on how many.
     """
@@ -52,7 +52,7 @@ class Tuned:
 
     Attributes:
         schedule: the best one; the empty schedule where even the smallest speed-up costs too much.
-        held_out: it on the samples that took no part in the search; None for the empty schedule.
+        held_out: it on samples about images that took no part in the search; None for the empty schedule.
         compared: on the same samples the presets, and the best schedule with tokens at random.
         trials: everything that was tried, in order, on samples of the search.
         left_out: schedules that the model's graphs cannot follow, and why.
@@ -101,14 +101,15 @@ def tune(
     Candidates are cascades whose FLOPs, counted from the model's sizes, promise the speed-up. All are
     tried on a few samples, the better half of them on twice as many, and so on until one is left
     (successive halving, Jamieson and Talwalkar, arXiv 1502.07943). The better one is that with the smaller
-    KL from the model with all its tokens. Every other sample is held out; what is reported comes from those.
+    KL from the model with all its tokens. The samples of every other image are held out.
 
     Args:
         model: a model of transformers, as for `luvc_fx.compile`; it is as before in the end.
-        samples: at least 8, each what the processor returns for one prompt, on the model's device.
+        samples: at least 8 about two images or more, each what the processor returns for one prompt, on the
+            model's device.
         target_speedup: of the decoder's prefill, in FLOPs: the best schedule that is at least as fast.
-        max_loss: share of the greedy answers that may change: the fastest schedule that keeps to it, on the
-            samples of the search and on those held out. Give either this or `target_speedup`.
+        max_loss: share of the greedy answers that may change: the fastest schedule that keeps to it on the
+            samples of the search. Give either this or `target_speedup`.
         candidates: schedules to begin with, for each speed-up.
         new_tokens: of an answer, at most.
         inner: as of `luvc_fx.compile`; how fast it is plays no part in the search.
@@ -137,16 +138,13 @@ def tune(
             raise ValueError(f"no candidate promises {target_speedup}x and suits the model{search.why()}")
         return search.tuned(best.schedule, search.held_out(best.schedule))
     assert max_loss is not None
-    found: tuple[Schedule, Trial] | None = None
+    found: Schedule | None = None
     for rung in LADDER:
         best = search.best(rung)
         if best is None or best.changed > max_loss:
             break
-        outside = search.held_out(best.schedule)
-        if outside.changed > max_loss:
-            break
-        found = best.schedule, outside
-    return search.tuned(*(found or (Schedule(), None)))
+        found = best.schedule
+    return search.tuned(*((Schedule(), None) if found is None else (found, search.held_out(found))))
 
 
 class _Search:
@@ -167,8 +165,8 @@ class _Search:
         found = [sizes(model, sample) for sample in samples]
         self.visual = round(statistics.mean(visual for visual, _ in found))
         self.text = round(statistics.mean(text for _, text in found))
-        self.visual_of_last = {"search": found[0::2][-1][0], "held out": found[1::2][-1][0]}
-        self.samples = {"search": list(samples[0::2]), "held out": list(samples[1::2])}
+        numbers = dict(zip(("search", "held out"), halves(samples), strict=True))
+        self.samples = {name: [samples[i] for i in part] for name, part in numbers.items()}
         say_so(f"asking the model itself {len(samples)} times")
         self.wanted: dict[str, list[Said]] = {
             name: say(model, part, steps) for name, part in self.samples.items()
@@ -180,7 +178,8 @@ class _Search:
         """The candidate with the smallest KL among those of at least that speed-up."""
 
         def promised(shares: list[float]) -> float:
-            return self.cost.speedup(self.visual, self.text, [round(share * self.visual) for share in shares])
+            rows = [self.text + round(share * self.visual) for share in shares]
+            return self.cost.speedup(self.text + self.visual, rows)
 
         alive = drawn(self.candidates, target, self.layers, promised, self.seed)
         most = len(self.samples["search"])
@@ -201,14 +200,14 @@ class _Search:
         return trial
 
     def _try(self, schedule: Schedule, part: str, count: int) -> Trial | None:
-        samples, wanted = self.samples[part][-count:], self.wanted[part][-count:]
+        samples, wanted = self.samples[part][:count], self.wanted[part][:count]
         try:
             heard = hear(self.model, samples, wanted, schedule, self.steps, self.inner)
         except (NotRewritten, ValueError) as error:
             self.left_out[schedule] = str(error)
             return None
-        tokens = heard.tokens or [self.visual_of_last[part]] * self.layers
-        speedup = self.cost.speedup(self.visual_of_last[part], self.text, tokens)
+        whole = sum(self.cost.flops(said.rows) for said in wanted)
+        speedup = whole / sum(self.cost.flops(rows) for rows in heard.rows)
         return Trial(schedule, speedup, heard.kl, heard.changed, len(samples))
 
     def why(self) -> str:
