@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,66 @@ def test_a_row_that_fails_is_written_and_the_next_one_follows(tmp_path: Path) ->
     again = (*rows[:2], script("good", "raise SystemExit(9)"))
     assert campaign.campaign(again, tmp_path, 1.0, False, said.append) == 2
     assert "good: is there" in said and any(line.startswith("bad: exit code 3") for line in said)
+
+
+def test_tests_that_are_all_skipped_are_no_result(tmp_path: Path) -> None:
+    def row(name: str, last: str) -> Row:
+        return Row(name, script=("-c", f"print({last!r})", "pytest"))
+
+    rows = (row("skipped", "18 skipped in 3.2s"), row("some", "2 passed, 16 skipped in 3.2s"))
+    assert campaign.campaign(rows, tmp_path, 1.0, False, lambda _: None) == 1
+    skipped, some = (read(tmp_path / f"gpu-{row.name}.json") for row in rows)
+    assert skipped["error"] == "no test passed" and "error" not in some
+    assert campaign.campaign(rows[:1], tmp_path, 1.0, True, lambda _: None) == 0, "--small, without a GPU"
+
+
+def test_a_row_ends_with_the_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                return super().wait()
+            started.append(self)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(campaign.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        campaign.campaign((script("long", "import time; time.sleep(60)"),), tmp_path, 1.0, False, print)
+    assert started[0].returncode == -signal.SIGKILL
+    assert not (tmp_path / "gpu-long.json").exists()
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_text
+
+    def interrupted(path: Path, text: str, **options: Any) -> int:
+        write(path, text[:5], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    row = script("good", "print(1)")
+    with pytest.raises(KeyboardInterrupt):
+        campaign.campaign((row,), tmp_path, 1.0, False, print)
+    monkeypatch.undo()
+    said: list[str] = []
+    assert campaign.campaign((row,), tmp_path, 1.0, False, said.append) == 0
+    assert said[0].startswith("good: done")
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [(["--only", "gpu-tests"], "there is no CUDA device"), (["--small"], "--small needs --out")],
+)
+def test_numbers_of_a_cpu_are_no_results(
+    given: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(campaign, "_has_gpu", lambda: False)
+    monkeypatch.setattr(campaign, "campaign", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(sys, "argv", ["campaign.py", *given])
+    with pytest.raises(SystemExit):
+        campaign.main()
+    assert text in capsys.readouterr().err
 
 
 def test_nothing_starts_when_the_time_is_over(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ process of its own, and writes results/gpu-NAME.json for each. A row that fails 
 error, and the next one follows. A row whose file is there without an error is left out, so that a second
 call goes on where the first ended. Nothing starts after ``--minutes``, and what runs then is ended.
 
-``--small`` runs every row with few layers and tokens, on a CPU as well: it shows that the script works, and
-its numbers say nothing.
+``--small`` runs every row with few layers and tokens, on a CPU as well, into a folder of its own (``--out``):
+it shows that the script works, and its numbers say nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 GPU = "gpu-"
 """What the names of these rows' files begin with."""
+_PASSED = re.compile(r"\b[1-9]\d* passed\b")
+"""In the last lines of pytest; it ends well where everything is skipped, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +161,17 @@ def campaign(
         started = time.monotonic()
         found = _in_a_process(row, path, left if small else min(left, 60 * row.minutes), small)
         took = time.monotonic() - started
-        path.write_text(
-            json.dumps({"row": row.name, "seconds": took, **found}, indent=1) + "\n", encoding="utf-8"
-        )
+        _write(path, json.dumps({"row": row.name, "seconds": took, **found}, indent=1) + "\n")
         missing += "error" in found
         say(f"{row.name}: {found.get('error') or 'done'} ({took:.0f} s)")
     return missing
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or nothing: half of one could not be read by the next call."""
+    made = path.with_suffix(".part")
+    made.write_text(text, encoding="utf-8")
+    os.replace(made, path)
 
 
 def _is_there(path: Path) -> bool:
@@ -189,8 +197,10 @@ def _in_a_process(row: Row, path: Path, seconds: float, small: bool) -> dict[str
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code = None
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        finally:  # also when somebody interrupts the campaign
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     printed = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-20:]
     log.unlink()
     if code != 0:
@@ -198,6 +208,8 @@ def _in_a_process(row: Row, path: Path, seconds: float, small: bool) -> dict[str
         made.unlink(missing_ok=True)
         return {"error": why, "printed": printed}
     if row.shape is None:
+        if "pytest" in row.script and not small and not any(map(_PASSED.search, printed)):
+            return {"error": "no test passed", "printed": printed}
         return {"printed": printed}
     result: dict[str, Any] = json.loads(made.read_text(encoding="utf-8"))
     made.unlink()
@@ -210,6 +222,12 @@ def _filled(part: str, out: Path) -> str:
     return part.format(out=out.resolve(), tests=HERE.parent.parent / "tests")
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def main() -> int:
     """The campaign, or one row of it in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -217,19 +235,24 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="few layers and tokens")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="these rows")
     parser.add_argument("--row", help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results; results/ if it is not --small")
     given = parser.parse_args()
     known = {row.name: row for row in ROWS}
     unknown = sorted({*(given.only or ()), *filter(None, [given.row])} - set(known))
     if unknown:
         parser.error(f"there is no row {', '.join(unknown)}; there are {', '.join(known)}")
+    if given.small and given.out is None:
+        parser.error("--small needs --out: its numbers are no results")
+    if not given.small and not _has_gpu():
+        parser.error("there is no CUDA device; --small --out FOLDER tries the script without one")
     if given.row:
         text = json.dumps(measured(known[given.row], given.small))
         given.out.write_text(text, encoding="utf-8")
         return 0
     rows = tuple(row for row in ROWS if not given.only or row.name in given.only)
-    given.out.mkdir(parents=True, exist_ok=True)
-    missing = campaign(rows, given.out, given.minutes, given.small, lambda text: print(text, flush=True))
+    out = given.out or RESULTS
+    out.mkdir(parents=True, exist_ok=True)
+    missing = campaign(rows, out, given.minutes, given.small, lambda text: print(text, flush=True))
     return 1 if missing else 0
 
 
