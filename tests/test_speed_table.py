@@ -39,3 +39,20 @@ def test_a_changed_number_is_seen() -> None:
     lines = table.lines_of([result])
     assert "123,456 ms" in lines[2]
     assert lines[2] not in table.written()
+
+
+def test_results_of_one_shape_are_told_apart() -> None:
+    """By what the campaign changes: Inductor's mode, the batch, and the row where the schedule is another."""
+    row = RESULTS[0]["rows"][0]
+    lines = set()
+    for name, changed in {
+        "plain": {},
+        "graphs": {"mode": "reduce-overhead"},
+        "batch": {"batch": 8},
+        "to-2048": {},
+    }.items():
+        result = {**RESULTS[0], "row": name, "rows": [{**row, "shape": {**row["shape"], **changed}}]}
+        lines |= {table.lines_of([result])[2], table.lines_of([result])[-1]}
+    assert len(lines) == 8
+    assert any(", batch 8, row batch |" in line for line in lines)
+    assert any("1 image, reduce-overhead, row graphs: a budget" in line for line in lines)

@@ -56,10 +56,19 @@ def _missing(row: Row) -> list[str]:
     return [str(row.shape), given, "luvc_fx", "all", "not measured", *["-"] * 4, "a GPU, bfloat16"]
 
 
+def _apart(result: dict[str, Any]) -> list[str]:
+    """What tells a result from others of its shape and input: batch, mode, and the row of the campaign."""
+    shape, row = result["rows"][0]["shape"], result.get("row")
+    found = [f"batch {shape['batch']}"] if shape["batch"] > 1 else []
+    if shape.get("mode", "default") != "default":
+        found.append(shape["mode"])
+    return [*found, *([] if row is None else [f"row {row}"])]
+
+
 def _sentence(result: dict[str, Any]) -> str:
     shape = result["rows"][0]["shape"]
     (cost,) = (cost for cost in result["costs"] if cost["arm"] == "luvc_fx")
-    what = f"- {shape['name']}, {shape['input']}:"
+    what = f"- {', '.join([shape['name'], shape['input'], *_apart(result)])}:"
     if result["obstacles"]:
         return f"{what} no speed-up is given: {'; '.join(result['obstacles'])}"
     return (
@@ -71,9 +80,10 @@ def _sentence(result: dict[str, Any]) -> str:
 
 def _cells(result: dict[str, Any], row: dict[str, Any]) -> list[str]:
     shape, machine, interval = row["shape"], row["hardware"], row["interval"]
+    given = f"{shape['input']}, {result['visual_tokens']:,} + {shape['text']} tokens"
     return [
         shape["name"],
-        f"{shape['input']}, {result['visual_tokens']:,} + {shape['text']} tokens",
+        ", ".join([given, *_apart(result)]),
         row["arm"],
         row["stage"],
         f"{row['median_ms']:,.0f} ms",
