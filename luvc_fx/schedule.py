@@ -35,7 +35,7 @@ AXES = ("width", "height")
 PAIRINGS = ("line", "shared")
 FEATURES = ("hidden", "keys")
 METHODS = ("oim", "tome")
-SELECTORS = ("spectrum", "random", "uniform", "norm", "fastv", "diversity", "pact")
+SELECTORS = ("spectrum", "random", "random-block", "uniform", "norm", "fastv", "diversity", "pact")
 """Those that come with luvc_fx; `luvc_fx.selectors.register` adds to them."""
 ENERGIES = ("residual", "lowpass", "ratio")
 COVERAGES = ("block", "global")
@@ -66,8 +66,9 @@ class Merge:
         pairing: ``"line"`` lets each line along the axis choose its own pairs; ``"shared"`` chooses
             on the similarity averaged over an image's lines, so that whole columns (or rows) merge.
         feature: what similarity compares, ``"hidden"`` states or the ``"keys"`` of the same block (for
-            ToMe, their mean over the heads).
-        method: ``"oim"``, or ``"tome"``, for which `pairing` plays no part.
+            ToMe, their mean over the heads, which is what its authors compare).
+        method: ``"oim"``, or ``"tome"``, for which `pairing` plays no part. ToMe's proportional attention
+            is left out in both: later blocks do not weigh a token by its size.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -120,15 +121,15 @@ class Prune:
         tokens: number of visual tokens left in each row, at least 0.
         layer: the decoder layer before which tokens go; negative counts from the end. Or `depth`.
         depth: fraction in (0, 1) of the decoder layers that run before the prune.
-        selector: ``"spectrum"`` (SPU), ``"random"``, ``"uniform"``, ``"norm"`` (the largest sum of
-            squares), ``"fastv"`` (the most attention of the last token in the layer before),
-            ``"diversity"`` (the least like a few pivots), ``"pact"`` (centres of clusters), or a name given
-            to `luvc_fx.selectors.register`.
+        selector: ``"spectrum"`` (SPU), ``"random"``, ``"random-block"`` (random scores, under `coverage`),
+            ``"uniform"``, ``"norm"`` (the largest sum of squares), ``"fastv"`` (the most attention of the
+            last token in the layer before), ``"diversity"`` (the least like a few pivots), ``"pact"``
+            (centres of clusters), or a name given to `luvc_fx.selectors.register`.
         energy: what the spectrum ranks by: ``"residual"`` (what the low-pass cannot rebuild),
             ``"lowpass"`` or ``"ratio"`` (lowpass over total).
         coverage: ``"block"`` keeps the best of each block of neighbours, ``"global"`` the best of all.
         cutoff: sigma in (0, 1], the fraction of the frequency bins that the low-pass lets through.
-        seed: of the random selector.
+        seed: of the random selectors.
         normalize: what happens to the tokens before the spectrum's filter. ``"mean"`` subtracts each
             channel's mean over the tokens that are filtered together, ``"rms"`` divides each token by
             the root of its mean square over the channels.
