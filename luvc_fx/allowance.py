@@ -171,6 +171,11 @@ def _why_uneven(kwargs: dict[str, Any], counts: list[list[int]], textual: tuple[
     return ""
 
 
+def makes_own_masks(model: Any) -> bool:
+    """Whether masks are made outside of the decoder, before it has a cache (Gemma 3, PaliGemma, Molmo2)."""
+    return hasattr(type(model), "create_masks_for_generate")
+
+
 def refusal_of_later_images(model: Any, kwargs: dict[str, Any]) -> Refusal | None:
     """Why images of a later turn keep all their tokens, or None.
 
@@ -181,7 +186,7 @@ def refusal_of_later_images(model: Any, kwargs: dict[str, Any]) -> Refusal | Non
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     if is_empty(cache):
         return None
-    own_masks = hasattr(type(model), "create_masks_for_generate")
+    own_masks = makes_own_masks(model)
     if own_masks and isinstance(cache, PrunedRows):
         raise NotImplementedError(
             f"luvc_fx: {type(model).__name__} makes attention masks of its own, and an image of a later turn "

@@ -118,7 +118,7 @@ def compact(
     }
     if kwargs.get("labels") is not None:
         short["labels"] = kwargs["labels"].gather(1, places)
-    for name in ("attention_mask", "mm_token_type_ids"):
+    for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
         if kwargs.get(name) is not None:
             short[name] = kwargs[name].gather(1, ascending)
     if masked and kwargs.get("attention_mask") is None:

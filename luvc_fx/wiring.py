@@ -30,6 +30,7 @@ from luvc_fx.allowance import (
     Allowed,
     for_generate,
     for_images,
+    makes_own_masks,
     pixels_in,
     refusal_of_forward,
     refusal_of_later_images,
@@ -274,9 +275,15 @@ class FrontDoor:
         elif cache is not None and not is_empty(cache):
             past = cache.get_seq_length()
             follow(cache)
+        elif cache is None and makes_own_masks(self.model) and self._uses_cache(kwargs):
+            # Its decoder would make the same one, but too late for the masks.
+            made = DynamicCache(config=self.model.config.get_text_config())
+            kwargs["past_key_values"] = made if unsupported(made) is None else None
         kwargs, padding = self._over_cache(kwargs, cache)
         segments = padding is None and self._takes_segments()
-        masked = kwargs.get("past_key_values") is None and not self._uses_cache(kwargs) and not segments
+        # Without mask and cache transformers reads gaps in the position ids as packed rows.
+        bare = makes_own_masks(self.model) or not self._uses_cache(kwargs)
+        masked = kwargs.get("past_key_values") is None and bare and not segments
         if past == 0 and not masked:
             kwargs = prompts.without_full_mask(kwargs)
         encoded = {}
@@ -301,7 +308,6 @@ class FrontDoor:
                 if slots.shape[1] > 1 and slots.shape[0] > 0:
                     grid = controls.as_text([slots.shape[1:]])
                 if slots.numel() < count:
-                    # Without mask and cache transformers reads gaps in the position ids as packed rows.
                     visual = kwargs["input_ids"] == token
                     kwargs, found = prompts.compact(kwargs, visual, slots, count, masked, past)
                     places = found if places is None else places.gather(1, found)

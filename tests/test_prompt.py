@@ -36,6 +36,7 @@ def prompts(draw: st.DrawFn) -> tuple[dict[str, Tensor], Tensor, Tensor, int]:
         "labels": torch.randint(0, 99, ids.shape, generator=generator),
         "attention_mask": torch.randint(0, 2, ids.shape, generator=generator),
         "mm_token_type_ids": (ids == IMAGE).int(),
+        "token_type_ids": torch.randint(0, 2, ids.shape, generator=generator),
         "cache_position": torch.arange(7),
     }
     return kwargs, ids == IMAGE, torch.tensor(slots).reshape(1, 1, -1), batch * each
@@ -62,7 +63,7 @@ def test_everything_follows_the_representatives(
     for b, row in enumerate(kwargs["input_ids"].tolist()):
         moved, ascending = by_hand(row, chosen[b], length)
         assert places[b].tolist() == moved
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
             assert torch.equal(short[name][b], kwargs[name][b, ascending]), name
         assert torch.equal(short["labels"][b], kwargs["labels"][b, moved])
         old, new = kwargs["position_ids"], short["position_ids"]
