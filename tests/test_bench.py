@@ -6,14 +6,15 @@ import importlib
 import json
 import subprocess
 import sys
+import types
 from typing import Any
 
 import pytest
 import torch
 
-from luvc_fx.bench import SHAPES, Options, alone, choosing, gate, run
+from luvc_fx.bench import SHAPES, Options, alone, choosing, gate, plot, run
 from luvc_fx.bench.arms import BASELINE, FASTV, FROZEN, LUVC, RANDOM, SINGLE, SMALLER, arms_of
-from luvc_fx.bench.result import Cost, Result
+from luvc_fx.bench.result import Cost, Result, Row
 from luvc_fx.bench.running import attention_of
 from luvc_fx.bench.shapes import Visual, smaller
 from luvc_fx.bench.timing import PREFILL, Clock, Stages, ratio_interval, spread
@@ -201,6 +202,29 @@ def test_not_even_one_row_fits() -> None:
         choosing.largest_batch(lambda rows: False)
 
 
+def test_a_batch_fits_if_the_baseline_runs_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled it may need more memory than the stock model."""
+
+    def runner(most: int, wrapped: bool) -> Any:
+        def generate(rows: int) -> None:
+            if rows > most:
+                inner = torch.OutOfMemoryError("no memory")
+                error = RuntimeError("the compiler failed")
+                error.inner_exception = inner  # type: ignore[attr-defined]
+                raise error if wrapped else inner
+
+        return lambda model, arm, rows, *_: types.SimpleNamespace(generate=lambda tokens: generate(rows))
+
+    monkeypatch.setattr(choosing, "Stock", runner(16, False))
+    for wrapped in (False, True):
+        monkeypatch.setattr(choosing, "Compiled", runner(5, wrapped))
+        fits = choosing.fits(None, lambda rows: rows, 1, None)  # type: ignore[arg-type, return-value]
+        assert choosing.largest_batch(fits) == 4
+    monkeypatch.setattr(choosing, "Compiled", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        choosing.fits(None, lambda rows: rows, 1, None)(1)  # type: ignore[arg-type, return-value]
+
+
 def test_the_best_mode_is_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: dict[str | None, float] = {None: 5.0, "max-autotune": 3.0}
 
@@ -250,12 +274,43 @@ def test_what_enters_the_projector_is_read_from_the_graph() -> None:
     assert alone.projector_rows(gm) is None
 
 
+def test_the_selectors_of_all_sites_have_code_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a site that averages tokens into others. One code for all of them ran eagerly from nine on."""
+    seen: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda body, **_: seen.append(body) or body)
+    schedule = Schedule(
+        prune=(*(Prune(tokens=20 - n, layer=n) for n in range(1, 11)), Prune(tokens=5, layer=11, absorb=True))
+    )
+    sites = [f"prune before decoder layer {n}: spectrum {21 - n} -> {20 - n}" for n in range(1, 11)]
+    sites.append("prune before decoder layer 11: spectrum 10 -> 5, the others averaged into them")
+    text = types.SimpleNamespace(num_hidden_layers=12, hidden_size=8)
+    model = types.SimpleNamespace(
+        config=types.SimpleNamespace(get_text_config=lambda: text), dtype=torch.float32, device="cpu"
+    )
+    calls = alone.selectors(model, schedule, report_with(*sites), 1, None)
+    assert [int(call()[0].sum()) for call in calls] == [*range(19, 9, -1), 5]
+    assert len({id(body.__code__) for body in seen}) == 11
+
+
 def test_parts_are_timed_in_turns() -> None:
     seen: list[str] = []
     parts = {"a": (lambda: seen.append("a"),), "none": (), "b": (lambda: seen.append("b"),) * 2}
     spans = alone.timed(parts, torch.device("cpu"), 3)
     assert seen == ["a", "b", "b"] * 5
     assert {name: len(found) for name, found in spans.items()} == {"a": 3, "b": 3}
+
+
+def test_the_bars_of_a_plot_add_up() -> None:
+    """The projector is a part of the vision stage, where it was timed by itself."""
+
+    def row(arm: str, stage: str, taken: float) -> Row:
+        return Row({"new_tokens": 3}, None, arm, stage, taken, 0.0, 0.0, 1, None, None, None, {}, {})
+
+    rows = [row(arm, *of) for arm in (BASELINE, "eager") for of in (("vision", 9.0), ("decode", 2.0))]
+    rows += [row(BASELINE, "projector", 4.0), row(BASELINE, PREFILL, 1.0)]
+    result = Result(rows, [], 0, 0, None, None, [], {}, (0.0, 0.0))
+    assert [*plot.parts(result, BASELINE).values()] == [5.0, 4.0, 1.0, 6.0]
+    assert [*plot.parts(result, "eager").values()] == [9.0, 0.0, 0.0, 6.0]
 
 
 def test_the_attention_kernel_is_seen() -> None:

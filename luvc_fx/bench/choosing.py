@@ -75,17 +75,31 @@ def largest_batch(fits: Callable[[int], bool]) -> int:
     return rows
 
 
-def fits(model: Any, inputs: Callable[[int], Mapping[str, Tensor]], tokens: int) -> Callable[[int], bool]:
-    """Whether the stock model answers so many rows within the memory of its device."""
+def fits(
+    model: Any, inputs: Callable[[int], Mapping[str, Tensor]], tokens: int, mode: str | None
+) -> Callable[[int], bool]:
+    """Whether the stock model, and the baseline compiled, answer so many rows in their device's memory."""
 
     def tried(rows: int) -> bool:
+        given = inputs(rows)
         try:
-            Stock(model, Arm(EAGER, None), inputs(rows)).generate(tokens)
-        except torch.OutOfMemoryError:
-            return False
+            Stock(model, Arm(EAGER, None), given).generate(tokens)
+            Compiled(model, Arm(BASELINE, Schedule()), given, mode).generate(tokens)
+        except Exception as error:
+            if _is_out_of_memory(error):
+                return False
+            raise
         finally:
+            torch._dynamo.reset()
             gc.collect()
             torch.cuda.empty_cache()
         return True
 
     return tried
+
+
+def _is_out_of_memory(error: object) -> bool:
+    """Whether it is that, or Dynamo says that it came out of the compiler."""
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(
+        getattr(error, "inner_exception", None), torch.OutOfMemoryError
+    )

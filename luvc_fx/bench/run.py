@@ -129,7 +129,8 @@ def _with_batch(model: Any, shape: Shape, options: Options, say: Callable[[str],
     def inputs(rows: int) -> dict[str, Any]:
         return shape.inputs(model, options.visual, options.text, rows)
 
-    rows = choosing.largest_batch(choosing.fits(model, inputs, options.new_tokens + 1))
+    mode = None if options.mode == choosing.BEST else options.mode
+    rows = choosing.largest_batch(choosing.fits(model, inputs, options.new_tokens + 1, mode))
     return dataclasses.replace(options, batch=rows)
 
 
