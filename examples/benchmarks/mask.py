@@ -1,11 +1,13 @@
 """What an attention mask costs by itself, on a CPU: one layer of LLaVA-OneVision 0.5B, operator by operator.
 
-Both arms of `luvc-fx bench` gain from a mask that is not there, so this is no part of a speed-up by tokens.
-Processor time of one thread, medians. Writes ``results/mask.json``.
+Both arms of `luvc-fx bench` go without a mask that hides nothing, so this is no part of a speed-up by tokens.
+``.venv/bin/python examples/benchmarks/mask.py`` prints what it finds, ``--write`` puts it into
+results/mask.json. README.md here documents its keys.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
@@ -15,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attend
+
+RESULTS = Path(__file__).parent / "results"
 
 HEADS, GROUPS, DIM = 14, 2, 64
 ROWS, LEFT = 1549, 509
@@ -70,6 +74,10 @@ def masks() -> dict[str, float]:
 
 @torch.no_grad()
 def main() -> None:
+    """Measure, print, and write if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into results/")
+    write = parser.parse_args().write
     torch.set_num_threads(1)
     found = {
         "torch": torch.__version__,
@@ -77,8 +85,9 @@ def main() -> None:
         "mask": masks(),
     }
     text = json.dumps(found, indent=1) + "\n"
-    (Path(__file__).parent / "results" / "mask.json").write_text(text)
     print(text, end="")
+    if write:
+        (RESULTS / "mask.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
