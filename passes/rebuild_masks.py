@@ -36,7 +36,8 @@ def rebuild_masks(context: Context) -> None:
             _bound(context.graph, call, padding, made)
             continue
         written = _written_rows(call.keys)
-        if call.fused and written is None and shape(padding)[0] == 0 and context.anatomy.queries == 1:
+        one = shape(call.queries)[-2] == 1
+        if call.fused and written is None and shape(padding)[0] == 0 and one:
             call.unmask()
             continue
         like = (str(value(call.keys).shape[-2]), added, written)

@@ -80,6 +80,25 @@ def test_any_lengths_and_padding(queries: int, lengths: tuple[int, int], padding
     check(capture(decode, run=False, **given_), given_, quietly("image"))
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_the_queries_of_the_call_itself_count(queries: int) -> None:
+    """Another attention, of an encoder say, may come first."""
+
+    def call(first: Tensor, q: Tensor, k: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        mask = torch.ops.luvc_fx.cache_mask(padding, q.shape[2])
+        return attend(first, k, k), attend(q, k, k, attn_mask=mask)
+
+    given_ = caches(queries, (9, 6), [0])
+    q, k = given_["q"], given_["first"]
+    none = torch.zeros(0, dtype=torch.int64)
+    captured = capture(call, run=False, first=torch.randn(1, 2, 4 - queries, 4), q=q, k=k, padding=none)
+    got, gm, report = captured.rewritten(quietly(Schedule()))
+    assert report.masks_rebuilt == 1
+    torch.testing.assert_close(got[1], attend(q, k, k, attn_mask=real_mask(torch.tensor([0]), queries, 9)))
+    masked = [n for n in gm.graph.nodes if n.kwargs.get("attn_mask") is not None]
+    assert len(masked) == (queries > 1)
+
+
 def test_layers_of_one_length_share_a_mask() -> None:
     given_ = caches(1, (7, 7), [1, 0])
     captured = capture(decode, run=False, **given_)
