@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ class Downsampled:
         image: what to give to the processor.
         processing: options of that call of the processor, beside images and text.
         interpolated: whether the encoder's learned positions have to be interpolated; see `encoded`.
-        tokens: visual tokens that the model then has; `of`: those of the image as it was.
+        tokens: visual tokens that the model then has; `of`: those of the image as it was. Of several images
+            together where `downsample_all` made them.
     """
 
     image: Image
@@ -46,11 +48,13 @@ class Downsampled:
 
 
 def downsample(model: Any, processor: Any, image: Image, budget: float) -> Downsampled:
-    """A smaller image of which `model` makes about `budget` of the visual tokens.
+    """A smaller image of which `model` makes `budget` of the visual tokens, as nearly as its grids allow.
 
-    For encoders that take images of any size (Qwen2-VL) the image itself is resized, to the whole patches
-    that come nearest to the budget and to its aspect; for those with one square grid of learned positions
-    (LLaVA with CLIP) the processor resizes to a smaller square.
+    For encoders that take images of any size (Qwen2-VL) the image itself is resized, to the grid of whole
+    tokens with the least sum of what it misses of the budget and of the aspect, both relative: so a budget
+    may be missed for the aspect's sake. For those with one square grid of learned positions (LLaVA with CLIP)
+    the processor resizes to the square whose side is nearest to that of the budget: of a grid of 16 x 16 a
+    budget of 0.125 leaves 6 x 6, which is 0.141. `tokens` over `of` is the budget that was met.
 
     Args:
         model, processor: of transformers.
@@ -75,6 +79,22 @@ def downsample(model: Any, processor: Any, image: Image, budget: float) -> Downs
     )
 
 
+def downsample_all(
+    model: Any, processor: Any, images: Sequence[Image], budget: float
+) -> tuple[list[Image], Downsampled]:
+    """Images of one prompt made smaller, each to `budget`, and how to ask about them together.
+
+    Arguments and errors are those of `downsample`. The processing is that of the largest image, as the
+    processor would make a larger one smaller once more; `tokens` and `of` are sums.
+    """
+    found = [downsample(model, processor, image, budget) for image in images]
+    largest = max(found, key=lambda one: one.processing["size"].get("longest_edge", 0))
+    together = dataclasses.replace(
+        largest, tokens=sum(one.tokens for one in found), of=sum(one.of for one in found)
+    )
+    return [one.image for one in found], together
+
+
 def _any_size(model: Any, processor: Any, image: Image, budget: float) -> Downsampled:
     unit = SizeBuckets.granularity_of(model)
     (_, height, width), *_ = processor(images=[image], return_tensors="pt")["image_grid_thw"].tolist()
@@ -87,7 +107,7 @@ def _any_size(model: Any, processor: Any, image: Image, budget: float) -> Downsa
 
 
 def _nearest(high: int, wide: int, budget: float) -> tuple[int, int]:
-    """The grid with the number of tokens nearest to the budget, and among those with the nearest aspect."""
+    """The grid that misses budget and aspect least, both together; of equals the nearer aspect."""
 
     def misses(grid: tuple[int, int]) -> tuple[float, float]:
         count = abs(grid[0] * grid[1] - budget * high * wide) / (budget * high * wide)

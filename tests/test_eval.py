@@ -19,7 +19,7 @@ from luvc_fx import _compat
 from luvc_fx.cli import main
 from luvc_fx.demo import MODEL_DIR
 from luvc_fx.evaluation import Options, run
-from luvc_fx.evaluation.asking import Facts, ask
+from luvc_fx.evaluation.asking import ask
 from luvc_fx.evaluation.features import Features
 from luvc_fx.evaluation.keys import model_key, run_key
 from luvc_fx.evaluation.markdown import is_evidence, markdown
@@ -27,7 +27,7 @@ from luvc_fx.evaluation.methods import methods
 from luvc_fx.evaluation.plot import draw
 from luvc_fx.evaluation.prompts import Prompts, Row, batches, collate
 from luvc_fx.evaluation.questions import read_frames, read_questions, with_wrong_images
-from luvc_fx.evaluation.result import Result
+from luvc_fx.evaluation.result import Result, WrongImage
 from luvc_fx.evaluation.store import Answers
 from luvc_fx.inputs import InputError
 from luvc_fx.local_model import load
@@ -132,14 +132,13 @@ def test_batches_give_the_answers_of_single_prompts(small: Path) -> None:
     asked = read_questions(small / "questions" / "questions.jsonl", limit=7)
     schedule = methods()["spectrum"].make(0.25, LAYERS)
     assert schedule is not None
-    facts = Facts()
     features, found = Features(), []
     for _ in range(2):  # the second time without the encoder
-        parts = ask(prompts, asked, schedule, facts, batch=5, new_tokens=1, features=features)
-        found.append({question: text for part in parts for question, text in part})
+        parts = list(ask(prompts, asked, schedule, batch=5, new_tokens=1, features=features))
+        found.append({question: text for part, _ in parts for question, text in part})
+        assert [facts.budget for _, facts in parts] == [0.25, 0.25]
     answers = found[0]
     assert found[1] == answers and len(features.kept) == 2
-    assert facts.budget == 0.25 and len(facts.paces) == 4
     with torch.inference_mode(), luvc_fx.applied(model, schedule, inner="eager", strict=True):
         for question in asked:
             inputs = collate([prompts.row(question)], 1, 0, model.device, model.dtype)
@@ -226,7 +225,9 @@ def test_videos_are_exported_too(tmp_path: Path) -> None:
 
 def test_wrong_images_are_of_the_same_task(small: Path) -> None:
     asked = read_questions(small / "questions" / "questions.jsonl")
-    others = with_wrong_images(asked)
+    numbered = with_wrong_images(asked)
+    others = list(numbered.values())
+    assert [asked[number].text for number in numbered] == [q.text for q in others]
     of = {question.media: question.scene for question in asked}
     tasks = {(question.media, question.task) for question in asked}
     assert others and all(of[q.media] != q.scene and (q.media, q.task) in tasks for q in others)
@@ -243,19 +244,22 @@ def _has_other(question: Any, asked: list[Any]) -> bool:
 def test_answers_survive_a_line_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "new" / "answers.jsonl"
     store = Answers(path)
-    store.add("r", {"1": "a", "2": "ü\n"})
-    store.note("r", {"n": 1})
+    store.add("r", {"1": "a", "2": "ü\n"}, {"n": 1})
+    store.add("r", {"4": "b"}, {"n": 2})
+    with path.open("ab") as file:  # of an earlier version
+        file.write(b'{"run": "old", "question": "1", "answer": "a"}\n{"run": "old", "facts": {}}\n')
     whole = path.read_bytes()
     with path.open("ab") as file:
         file.write(b'{"run": "r", "question": "3", "ans')
     again = Answers(path)
-    assert again.answers["r"] == {"1": "a", "2": "ü\n"} and again.facts["r"] == {"n": 1}
+    assert again.answers["r"] == {"1": "a", "2": "ü\n", "4": "b"} and "old" not in again.answers
+    assert [again.facts["r"][key] for key in "124"] == [{"n": 1}, {"n": 1}, {"n": 2}]
     assert path.read_bytes() == whole
-    again.add("s", {"3": "c"})
+    again.add("s", {"3": "c"}, {})
     assert Answers(path).answers["s"] == {"3": "c"}
     with path.open("ab") as file:
         file.write(b"{}\n")
-    with pytest.raises(InputError, match="line 5, is no answer"):
+    with pytest.raises(InputError, match="line 6, is no answer"):
         Answers(path)
 
 
@@ -277,8 +281,12 @@ def test_evidence_needs_accuracy_and_the_image() -> None:
     class Scored:
         accuracy = 0.93
 
-    assert is_evidence(Scored(), 0.5) and is_evidence(Scored(), None) is None  # type: ignore[arg-type]
-    assert not is_evidence(Scored(), 0.7)  # type: ignore[arg-type]
+    def evidence(wrong: WrongImage | None) -> bool | None:
+        return is_evidence(Scored(), wrong)  # type: ignore[arg-type]
+
+    assert evidence(WrongImage(9, 0.5, 0.93)) and evidence(None) is None
+    assert not evidence(WrongImage(9, 0.7, 0.93))
+    assert not evidence(WrongImage(9, 0.5, 0.7)), "on the control's own questions"
 
 
 # ---------------------------------------------------------------------------------------------- command

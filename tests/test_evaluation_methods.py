@@ -14,7 +14,7 @@ from luvc_fx.schedule import Schedule
 
 BUDGETS = st.floats(0.01, 1.0)
 LAYERS = st.integers(2, 48)
-SAME_COUNTS = ("luvc", "random", "uniform", "norm", "diversity")
+SAME_COUNTS = ("luvc", "random", "random-block", "uniform", "norm", "diversity")
 
 
 def tokens(schedule: Schedule, layers: int, fused: int) -> list[int]:
@@ -77,3 +77,19 @@ def test_what_methods_cannot_reach() -> None:
     assert found["vtw"].make(0.01, 16) is None
     assert found["spectrum+merge"].make(0.75, 16) is None
     assert found["last"].own_budget and found["last"].make(0.1, 16) == found["last"].make(1.0, 16)
+
+
+@pytest.mark.parametrize("name", ["spectrum", "random-block", "norm", "diversity"])
+def test_coverage_is_told_apart_from_the_ranking(name: str) -> None:
+    """The spectrum and `random-block` differ in the scores alone; the texts say who picks from blocks."""
+    method = methods()[name]
+    made = method.make(0.33, 16)
+    assert made is not None
+    assert {prune.coverage for prune in made.prune} == {"global" if name == "norm" else "block"}
+    assert ("each block" in method.about) == (name != "norm")
+
+
+def test_vtw_says_which_rule() -> None:
+    made = methods()["vtw"].make(0.22, 16)
+    assert made is not None and made.prune[0].layer == 4, "round(3.52)"
+    assert "K = round(p L)" in methods()["vtw"].about

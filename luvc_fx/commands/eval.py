@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from luvc_fx.commands.demo import Inner
 from luvc_fx.commands.output import make_console, make_table, note
 from luvc_fx.evaluation.markdown import LEGEND, markdown, marks
+from luvc_fx.evaluation.methods import SEEDS
 from luvc_fx.evaluation.methods import methods as known_methods
 from luvc_fx.evaluation.plot import draw
 from luvc_fx.evaluation.questions import ALL_TASKS
@@ -56,7 +57,9 @@ def evaluate(
     time: Annotated[
         int, typer.Option(min=0, metavar="N", help="Time N prefills of each row, by Inductor.")
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of random tokens and of the bootstrap.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help=f"Of the bootstrap, and the first of {SEEDS} of random tokens.")
+    ] = 0,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="For answers, results.json, RESULTS.md, pareto.png.")
     ] = Path("luvc-eval"),
@@ -140,10 +143,12 @@ def _show(result: Result, console: Console) -> None:
         f"unpruned: {score.accuracy:.1%} of {score.questions:,} questions about {score.scenes:,} scenes"
     )
     if result.wrong_image:
-        console.print(f"wrong images: {result.wrong_image[ALL_TASKS]:.1%}")
-    table = make_table(
-        "method", "budget", "accuracy", "of unpruned", "95 %", "agree", "s/question", right=True
-    )
+        wrong = result.wrong_image[ALL_TASKS]
+        console.print(
+            f"wrong images: {wrong.accuracy:.1%} of {wrong.questions:,} questions; right ones: "
+            f"{wrong.right_image:.1%}"
+        )
+    table = make_table("method", "budget", "accuracy", "of unpruned", "95 %", "agree", right=True)
     for row in result.rows:
         table.add_row(*_cells(row))
     console.print(table)
@@ -156,7 +161,7 @@ def _show(result: Result, console: Console) -> None:
 def _cells(row: Row) -> list[str]:
     asked = row.cell.budget
     if not row.scores or row.measured is None:
-        return [row.cell.method, "" if asked is None else f"{asked:.3f}", "n/a", "", "", "", ""]
+        return [row.cell.method, "" if asked is None else f"{asked:.3f}", "n/a", "", "", ""]
     score = row.scores[ALL_TASKS]
     interval = score.retention_interval
     return [
@@ -166,5 +171,4 @@ def _cells(row: Row) -> list[str]:
         "-" if score.retention is None else f"{score.retention:.1%}{marks(score)}",
         "-" if interval is None else f"{interval[0]:.1%} - {interval[1]:.1%}",
         f"{score.agreement:.1%}",
-        "-" if row.seconds_per_question is None else f"{row.seconds_per_question:.3f}",
     ]

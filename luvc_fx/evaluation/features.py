@@ -19,10 +19,11 @@ class Features:
     """What the encoders of one model made of batches of pixels.
 
     Only on a CPU, where encoding costs more than comparing pixels, and only where nothing merges: a merge is
-    part of the schedule. What is remembered are the very tensors, so answers do not change.
+    part of the schedule. What is remembered are the very tensors, so answers do not change. Of the rest of a
+    schedule only whether it prunes changes an encoder's graph: it then also tells the token grid.
 
     Attributes:
-        kept: what an encoder returned, by a hash of its pixels and options.
+        kept: what an encoder returned, by a hash of its pixels and options and of whether tokens are pruned.
     """
 
     def __init__(self) -> None:
@@ -32,14 +33,15 @@ class Features:
     def share(self, model: Any) -> None:
         """Let the encoders of a model that is compiled now look here first; `restore` ends it."""
         if model.device.type == "cpu":
-            for encoder in door_of(model).encoders.values():
-                encoder.plain = self._remembering(encoder.kind.name, encoder.plain)
+            door = door_of(model)
+            for encoder in door.encoders.values():
+                encoder.plain = self._remembering((encoder.kind.name, door.prunes), encoder.plain)
 
-    def _remembering(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    def _remembering(self, of: tuple[str, bool], run: Callable[..., Any]) -> Callable[..., Any]:
         def call(pixels: Tensor, plain: dict[str, Any], text: dict[str, str], told: dict[str, str]) -> Any:
             if any(isinstance(value, Tensor) for value in plain.values()):
                 return run(pixels, plain, text, told)
-            about = repr((name, pixels.shape, pixels.dtype, sorted(plain.items()), text, told))
+            about = repr((of, pixels.shape, pixels.dtype, sorted(plain.items()), text, told))
             hasher = hashlib.blake2b(about.encode(), digest_size=24)
             hasher.update(pixels.contiguous().flatten().view(dtype=torch.uint8).numpy().data)
             key = hasher.digest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from luvc_fx.schedule import Schedule
 
 # What draws, counts or prints has no part in an answer.
 _FOLDERS = ("", "ops", "selectors")
-_FILES = ("asking.py", "features.py", "prompts.py")
+_FILES = ("asking.py", "features.py", "prompts.py", "questions.py")
+# Processors read and resize images by the first three, where those are installed.
+_PACKAGES = ("pillow", "torchvision", "numpy", "tokenizers", "torch", "transformers")
 _CHUNK = 1 << 24
 
 
@@ -38,7 +40,7 @@ def run_key(model: str, schedule: Schedule, **settings: Any) -> str:
 
     Args:
         model: its `model_key`.
-        settings: inner compiler, dtype, number of new tokens: anything that JSON can hold.
+        settings: device, inner compiler, dtype, batch, number of new tokens: anything that JSON can hold.
     """
     hasher = hashlib.sha256(f"{model}\n{code_key()}\n{schedule.to_json()}\n".encode())
     for name in sorted({prune.selector for prune in schedule.prune}):
@@ -51,7 +53,7 @@ def run_key(model: str, schedule: Schedule, **settings: Any) -> str:
 @cache
 def code_key() -> str:
     """A hash of the files of luvc_fx that can change an answer, and of the versions below it."""
-    versions = [f"{name}={version(name)}" for name in ("torch", "transformers")]
+    versions = [f"{name}={_version(name)}" for name in _PACKAGES]
     hasher = hashlib.sha256(" ".join(versions).encode())
     root = Path(str(luvc_fx.__file__)).parent
     files = [path for folder in _FOLDERS for path in (root / folder).glob("*.py")]
@@ -61,3 +63,10 @@ def code_key() -> str:
         hasher.update(f"{path.parent.name}/{path.name}:{path.stat().st_size}\n".encode())
         hasher.update(path.read_bytes())
     return hasher.hexdigest()[:24]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from luvc_fx.evaluation.methods import RANDOM, methods
+from luvc_fx.evaluation.methods import RANDOM, RANDOM_BLOCK, methods
 from luvc_fx.evaluation.questions import ALL_TASKS
-from luvc_fx.evaluation.result import UNPRUNED, Result, Row, Score
+from luvc_fx.evaluation.result import UNPRUNED, Result, Row, Score, WrongImage
 
 SIGNIFICANT = 0.05
 
@@ -12,10 +12,23 @@ EVIDENCE = (0.90, 0.30)
 """A task says something about tokens where the unpruned model is right this often, and this much less often
 with a wrong image."""
 
+MISSED = 0.02
+"""A budget that is missed by more than this part of it is told beside the numbers."""
+
+MARKS = (
+    (UNPRUNED, "▼", "▲", "the unpruned model"),
+    (RANDOM, "r-", "r+", "random tokens at the same budget"),
+    (RANDOM_BLOCK, "b-", "b+", "a random token of each block at the same budget"),
+)
+"""Names in `Score.against`, the signs of a difference below and above them, and what they are."""
+
 LEGEND = (
     "Each cell: % of the unpruned accuracy, with its 95 % interval (bootstrap over scenes). After it, where "
-    "p < 0.05 after Holm's correction (sign-flip test over scenes): ▼ below and ▲ above the unpruned model; "
-    "r- below and r+ above random tokens at the same budget. n/a: the method cannot reach the budget."
+    "p < 0.05 (sign-flip test over scenes) after Holm's correction per set (over all cells of these "
+    "questions and this model, and no others): "
+    + "; ".join(f"{below} below and {above} above {what}" for _, below, above, what in MARKS)
+    + ". Answers with all seeds of random tokens count together. A budget behind a comma is what was "
+    f"measured, where that is more than {100 * MISSED:g} % off. n/a: the method cannot reach the budget."
 )
 
 
@@ -42,11 +55,19 @@ def markdown(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def is_evidence(score: Score, wrong: float | None) -> bool | None:
-    """Whether the task may be used as evidence; None without the control."""
+def is_evidence(score: Score, wrong: WrongImage | None) -> bool | None:
+    """Whether the task may be used as evidence; None without the control.
+
+    The control has no question about scenes that are alone in their task: it is compared on its own ones.
+    """
     if wrong is None:
         return None
-    return score.accuracy >= EVIDENCE[0] and score.accuracy - wrong >= EVIDENCE[1]
+    return score.accuracy >= EVIDENCE[0] and wrong.right_image - wrong.accuracy >= EVIDENCE[1]
+
+
+def misses(measured: float | None, budget: float | None) -> bool:
+    """Whether a measured budget has to be told beside the one that was asked for."""
+    return measured is not None and budget is not None and abs(measured - budget) > MISSED * budget
 
 
 def _tasks(result: Result) -> list[str]:
@@ -56,7 +77,11 @@ def _tasks(result: Result) -> list[str]:
     ]
     for task in result.tasks:
         score, wrong = result.rows[0].scores[task], result.wrong_image.get(task)
-        shown = "not run" if wrong is None else f"{100 * wrong:.1f} %"
+        shown = "not run"
+        if wrong is not None:
+            shown = f"{100 * wrong.accuracy:.1f} %"
+            if wrong.questions != score.questions:
+                shown += f" of {wrong.questions}, right image {100 * wrong.right_image:.1f} %"
         counts = {None: "not known", True: "yes", False: "no"}[is_evidence(score, wrong)]
         accuracy = f"{100 * score.accuracy:.1f} %{_interval(score.accuracy_interval)}"
         lines.append(f"| {task} | {score.questions} | {score.scenes} | {accuracy} | {shown} | {counts} |")
@@ -76,7 +101,8 @@ def _table(result: Result, task: str, show: object) -> list[str]:
         cells = [method]
         for budget in budgets:
             row = found.get((method, budget))
-            cells.append("" if row is None else show(row, task))
+            told = row is not None and row.scores and misses(row.measured, budget)
+            cells.append("" if row is None else f"{show(row, task)}{_budget(row) if told else ''}")
         if own:
             row = found.get((method, None))
             cells.append("" if row is None else f"{show(row, task)}{_budget(row)}")
@@ -109,7 +135,7 @@ def _interval(interval: tuple[float, float] | None) -> str:
 def marks(score: Score) -> str:
     """The signs of `LEGEND`, with a space in front of each."""
     found = ""
-    for name, below, above in ((UNPRUNED, "▼", "▲"), (RANDOM, "r-", "r+")):
+    for name, below, above, _ in MARKS:
         comparison = score.against.get(name)
         if comparison is not None and comparison.adjusted < SIGNIFICANT:
             found += f" {below if comparison.difference < 0 else above}"

@@ -16,6 +16,14 @@ from luvc_fx.schedule import Merge, Prune, Schedule, round_half_up
 
 SPECTRUM = "spectrum"
 RANDOM = "random"
+RANDOM_BLOCK = "random-block"
+
+SEEDED = (RANDOM, RANDOM_BLOCK)
+"""Selectors that a seed decides. One seed is one set of places, the same in every image, so that one alone
+would say much about that set."""
+
+SEEDS = 3
+"""So many are asked, and their answers counted together."""
 
 FASTV_LAYER = 2
 """Before it FastV prunes, once (K = 2 in its paper, arXiv 2403.06764)."""
@@ -84,12 +92,8 @@ def _merged(budget: float, layers: int) -> Schedule | None:
     return dataclasses.replace(rest, merge=(Merge(axis="width", keep=MERGED_WIDTH, depth=0.5),))
 
 
-def _control(selector: str) -> Maker:
-    def make(budget: float, layers: int) -> Schedule | None:
-        made = _spectrum(budget, layers)
-        return None if made is None else with_selector(made, selector)
-
-    return make
+def _control(selector: str, coverage: str = "block") -> Maker:
+    return lambda budget, layers: progressive(budget, layers, selector=selector, coverage=coverage)
 
 
 def _fastv(budget: float, layers: int) -> Schedule | None:
@@ -114,16 +118,23 @@ def _last(budget: float, layers: int) -> Schedule | None:
 
 
 _TABLE = (
-    Method(SPECTRUM, _spectrum, "ours: the cascade to zero, ranked by the spectrum's residual"),
+    Method(
+        SPECTRUM, _spectrum, "ours: the cascade to zero, of each block the largest residual of the spectrum"
+    ),
     Method("spectrum+merge", _merged, f"OIM to {MERGED_WIDTH:.0%} of the width, then the same cascade"),
     Method("luvc", _luvc, "the abstract read literally: low-pass energy, the best of all"),
-    Method(RANDOM, _control(RANDOM), "the same counts, tokens at random"),
+    Method(RANDOM, _control(RANDOM), f"the same counts, tokens at random, mean of {SEEDS} seeds"),
+    Method(
+        RANDOM_BLOCK,
+        _control(RANDOM_BLOCK),
+        f"the same counts, one at random of each block as for the spectrum, mean of {SEEDS} seeds",
+    ),
     Method("uniform", _control("uniform"), "the same counts, evenly spaced"),
-    Method("norm", _control("norm"), "the same counts, the longest tokens"),
-    Method("diversity", _control("diversity"), "the same counts, the least alike"),
+    Method("norm", _control("norm", "global"), "the same counts, the longest tokens of all"),
+    Method("diversity", _control("diversity"), "the same counts, of each block the least like the pivots"),
     Method("fastv", _fastv, f"once before layer {FASTV_LAYER}, by the last token's attention"),
     Method("pact", _pact, f"once before layer {PACT_LAYER}: PACT's cluster centres, the others averaged in"),
-    Method("vtw", _vtw, "all tokens leave before one layer"),
+    Method("vtw", _vtw, "all tokens leave before layer K = round(p L), at budget p of L layers"),
     Method("single-shot", _single, "the spectrum once, before layer 0"),
     Method("downsample", lambda budget, layers: Schedule(), "a smaller image, all its tokens", smaller=True),
     Method("last", _last, "zero at the last layer alone", own_budget=True),

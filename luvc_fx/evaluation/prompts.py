@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luvc_fx.downsample import Downsampled, downsample
-from luvc_fx.encoders import placeholders
+from luvc_fx.downsample import Downsampled, downsample_all
+from luvc_fx.encoders import modalities, placeholders
 from luvc_fx.evaluation.questions import Question, read_frames
+from luvc_fx.images_only import VIDEO
 from luvc_fx.inputs import InputError, brief
 from luvc_fx.local_model import image_token
 
@@ -24,6 +25,18 @@ PADDED = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 LENGTH_STEP = 16
 """Prompts are padded to a multiple of it: a few tokens more, and fewer graphs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What decides which rows can share a batch, without their pixels.
+
+    Attributes:
+        length: tokens of the prompt; `shape`: see `Row.shape`.
+    """
+
+    length: int
+    shape: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +83,25 @@ class Prompts:
     def __init__(self, model: Any, processor: Any, smaller: float | None = None) -> None:
         self.model, self.processor, self.smaller = model, processor, smaller
         self._texts: dict[Question, tuple[dict[str, Tensor], int, Downsampled | None]] = {}
+        self._outlines: dict[Question, Outline] = {}
         self._pixels: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         self._bytes = 0
         pad = getattr(processor.tokenizer, "pad_token_id", None)
         self.padding = 0 if pad is None else pad
 
+    def outline(self, question: Question) -> Outline:
+        """Of the prompt of that question; errors are those of `row`."""
+        if question not in self._outlines:
+            row = self.row(question)
+            self._outlines[question] = Outline(row.length, row.shape)
+        return self._outlines[question]
+
     def row(self, question: Question) -> Row:
         """The prompt of that question: the images or the video first, by the chat template if there is one.
 
         Raises:
-            InputError: a file that cannot be read, or a prompt that the processor cannot make.
+            InputError: a file that cannot be read, a prompt that the processor cannot make, or a video where
+                the processor has lost its part for videos.
             ValueError: images of this model cannot be made smaller.
         """
         of = (question.media, question.video)
@@ -104,17 +126,22 @@ class Prompts:
     def _process(self, question: Question) -> tuple[dict[str, Tensor], Downsampled | None]:
         frames, made_smaller = read_frames(question), None
         options: dict[str, Any] = {}
-        as_video = question.video and getattr(self.processor, "video_processor", None) is not None
+        as_video = question.video and getattr(self.processor, VIDEO, None) is not None
+        if question.video and not as_video and self._lacks_videos():
+            raise InputError(
+                f"question {question.text!r} is about a video, and {type(self.processor).__name__} was "
+                "loaded without its part for videos (is torchvision installed?); allowed: the frames as a "
+                "list under 'image'"
+            )
         token = image_token(self.model, self.processor)
         if token in question.text:
             raise InputError(f"question {question.text!r} must not contain {token!r}")
         if self.smaller is not None:
             if as_video:
                 raise ValueError("videos are not made smaller")
-            all_smaller = [downsample(self.model, self.processor, image, self.smaller) for image in frames]
-            made_smaller, frames = all_smaller[0], [one.image for one in all_smaller]
+            frames, made_smaller = downsample_all(self.model, self.processor, frames, self.smaller)
             options = dict(made_smaller.processing)
-        # A model that knows no videos sees the frames as images, one after another.
+        # A model that never knew videos sees the frames as images, one after another.
         kinds = ["video"] if as_video else ["image"] * len(frames)
         try:
             if getattr(self.processor, "chat_template", None):
@@ -124,6 +151,9 @@ class Prompts:
             else:
                 tokens = [self.processor.video_token if as_video else token] * len(kinds)
                 text = "\n".join([*tokens, question.text])
+            begin = getattr(self.processor.tokenizer, "bos_token", None)
+            if begin and text.startswith(begin):  # else the tokenizer adds a second one
+                options["add_special_tokens"] = False
             given: dict[str, Any] = {"videos": [frames]} if as_video else {"images": frames}
             if as_video:  # all frames are shown
                 given["do_sample_frames"] = False
@@ -133,8 +163,12 @@ class Prompts:
             raise InputError(f"{name} cannot make the prompt of {question.text!r}: {brief(error)}") from error
         return {name: value for name, value in made.items() if isinstance(value, Tensor)}, made_smaller
 
+    def _lacks_videos(self) -> bool:
+        """Whether the model or the class of its processor takes videos, as this processor does not."""
+        return hasattr(self.processor, VIDEO) or any(kind.name == "video" for kind in modalities(self.model))
 
-def batches(rows: Sequence[Row], most: int) -> Iterator[tuple[list[int], int]]:
+
+def batches(rows: Sequence[Row | Outline], most: int) -> Iterator[tuple[list[int], int]]:
     """Numbers of rows that can run together, equal in shape and near in length, and how many to fill up to.
 
     At most `most`. What is left of a shape behind full batches is to be filled up to `most` rows, as

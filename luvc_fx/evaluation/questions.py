@@ -192,8 +192,8 @@ def _array_frames(path: Path) -> list[Image]:
     return [Image.fromarray(frame) for frame in found]
 
 
-def with_wrong_images(questions: Sequence[Question]) -> list[Question]:
-    """The same questions about another scene's image or video: what the words alone give away.
+def with_wrong_images(questions: Sequence[Question]) -> dict[int, Question]:
+    """The same questions, by number, about another scene's image or video: what the words alone give away.
 
     The other scene is the next one in the file that has a question of the same task, so that the
     control sees an image of the same type. Questions of a task with one scene are left out.
@@ -206,8 +206,8 @@ def with_wrong_images(questions: Sequence[Question]) -> list[Question]:
         names = list(first)
         shifted = zip(names, [*names[1:], names[0]], strict=True)
         following[task] = {name: first[other] for name, other in shifted}
-    return [
-        dataclasses.replace(question, media=other.media, video=other.video)
-        for question in questions
+    return {
+        number: dataclasses.replace(question, media=other.media, video=other.video)
+        for number, question in enumerate(questions)
         if (other := following[question.task][question.scene]).scene != question.scene
-    ]
+    }

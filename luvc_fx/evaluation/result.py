@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ class Cell:
         schedule: None where the method cannot reach the budget.
         smaller: the budget that images are made smaller to; None: they are not.
         reason: why there are no answers; empty where there are.
+        seeds: those with which `schedule` is asked in turn; empty: as it is.
     """
 
     method: str
@@ -27,11 +29,26 @@ class Cell:
     schedule: Schedule | None
     smaller: float | None = None
     reason: str = ""
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """All that are asked, one for each seed."""
+        if self.schedule is None:
+            return ()
+        return tuple(with_seed(self.schedule, seed) for seed in self.seeds) or (self.schedule,)
 
     @property
     def name(self) -> str:
         """For people."""
         return self.method if self.budget is None else f"{self.method} at {100 * self.budget:g} %"
+
+
+def with_seed(schedule: Schedule, seed: int) -> Schedule:
+    """The same schedule, whose prunes draw with `seed`."""
+    return dataclasses.replace(
+        schedule, prune=tuple(dataclasses.replace(prune, seed=seed) for prune in schedule.prune)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +69,7 @@ class Comparison:
 
 @dataclass(slots=True)
 class Score:
-    """A cell's answers to the questions of one task.
+    """A cell's answers to the questions of one task, those of all its seeds together.
 
     Attributes:
         accuracy, retention: with 95 % intervals over scenes; retention is over the unpruned accuracy,
@@ -79,7 +96,9 @@ class Row:
         measured: mean over the decoder layers of the visual tokens that enter, over the original.
         tokens_per_layer: of one prompt; `visual`: its visual tokens without luvc_fx.
         scores: by task, pooled under ``"all"``; empty where there are no answers.
-        seconds_per_question: in `generate`, the median of the batches; compilation is left out.
+        seconds_per_question: in `generate`, the median of the batches. How long this run took, and no
+            measure of a method: on a CPU rows without merges share the encoder's work, which the unpruned
+            row, merges and smaller images pay for, and a smaller image runs without `luvc_fx`.
         prefill_ms: median time to the first token, compiled by Inductor; None: not timed.
     """
 
@@ -100,6 +119,7 @@ class Row:
             "budget": self.cell.budget,
             "reason": self.cell.reason,
             "smaller": self.cell.smaller,
+            "seeds": list(self.cell.seeds),
             "schedule": None if schedule is None else json.loads(schedule.to_json()),
             "measured_budget": self.measured,
             "tokens_per_layer": self.tokens_per_layer,
@@ -111,19 +131,33 @@ class Row:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class WrongImage:
+    """What the unpruned model says about other scenes' images, beside what it says about the right ones.
+
+    Attributes:
+        questions: those of tasks with another scene; both accuracies are theirs.
+        accuracy: with a wrong image; `right_image`: with the right one.
+    """
+
+    questions: int
+    accuracy: float
+    right_image: float
+
+
 @dataclass(slots=True)
 class Result:
     """A whole comparison; the first row is the unpruned model.
 
     Attributes:
         tasks: their names, ``"all"`` first.
-        wrong_image: accuracy by task when the unpruned model sees another scene of that task.
+        wrong_image: by task, the unpruned model that sees another scene of that task.
         settings: what was asked for.
     """
 
     rows: list[Row]
     tasks: list[str]
-    wrong_image: dict[str, float]
+    wrong_image: dict[str, WrongImage]
     settings: dict[str, Any]
     hardware: dict[str, Any]
     versions: dict[str, str]
@@ -140,7 +174,7 @@ class Result:
             "hardware": self.hardware,
             "versions": self.versions,
             "tasks": self.tasks,
-            "wrong_image": self.wrong_image,
+            "wrong_image": {task: asdict(found) for task, found in self.wrong_image.items()},
             "rows": [row.to_dict() for row in self.rows],
         }
 

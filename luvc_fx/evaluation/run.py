@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from luvc_fx.environment import hardware, versions
-from luvc_fx.evaluation.asking import Facts, ask
+from luvc_fx.evaluation.asking import ask, combined
 from luvc_fx.evaluation.features import Features
 from luvc_fx.evaluation.keys import model_key, run_key
-from luvc_fx.evaluation.methods import RANDOM, SPECTRUM, methods, with_selector
+from luvc_fx.evaluation.methods import RANDOM, RANDOM_BLOCK, SEEDED, SEEDS, SPECTRUM, methods, with_selector
 from luvc_fx.evaluation.prompts import Prompts, collate
 from luvc_fx.evaluation.questions import Question, read_questions, with_wrong_images
-from luvc_fx.evaluation.result import UNPRUNED, Cell, Result, Row
+from luvc_fx.evaluation.result import UNPRUNED, Cell, Result, Row, WrongImage
 from luvc_fx.evaluation.scoring import score, tasks_of
 from luvc_fx.evaluation.store import Answers
 from luvc_fx.evaluation.timing import time_prefills
+from luvc_fx.images_only import VIDEO
 from luvc_fx.inputs import InputError, one_line, read_schedule
 from luvc_fx.local_model import load
 from luvc_fx.registry import registered
@@ -46,7 +48,7 @@ class Options:
         new_tokens: at most so many in an answer; None: what the generation config says.
         wrong_image: also ask the unpruned model about other scenes' images.
         rounds: timed prefills of each cell; 0: nothing is timed.
-        seed: of random tokens and of the bootstrap.
+        seed: of the bootstrap, and the first of those of random tokens.
     """
 
     model: Path
@@ -71,7 +73,7 @@ def run(options: Options, say: Callable[[str], None], watch: Watch) -> Result:
     Raises:
         InputError: anything in `options` that cannot be followed, in one line.
     """
-    names, given = _chosen(options), [_given(text, options.seed) for text in dict.fromkeys(options.schedules)]
+    names, given = _chosen(options), _all_given(options)
     questions = read_questions(options.questions, options.split, options.limit)
     say(f"{len(questions)} questions about {len({q.scene for q in questions})} scenes")
     model, processor = load(options.model)
@@ -81,27 +83,22 @@ def run(options: Options, say: Callable[[str], None], watch: Watch) -> Result:
 
     unpruned = Cell(UNPRUNED, None, Schedule())
     answers = {unpruned: asker.answers(unpruned, questions)}
-    wrong_image: dict[str, float] = {}
-    if options.wrong_image:
-        others = with_wrong_images(questions)
-        if others:
-            said = asker.answers(unpruned, others, "unpruned, wrong images")
-            right = torch.tensor([q.right(text) for q, text in zip(others, said, strict=True)]).double()
-            wrong_image = {task: float(right[which].mean()) for task, which in tasks_of(others).items()}
+    wrong_image = _wrong_image(asker, unpruned, questions, answers[unpruned]) if options.wrong_image else {}
     layers = model.config.get_text_config().num_hidden_layers
     cells = [unpruned, *_cells(options, names, layers), *given]
+    again: dict[Cell, list[list[str]]] = {}
     for number, cell in enumerate(cells[1:], 1):
         if cell.schedule is None:
             continue
         try:
-            answers[cell] = asker.answers(cell, questions)
+            answers[cell], *again[cell] = [asker.answers(one, questions) for one in _each_seed(cell)]
         except InputError:
             raise
         except (NotRewritten, ValueError) as error:
             cells[number] = dataclasses.replace(cell, reason=one_line(error))
-    rivals = {name: _rivals(name, answers) for name in (RANDOM, SPECTRUM)}
-    scores = score(questions, answers, unpruned, rivals, options.seed)
-    rows = [_row(cell, scores.get(cell), asker.facts(cell)) for cell in cells]
+    rivals = {name: _rivals(name, answers) for name in (RANDOM, RANDOM_BLOCK, SPECTRUM)}
+    scores = score(questions, answers, unpruned, rivals, options.seed, again)
+    rows = [_row(cell, scores.get(cell), asker, questions) for cell in cells]
     if options.rounds:
         _time(rows, asker, questions[0], options.rounds, say)
     return Result(
@@ -130,57 +127,72 @@ class Asker:
         self.model_key = model_key(options.model)
 
     def key(self, cell: Cell) -> str:
-        """Of the answers of that cell."""
-        assert cell.schedule is not None
+        """Of the answers of that cell with its first seed."""
+        about = hardware(self.model)
         return run_key(
             self.model_key,
-            cell.schedule,
+            cell.schedules[0],
             smaller=cell.smaller,
             inner=self.options.inner,
-            dtype=str(self.model.dtype),
+            device=f"{self.model.device.type}, {about['device']}",
+            dtype=about["dtype"],
+            # Rows of a batch are padded, and summed, together: near ties may fall otherwise in another one.
+            batch=self.options.batch,
             new_tokens=self.options.new_tokens,
+            videos=getattr(self.prompts.processor, VIDEO, None) is not None,
         )
 
     def answers(self, cell: Cell, questions: Sequence[Question], title: str | None = None) -> list[str]:
-        """The model's answers in the order of `questions`, kept batch by batch.
+        """The model's answers in the order of `questions`, kept batch by batch; with the first seed.
 
         Raises:
             luvc_fx.NotRewritten, ValueError: as of `ask`.
         """
-        assert cell.schedule is not None
         key, title = self.key(cell), title or cell.name
         known = self.store.answers[key]
         todo = list({q.key: q for q in questions if q.key not in known}.values())
-        total, done, facts = len(todo), 0, Facts()
-        new = key not in self.store.facts
+        total, done = len(todo), 0
         if not todo:
             return [known[question.key] for question in questions]
         self.watch(title, 0, total)
         prompts = self.prompts
         if cell.smaller is not None:
             prompts = Prompts(self.model, self.prompts.processor, cell.smaller)
-        for part in ask(
+        for part, facts in ask(
             prompts,
             todo,
-            cell.schedule,
-            facts,
+            cell.schedules[0],
             self.options.inner,
             self.options.batch,
             self.options.new_tokens,
             self.features,
         ):
-            if key not in self.store.facts:  # before the answers, which are nothing without them
-                self.store.note(key, facts.to_dict())
-            self.store.add(key, {question.key: text for question, text in part})
+            self.store.add(key, {question.key: text for question, text in part}, dataclasses.asdict(facts))
             done += len(part)
             self.watch(title, done, total)
-        if new:
-            self.store.note(key, facts.to_dict())
         return [known[question.key] for question in questions]
 
-    def facts(self, cell: Cell) -> dict[str, Any]:
-        """What was seen while the cell was asked; empty where it was not."""
-        return {} if cell.schedule is None else self.store.facts.get(self.key(cell), {})
+    def facts(self, cell: Cell, questions: Sequence[Question] | None = None) -> dict[str, Any]:
+        """What was seen while the cell was asked these questions, or all that it ever was; see `combined`."""
+        known = self.store.facts[self.key(cell)]
+        return combined(list(known.values()) if questions is None else [known[q.key] for q in questions])
+
+
+def _wrong_image(
+    asker: Asker, unpruned: Cell, questions: Sequence[Question], said: Sequence[str]
+) -> dict[str, WrongImage]:
+    """By task; empty where no task has two scenes. `said` to the right images."""
+    others = with_wrong_images(questions)
+    if not others:
+        return {}
+    asked = list(others.values())
+    answers = asker.answers(unpruned, asked, "unpruned, wrong images")
+    wrong = np.array([q.right(text) for q, text in zip(asked, answers, strict=True)])
+    right = np.array([questions[number].right(said[number]) for number in others])
+    return {
+        task: WrongImage(len(which), float(wrong[which].mean()), float(right[which].mean()))
+        for task, which in tasks_of(asked).items()
+    }
 
 
 def _most(options: Options) -> str:
@@ -206,21 +218,60 @@ def _cells(options: Options, names: Sequence[str], layers: int) -> list[Cell]:
             if known[name].own_budget:
                 continue
             made = known[name].make(budget, layers)
-            if made is not None and name == RANDOM:
-                made = with_selector(made, RANDOM, options.seed)
-            found.append(Cell(name, budget, made, budget if known[name].smaller else None))
+            cell = Cell(name, budget, made, budget if known[name].smaller else None)
+            found.append(_seeded(cell, name, options.seed))
     for name in names:
         if known[name].own_budget:
             found.append(Cell(name, None, known[name].make(1.0, layers)))
     return found
 
 
-def _given(text: str, seed: int) -> Cell:
-    """The row of a preset or a file, maybe with another selector behind a colon."""
+def _seeded(cell: Cell, selector: str, seed: int) -> Cell:
+    """With several seeds where `selector` draws."""
+    seeds = tuple(range(seed, seed + SEEDS)) if selector in SEEDED and cell.schedule is not None else ()
+    return dataclasses.replace(cell, seeds=seeds)
+
+
+def _each_seed(cell: Cell) -> list[Cell]:
+    """The cell as it is, or one for each of its seeds."""
+    if not cell.seeds:
+        return [cell]
+    return [
+        dataclasses.replace(cell, method=f"{cell.method}, seed {seed}", schedule=schedule, seeds=())
+        for seed, schedule in zip(cell.seeds, cell.schedules, strict=True)
+    ]
+
+
+def _all_given(options: Options) -> list[Cell]:
+    """The rows of `options.schedules`, whose names must be free and distinct: rows are found by them."""
+    taken = {name: f"the method {name!r}" for name in methods()} | {UNPRUNED: "the unpruned model"}
+    cells, rows = [], set()
+    for text in dict.fromkeys(options.schedules):
+        source, selector = _parts(text)
+        cell = _given(source, selector, options.seed)
+        stem = Path(source).stem
+        if taken.setdefault(stem, source) != source or cell.method in rows:
+            raise InputError(
+                f"schedule {text!r} cannot be told from {taken[stem]} by its name, {cell.method!r}; allowed: "
+                "files whose names, without folders, are all different and of no method"
+            )
+        rows.add(cell.method)
+        cells.append(cell)
+    return cells
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """A preset or a file, and the selector behind its colon, or nothing."""
     name, colon, selector = text.rpartition(":")
-    if not colon or selector not in registered():
-        return Cell(Path(text).stem, None, read_schedule(text))
-    return Cell(f"{Path(name).stem}:{selector}", None, with_selector(read_schedule(name), selector, seed))
+    return (name, selector) if colon and selector in registered() else (text, "")
+
+
+def _given(source: str, selector: str, seed: int) -> Cell:
+    """The row of a preset or a file, maybe with another selector."""
+    schedule, name = read_schedule(source), Path(source).stem
+    if not selector:
+        return Cell(name, None, schedule)
+    return _seeded(Cell(f"{name}:{selector}", None, with_selector(schedule, selector, seed)), selector, seed)
 
 
 def _rivals(selector: str, cells: Iterable[Cell]) -> dict[Cell, Cell]:
@@ -235,9 +286,10 @@ def _rivals(selector: str, cells: Iterable[Cell]) -> dict[Cell, Cell]:
     return found
 
 
-def _row(cell: Cell, scores: Any, facts: dict[str, Any]) -> Row:
+def _row(cell: Cell, scores: Any, asker: Asker, questions: Sequence[Question]) -> Row:
     if not scores:
         return Row(cell)
+    facts = asker.facts(cell, questions)
     return Row(
         cell,
         measured=facts["budget"],

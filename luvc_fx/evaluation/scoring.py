@@ -29,6 +29,7 @@ def score(
     unpruned: Cell,
     rivals: Mapping[str, Mapping[Cell, Cell]] | None = None,
     seed: int = 0,
+    again: Mapping[Cell, Sequence[Sequence[str]]] | None = None,
 ) -> dict[Cell, dict[str, Score]]:
     """Scores of every cell by task.
 
@@ -36,17 +37,23 @@ def score(
         answers: of each cell to `questions`, in their order; `unpruned` is among them.
         rivals: by a name, what else cells are compared with.
         seed: of the bootstrap; all cells see the same resampled scenes.
+        again: of cells that a seed decides, the answers with further seeds; all are counted together.
     """
+    seeds = {cell: [said, *(again or {}).get(cell, ())] for cell, said in answers.items()}
+    same = [normalised(text) for text in answers[unpruned]]
     right = {
-        cell: np.array([float(q.right(text)) for q, text in zip(questions, said, strict=True)])
-        for cell, said in answers.items()
+        cell: sum(
+            np.array([float(q.right(t)) for q, t in zip(questions, said, strict=True)]) for said in all_
+        )
+        for cell, all_ in seeds.items()
+    }
+    agrees = {
+        cell: sum(
+            np.array([float(normalised(t) == s) for t, s in zip(said, same, strict=True)]) for said in all_
+        )
+        for cell, all_ in seeds.items()
     }
     tasks = tasks_of(questions)
-    same = [normalised(text) for text in answers[unpruned]]
-    agrees = {
-        cell: np.array([float(normalised(text) == first) for text, first in zip(said, same, strict=True)])
-        for cell, said in answers.items()
-    }
     scenes = [question.scene for question in questions]
     found: dict[Cell, dict[str, Score]] = {cell: {} for cell in answers}
     for task, numbers in tasks.items():
@@ -54,19 +61,20 @@ def score(
         asked = cluster_sums(np.ones(len(numbers)), within)
         base = cluster_sums(right[unpruned][numbers], within)
         for cell in answers:
-            sums = cluster_sums(right[cell][numbers], within)
+            count, sums = len(seeds[cell]), cluster_sums(right[cell][numbers], within)
             found[cell][task] = Score(
                 questions=len(numbers),
                 scenes=len(asked),
-                accuracy=float(sums.sum() / len(numbers)),
-                accuracy_interval=ratio_interval(sums, asked, seed),
-                retention=float(sums.sum() / base.sum()) if base.any() else None,
-                retention_interval=ratio_interval(sums, base, seed),
-                agreement=float(agrees[cell][numbers].mean()),
+                accuracy=float(sums.sum() / (count * len(numbers))),
+                accuracy_interval=ratio_interval(sums, count * asked, seed),
+                retention=float(sums.sum() / (count * base.sum())) if base.any() else None,
+                retention_interval=ratio_interval(sums, count * base, seed),
+                agreement=float(agrees[cell][numbers].mean()) / count,
             )
-    _compare(found, UNPRUNED, {cell: unpruned for cell in answers}, right, tasks, scenes)
+    counts = {cell: len(all_) for cell, all_ in seeds.items()}
+    _compare(found, UNPRUNED, {cell: unpruned for cell in answers}, right, counts, tasks, scenes)
     for name, others in (rivals or {}).items():
-        _compare(found, name, others, right, tasks, scenes)
+        _compare(found, name, others, right, counts, tasks, scenes)
     return found
 
 
@@ -75,10 +83,15 @@ def _compare(
     name: str,
     others: Mapping[Cell, Cell],
     right: Mapping[Cell, Right],
+    seeds: Mapping[Cell, int],
     tasks: Mapping[str, NDArray[np.int64]],
     scenes: Sequence[str],
 ) -> None:
-    """Compare each cell with its other, and correct over the cells; none is compared with itself."""
+    """Compare each cell with its other, and correct over the cells; none is compared with itself.
+
+    `right` are sums over the cell's seeds. Each is taken as often as the other has seeds: so differences stay
+    whole numbers, and a scene stays one difference however many seeds saw it.
+    """
     pairs = [(cell, other) for cell, other in others.items() if cell != other]
     families = ([task for task in tasks if task == ALL_TASKS], [task for task in tasks if task != ALL_TASKS])
     for family in families:
@@ -87,9 +100,9 @@ def _compare(
             numbers = tasks[task]
             within = [scenes[i] for i in numbers]
             for cell, other in pairs:
-                gained = right[cell][numbers] - right[other][numbers]
+                gained = seeds[other] * right[cell][numbers] - seeds[cell] * right[other][numbers]
                 where.append(found[cell][task])
                 values.append(sign_flip(cluster_sums(gained, within)))
-                differences.append(float(gained.mean()))
+                differences.append(float(gained.mean()) / (seeds[cell] * seeds[other]))
         for scored, difference, p, adjusted in zip(where, differences, values, holm(values), strict=True):
             scored.against[name] = Comparison(difference, p, adjusted)

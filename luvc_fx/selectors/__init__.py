@@ -9,11 +9,13 @@ from luvc_fx.selectors.fastv import select_fastv
 from luvc_fx.selectors.norm import select_norm
 from luvc_fx.selectors.pact import select_pact
 from luvc_fx.selectors.random import select_random
+from luvc_fx.selectors.random_block import select_random_block
 from luvc_fx.selectors.spectrum import select_spectrum
 from luvc_fx.selectors.uniform import select_uniform
 
 register("spectrum", select_spectrum)
 register("random", select_random)
+register("random-block", select_random_block)
 register("uniform", select_uniform)
 register("norm", select_norm)
 register("fastv", select_fastv, attention=True)
@@ -32,6 +34,7 @@ __all__ = [
     "select_norm",
     "select_pact",
     "select_random",
+    "select_random_block",
     "select_spectrum",
     "select_uniform",
     "selector",

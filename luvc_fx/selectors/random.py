@@ -19,10 +19,14 @@ def select_random(x: Tensor, prune: Prune, count: int, site: Site) -> Tensor:
     A hash and no generator: a compiled graph then holds no random state, and every device agrees.
     Arguments and result are those of `luvc_fx.selectors.Selector`; the values of `x` play no part.
     """
+    return select_global(hashes(x, prune, site).unsqueeze(0), count).expand(x.shape[0], count)
+
+
+def hashes(x: Tensor, prune: Prune, site: Site) -> Tensor:
+    """Of the positions of `x` ``[B, N, D]``: int64 ``[N]``, each in 0 .. 2^32 - 1."""
     offset = _GOLDEN * (prune.seed * 1000003 + site.layer + 1) & _WORD
     place = torch.arange(x.shape[1], device=x.device)
-    scores = _mix32((place + offset) & _WORD)
-    return select_global(scores.unsqueeze(0), count).expand(x.shape[0], count)
+    return _mix32((place + offset) & _WORD)
 
 
 def _mix32(x: Tensor) -> Tensor:

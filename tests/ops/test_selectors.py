@@ -139,6 +139,31 @@ def test_random_depends_on_seed_and_layer_only():
     assert not torch.equal(first(), first(layer=3))
 
 
+@pytest.mark.parametrize("grid", [None, (8, 8)])
+def test_random_block_keeps_the_best_hash_of_each_block(grid):
+    x = torch.full((2, 64, 1), float("nan"))
+    got = choose(x, prune(selector="random-block", seed=5), 16, Site(3, 4, grid))
+    # How many are kept at random until this one is.
+    ahead = [set(reference.random_positions(64, k, 5, 3).tolist()) for k in range(65)]
+    rank = [next(k for k in range(65) if i in ahead[k]) for i in range(64)]
+    for row in got.tolist():
+        for kept in row:
+            near = [
+                i
+                for i in range(64)
+                if (
+                    i // 4 == kept // 4
+                    if grid is None
+                    else (i // 16, i % 8 // 2) == (kept // 16, kept % 8 // 2)
+                )
+            ]
+            assert len(near) == 4 and kept == min(near, key=rank.__getitem__)
+    assert len(set(got[0].tolist())) == 16
+    at_random = choose(x, prune(selector="random", seed=5), 16, Site(3, 4, grid))
+    spread = choose(x, prune(selector="random-block", coverage="global", seed=5), 16, Site(3, 4, grid))
+    assert torch.equal(at_random.sort().values, spread) and not torch.equal(spread, got)
+
+
 @given(st.integers(0, 2**31), st.integers(2, 24), st.data())
 def test_pact_equals_twin(seed, length, data):
     count = data.draw(st.integers(1, length - 1))
