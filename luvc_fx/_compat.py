@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import logging
 import sys
 import types
@@ -31,6 +32,7 @@ __all__ = [
     "being_compiled",
     "cache_hits",
     "caching_precompile",
+    "calls_flash_attn",
     "capture_end",
     "compile_id",
     "compile_inductor",
@@ -46,11 +48,9 @@ __all__ = [
     "is_flash",
     "make_fx",
     "recompile_reason",
-    "segments",
     "shares_of",
     "takes_varlen",
     "tracing_settings",
-    "vision_tables",
     "watch_recompile_limit",
     "with_own_code",
 ]
@@ -357,42 +357,18 @@ def is_flash(config: Any) -> bool:
     return "flash" in str(getattr(config, "_attn_implementation", ""))
 
 
-def segments(bounds: torch.Tensor, length: int) -> dict[str, Any]:
-    """Keyword arguments of a forward by which each decoder layer calls FlashAttention on segments.
+def calls_flash_attn(config: Any) -> bool:
+    """Whether a decoder with this config calls the package flash-attn 2, as operators that graphs keep.
 
-    Without them transformers (5.17 - 5.23) takes padding out, or reads in each layer whether the positions
-    of a single row have gaps: a wait for the device, and the end of a graph.
+    Where it is missing, transformers (5.17 - 5.23) takes kernels of the hub; the operators came with 2.7.
     """
-    both = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
-    return {"attention_mask": None, **both}
+    return getattr(config, "_attn_implementation", "") == "flash_attention_2" and _has_flash_attn()
 
 
-def vision_tables(base: Any, grid: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a packed vision encoder computes from `grid` ``[images, 3]`` by operations that break graphs.
+def _has_flash_attn() -> bool:
+    from transformers.utils import is_flash_attn_2_available
 
-    Keyed as its precomputed keyword arguments, without the modality (transformers 5.17 - 5.23, from
-    whose `vision_utils` the functions are).
-    """
-    from transformers import vision_utils
-
-    encoder = base.visual
-    merge = int(encoder.config.spatial_merge_size)
-    tables = {
-        "position_ids": vision_utils.get_vision_position_ids(grid, merge),
-        "cu_seqlens": vision_utils.get_vision_cu_seqlens(grid),
-    }
-    if hasattr(encoder, "window_size"):
-        tables["window_index"], tables["cu_window_seqlens"] = vision_utils.get_vision_window_index(
-            grid, merge, encoder.window_size, encoder.patch_size
-        )
-    if hasattr(encoder, "num_grid_per_side"):
-        names = ("interp_indices", "interp_weights")
-        found = vision_utils.get_vision_interpolation_indices_and_weights(
-            grid,
-            num_grid_per_side=encoder.num_grid_per_side,
-            mode=encoder.interpolation_mode,
-            align_corners=encoder.interpolation_align_corners,
-            spatial_merge_size=merge,
-        )
-        tables.update(zip(names, found, strict=True))
-    return tables
+    if not is_flash_attn_2_available():
+        return False
+    importlib.import_module("flash_attn")
+    return hasattr(torch.ops.flash_attn, "_flash_attn_varlen_forward")

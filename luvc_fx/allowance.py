@@ -63,7 +63,10 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
             shown = type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
             note(Refusal(Reason.INPUTS, f"{name}={shown}: all visual tokens stay"))
             return NOTHING
-    if _is_static(option) and (refused := _refusal_of_static(model)) is not None:
+    refused = _refusal_of_attention(model)
+    if refused is None and _is_static(option):
+        refused = _refusal_of_static(model)
+    if refused is not None:
         note(refused)
         return NOTHING
     allowed = for_images(model, kwargs, note)
@@ -88,6 +91,27 @@ def _refusal_of_static(model: Any) -> Refusal | None:
         return None
     text = "a static cache under FlashAttention, which would read its empty rows; use a DynamicCache"
     return Refusal(Reason.CACHE, f"{text}: all visual tokens stay")
+
+
+def _refusal_of_attention(model: Any) -> Refusal | None:
+    """Why the rows of this decoder's FlashAttention cannot be followed, or None."""
+    config = model.config.get_text_config()
+    if not _compat.is_flash(config):
+        return None
+    name = config._attn_implementation
+    if not _compat.calls_flash_attn(config):
+        text = f"attn_implementation={name!r} is not a call of the package flash-attn (2.7 or later)"
+    elif _has_windows(config):
+        text = "sliding windows under FlashAttention, which count rows"
+    else:
+        return None
+    return Refusal(Reason.NO_ATTENTION, f"{text}: all visual tokens stay")
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether a decoder layer sees a window only."""
+    everywhere = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return bool(everywhere) or "sliding_attention" in (getattr(config, "layer_types", None) or ())
 
 
 def _decode_mode(model: Any, option: Callable[[str], Any]) -> str | None:
@@ -206,7 +230,7 @@ def refusal_of_later_images(model: Any, kwargs: dict[str, Any]) -> Refusal | Non
 
 def refusal_of_forward(model: Any, cache: object) -> Refusal | None:
     """Why a forward must leave all visual tokens alone, or None."""
-    refused = unsupported(cache)
+    refused = unsupported(cache) or _refusal_of_attention(model)
     if refused is None and isinstance(cache, StaticCache):
         refused = _refusal_of_static(model)
     if refused is None and model.training:

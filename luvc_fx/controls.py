@@ -96,7 +96,7 @@ def constants(base: Any, modality: str, options: dict[str, Any]) -> tuple[dict[s
     text = {name: as_text(options[name]) for name in (*LISTS, *GRIDS) if name in options}
     grid = options.get(f"{modality}_grid_thw")
     if isinstance(grid, Tensor):
-        for name, table in _compat.vision_tables(base, grid).items():
+        for name, table in vision_tables(base, grid).items():
             key = f"{modality}_{name}"
             if key in options:
                 continue
@@ -105,6 +105,37 @@ def constants(base: Any, modality: str, options: dict[str, Any]) -> tuple[dict[s
             else:
                 plain[key] = table
     return plain, text
+
+
+def vision_tables(base: Any, grid: Tensor) -> dict[str, Tensor]:
+    """What a packed vision encoder computes from `grid` ``[images, 3]`` by operations that break graphs.
+
+    Keyed as its precomputed keyword arguments, without the modality (transformers 5.17 - 5.23, from
+    whose `vision_utils` the functions are).
+    """
+    from transformers import vision_utils
+
+    encoder = base.visual
+    merge = int(encoder.config.spatial_merge_size)
+    tables = {
+        "position_ids": vision_utils.get_vision_position_ids(grid, merge),
+        "cu_seqlens": vision_utils.get_vision_cu_seqlens(grid),
+    }
+    if hasattr(encoder, "window_size"):
+        tables["window_index"], tables["cu_window_seqlens"] = vision_utils.get_vision_window_index(
+            grid, merge, encoder.window_size, encoder.patch_size
+        )
+    if hasattr(encoder, "num_grid_per_side"):
+        names = ("interp_indices", "interp_weights")
+        found = vision_utils.get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=encoder.num_grid_per_side,
+            mode=encoder.interpolation_mode,
+            align_corners=encoder.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        tables.update(zip(names, found, strict=True))
+    return tables
 
 
 def numpy_free(base: Any) -> dict[str, Callable[..., Any]]:

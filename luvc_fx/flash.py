@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from luvc_fx import markers
 from luvc_fx.fx_util import is_tensor, op_name, shape
@@ -39,6 +39,16 @@ def arguments(node: fx.Node) -> dict[str, Any]:
         return {}
     names = [argument.name for argument in target._schema.arguments]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def segments(bounds: Tensor, length: int) -> dict[str, Any]:
+    """Keyword arguments of a forward by which each decoder layer calls FlashAttention on segments.
+
+    Without them transformers (5.17 - 5.23) takes padding out, or reads in each layer whether the positions
+    of a single row have gaps: a wait for the device, and the end of a graph.
+    """
+    both = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
+    return {"attention_mask": None, **both}
 
 
 def write(node: fx.Node, given: dict[str, Any]) -> None:

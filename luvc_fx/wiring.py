@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
-from luvc_fx import _compat, controls, markers
+from luvc_fx import _compat, controls, flash, markers
 from luvc_fx import prompt as prompts
 from luvc_fx.allowance import (
     NOTHING,
@@ -164,7 +164,7 @@ class FrontDoor:
             if padding is not None:
                 length = kwargs["input_ids"].shape[1]
                 if _compat.is_flash(text_config):
-                    kwargs = {**kwargs, **_compat.segments(markers.CACHE_MASK(padding), length)}
+                    kwargs = {**kwargs, **flash.segments(markers.CACHE_MASK(padding), length)}
                 else:
                     kwargs = {**kwargs, "attention_mask": markers.CACHE_MASK(padding, length)}
             outputs = {}
@@ -353,7 +353,7 @@ class FrontDoor:
         return rest, prompts.left_padding(ids, mask, cache.textual)
 
     def _takes_segments(self) -> bool:
-        return _compat.is_flash(self.model.config.get_text_config())
+        return _compat.calls_flash_attn(self.model.config.get_text_config())
 
     def _encode_inputs(self, kwargs: dict[str, Any], call: Allowed) -> dict[str, Any]:
         """Encode each modality that came as pixels; positions are computed from the whole prompt first."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import modeling_flash_attention_utils as flash_utils
 
+from luvc_fx import _compat
+
 _LIBRARY = torch.library.Library("flash_attn_tests", "FRAGMENT")
 _TAIL = (
     "float dropout_p, float softmax_scale, bool causal, int window_size_left=-1, int window_size_right=-1, "
@@ -131,19 +133,21 @@ def flash_attn_varlen_func(
     return out[..., :width]
 
 
-def install(patch: pytest.MonkeyPatch) -> None:
-    """Let transformers find this where it looks for flash-attn."""
+def install(patch: pytest.MonkeyPatch, name: str = "flash_attention_2") -> None:
+    """Let transformers find this where it looks for what `name` stands for, and luvc_fx the package."""
     given = {
-        "_loaded_implementation": "flash_attention_2",
+        "_loaded_implementation": name,
         "_flash_fn": flash_attn_func,
         "_flash_varlen_fn": flash_attn_varlen_func,
         "_flash_with_kvcache_fn": None,
         "_pad_fn": flash_utils._pad_input,
         "_unpad_fn": flash_utils._unpad_input,
         "_process_flash_kwargs_fn": flash_utils._lazy_define_process_function(flash_attn_varlen_func),
-        "_process_with_kvcache_kwargs_fn": dict,
+        "_process_with_kvcache_kwargs_fn": dict,  # 5.23
         # It casts float32, which flash-attn does not take; here the numbers are compared in it.
         "fa_peft_integration_check": lambda q, k, v, target_dtype=None: (q, k, v),
     }
-    for name, value in given.items():
-        patch.setattr(flash_utils, name, value)
+    for key, value in given.items():
+        if hasattr(flash_utils, key):
+            patch.setattr(flash_utils, key, value)
+    patch.setattr(_compat, "_has_flash_attn", lambda: True)

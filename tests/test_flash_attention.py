@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 import luvc_fx
-from luvc_fx import LuvcWarning, Merge, Prune, Schedule
+from luvc_fx import LuvcWarning, Merge, Prune, Schedule, _compat, allowance
 from luvc_fx.report import Reason
 
 SCHEDULE = Schedule(
@@ -160,6 +160,48 @@ def test_what_it_cannot_do_has_a_reason(name: str) -> None:
     with luvc_fx.applied(model, SCHEDULE, inner="eager"), pytest.warns(LuvcWarning, match=text):
         model.generate(**batch, max_new_tokens=2, do_sample=False, **options)
         assert reason in [refusal.reason for refusal in luvc_fx.report_of(model).refusals]
+
+
+UNFOLLOWED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a later version": ("flash_attention_3", {}, "'flash_attention_3' is not a call of the package"),
+    "no package": ("flash_attention_2", {}, "'flash_attention_2' is not a call of the package"),
+    "a window": ("flash_attention_2", {"sliding_window": 4}, "sliding windows under FlashAttention"),
+    "windows of some layers": (
+        "flash_attention_2",
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "sliding windows under FlashAttention",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFOLLOWED)
+@torch.no_grad()
+def test_calls_that_cannot_be_followed_run_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, settings, text = UNFOLLOWED[name]
+    stand_in_flash.install(monkeypatch, attention)
+    if name == "no package":
+        monkeypatch.setattr(_compat, "_has_flash_attn", lambda: False)
+    model = flashing()
+    config = model.config.get_text_config()
+    config._attn_implementation = attention
+    for key, given in settings.items():
+        setattr(config, key, given)
+    batch = inputs(model)
+    stock = model(**batch, use_cache=False).logits
+    answer = model.generate(**batch, max_new_tokens=2, do_sample=False)
+    with luvc_fx.applied(model, SCHEDULE, inner="eager"), pytest.warns(LuvcWarning, match=text):
+        assert_close(model(**batch, use_cache=False).logits, stock, 2e-5, "logits")
+        assert torch.equal(model.generate(**batch, max_new_tokens=2, do_sample=False), answer)
+        assert luvc_fx.report_of(model).refusals[0].reason is Reason.NO_ATTENTION
+
+
+def test_a_window_that_is_not_used_is_none() -> None:
+    config = flashing().config.get_text_config()
+    assert not allowance._has_windows(config)
+    config.sliding_window = 4
+    assert allowance._has_windows(config)
+    config.use_sliding_window = False
+    assert not allowance._has_windows(config)
 
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
