@@ -47,6 +47,7 @@ __all__ = [
     "install_output_hooks",
     "is_flash",
     "make_fx",
+    "reads_one_position",
     "recompile_reason",
     "shares_of",
     "takes_varlen",
@@ -372,3 +373,13 @@ def _has_flash_attn() -> bool:
         return False
     importlib.import_module("flash_attn")
     return hasattr(torch.ops.flash_attn, "_flash_attn_varlen_forward")
+
+
+def reads_one_position() -> bool:
+    """Whether FlashAttention on one query reads if its position is one of packed rows (5.17, not 5.23).
+
+    In a batch of one row that is a wait for the device in each layer, and the end of a graph.
+    """
+    from transformers import modeling_flash_attention_utils as utils
+
+    return utils._is_packed_sequence(torch.zeros(1, 1, dtype=torch.int64), 1) is not False

@@ -348,7 +348,7 @@ class FrontDoor:
             if not self._takes_segments():
                 # Of no row: then nothing has to be compared with it, and one query needs no mask.
                 return rest, torch.zeros(0, dtype=torch.int64, device=ids.device)
-            if ids.shape[1] == 1:
+            if ids.shape[1] == 1 and (ids.shape[0] > 1 or not _compat.reads_one_position()):
                 return rest, None
         return rest, prompts.left_padding(ids, mask, cache.textual)
 

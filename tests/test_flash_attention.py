@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import stand_in_flash
 import torch
+import transformers
 from models import inputs, tiny_llava
 from oracle import oracle_forward, oracle_greedy
 from replay import assert_close
@@ -202,6 +203,30 @@ def test_a_window_that_is_not_used_is_none() -> None:
     assert allowance._has_windows(config)
     config.use_sliding_window = False
     assert not allowance._has_windows(config)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@torch.no_grad()
+def test_the_position_of_one_query_is_not_read(reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 reads it in every layer, unless a step says its segments."""
+    monkeypatch.setattr(_compat, "reads_one_position", lambda: reads)
+    model, seen = flashing(), Seen()
+    batch = inputs(model)
+    cache = DynamicCache(config=model.config.get_text_config())
+    with luvc_fx.applied(model, Schedule(prune=SCHEDULE.prune), inner=seen, strict=True):
+        model(**batch, past_key_values=cache)
+        seen.calls.clear()
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    (calls,) = seen.calls
+    assert {name for name, *_ in calls} == {"_flash_attn_varlen_forward" if reads else "_flash_attn_forward"}
+
+
+def test_whether_transformers_reads_it() -> None:
+    """5.23 looks at the shape first."""
+    known = {"5.17": True, "5.23": False}.get(transformers.__version__[:4])
+    if known is None:
+        pytest.skip("nobody looked at this version")
+    assert _compat.reads_one_position() == known
 
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
