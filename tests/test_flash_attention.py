@@ -167,11 +167,6 @@ UNFOLLOWED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a later version": ("flash_attention_3", {}, "'flash_attention_3' is not a call of the package"),
     "no package": ("flash_attention_2", {}, "'flash_attention_2' is not a call of the package"),
     "a window": ("flash_attention_2", {"sliding_window": 4}, "sliding windows under FlashAttention"),
-    "windows of some layers": (
-        "flash_attention_2",
-        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-        "sliding windows under FlashAttention",
-    ),
 }
 
 
@@ -203,6 +198,8 @@ def test_a_window_that_is_not_used_is_none() -> None:
     assert allowance._has_windows(config)
     config.use_sliding_window = False
     assert not allowance._has_windows(config)
+    config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    assert allowance._has_windows(config)
 
 
 @pytest.mark.parametrize("reads", [True, False])
