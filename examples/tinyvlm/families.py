@@ -88,10 +88,8 @@ def _llava_layout(frames: int, grid: int) -> Layout:
     return in_a_row([WORD["user:"]] + [llava.IMAGE] * (frames * grid * grid))
 
 
-@torch.no_grad()
-def _vision_of_llava(model: nn.Module, source: nn.Module) -> None:
-    model.model.vision_tower.load_state_dict(source.model.vision_tower.state_dict())
-    model.model.multi_modal_projector.load_state_dict(source.model.multi_modal_projector.state_dict())
+def _only_whole(model: nn.Module, source: nn.Module) -> None:
+    raise ValueError(f"a LLaVA starts from a LLaVA, not from a {type(source).__name__}")
 
 
 def family(name: str) -> Family:
@@ -110,7 +108,7 @@ def family(name: str) -> Family:
             small_sides=(64, 80, 96, 112),
             groups=("color", "kind", "number", "cell"),
             kinds={"objects": 0.5, "chart": 0.3, "cards": 0.2},
-            vision_from_llava=_vision_of_llava,
+            vision_from_llava=_only_whole,
             processor=llava.build_processor,
         ),
         "internvl": internvl.FAMILY,

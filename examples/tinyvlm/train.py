@@ -8,7 +8,8 @@ kept everywhere: no dropping, pooling or merging.  Scenes and packing depend on 
 counters only, which the checkpoint keeps.  fp32 throughout: on the CPU used (AVX-512, no
 AMX) the backward pass of bf16 attention took about four times as long.
 
-``--start`` begins with the decoder and, as far as it fits, the vision tower of a trained LLaVA.
+``--start`` goes on from an exported model of the family (the optimizers begin anew), or begins with the
+decoder and, as far as it fits, the vision tower of a trained LLaVA.
 ``--video-minutes`` adds a third phase, in which half of the batches are videos of 4 to 16 frames.
 """
 
@@ -29,7 +30,7 @@ from packing import GROUPS, Batch, pack
 from scenes import sample
 from torch import nn
 from torch.nn import functional
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 from videos import film
 
 FULL_SHARE = (0.1, 0.85)  # least and most share of batches at full size in phase 2
@@ -244,13 +245,16 @@ def load(path: Path, model: nn.Module, heads: nn.Module, opts: list[torch.optim.
 
 
 def begin(kind: Family, args: argparse.Namespace) -> nn.Module:
-    """A fresh model, or one that starts from a trained LLaVA."""
+    """A fresh model, one that goes on from an exported one, or one that starts from a LLaVA."""
     torch.manual_seed(args.seed)
     model = kind.build()
     if args.start:
-        source = LlavaForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
-        decoder_from_llava(model, source)
-        kind.vision_from_llava(model, source)
+        source = AutoModelForImageTextToText.from_pretrained(args.start, dtype=torch.float32)
+        if type(source) is type(model):
+            model.load_state_dict(source.state_dict())
+        else:
+            decoder_from_llava(model, source)
+            kind.vision_from_llava(model, source)
     return model
 
 
@@ -355,7 +359,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", default="llava", help="llava, internvl or qwen2_vl")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
-    parser.add_argument("--start", type=Path, help="folder of a trained LLaVA to start from")
+    parser.add_argument(
+        "--start", type=Path, help="folder of an exported model, or of a trained LLaVA, to start from"
+    )
     parser.add_argument("--run", default="runs/tinyvlm", help="folder of the checkpoint")
     parser.add_argument("--minutes", type=float, default=97, help="training time in all")
     parser.add_argument("--warmup-minutes", type=float, default=28, help="time of phase 1")
