@@ -42,15 +42,11 @@ def score(
     seeds = {cell: [said, *(again or {}).get(cell, ())] for cell, said in answers.items()}
     same = [normalised(text) for text in answers[unpruned]]
     right = {
-        cell: sum(
-            np.array([float(q.right(t)) for q, t in zip(questions, said, strict=True)]) for said in all_
-        )
+        cell: _summed([[q.right(t) for q, t in zip(questions, said, strict=True)] for said in all_])
         for cell, all_ in seeds.items()
     }
     agrees = {
-        cell: sum(
-            np.array([float(normalised(t) == s) for t, s in zip(said, same, strict=True)]) for said in all_
-        )
+        cell: _summed([[normalised(t) == s for t, s in zip(said, same, strict=True)] for said in all_])
         for cell, all_ in seeds.items()
     }
     tasks = tasks_of(questions)
@@ -76,6 +72,11 @@ def score(
     for name, others in (rivals or {}).items():
         _compare(found, name, others, right, counts, tasks, scenes)
     return found
+
+
+def _summed(of_seeds: list[list[bool]]) -> Right:
+    """``[seeds][questions]`` to ``[questions]``: how many seeds."""
+    return np.asarray(of_seeds, dtype=np.float64).sum(axis=0)
 
 
 def _compare(
