@@ -38,7 +38,16 @@ from luvc_fx.schedule import Prune, Schedule
 running = importlib.import_module("luvc_fx.evaluation.run")
 
 LAYERS = 16
-MIXED_SIZES = Path(__file__).parents[1] / "examples" / "mixed_sizes" / "qwen2_vl.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def by_path(path: Path) -> Any:
+    """A module of an example, whatever else has its name."""
+    spec = importlib.util.spec_from_file_location(f"by_path_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def quiet(*_: object) -> None:
@@ -193,7 +202,9 @@ def test_wrong_images_are_compared_on_their_own_questions(options: Any) -> None:
         result
     )
     assert result.to_dict()["wrong_image"]["many"]["right_image"] == 1.0
-    assert "per set" in LEGEND
+    table = by_path(EXAMPLES / "evidence" / "table.py")
+    assert "| of | 9 | 5 | 100.0% | 0.0% (100.0%) | yes |" in table.sets_table({"of": result.to_dict()})
+    assert "per set" in LEGEND and "not over sets" in table.LEGEND
 
 
 def test_a_missed_budget_is_told(options: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +212,11 @@ def test_a_missed_budget_is_told(options: Any, capsys: pytest.CaptureFixture[str
     assert [row.measured for row in result.rows[1:]] == [pytest.approx(0.3), pytest.approx(0.5)]
     text = markdown(result)
     assert "| downsample | 100.0 (100.0 - 100.0), at 30.0 % | 100.0 (100.0 - 100.0) |" in text
+    table = by_path(EXAMPLES / "evidence" / "table.py")
+    given = {"of": {**result.to_dict(), "wrong_image": {}}}
+    assert "| of | downsample | 100.0 (100.0 - 100.0), at 30.0% | 100.0 (100.0 - 100.0) |" in "\n".join(
+        table.methods_table(given)
+    )
     command._show(result, command.make_console())
     shown = capsys.readouterr().out
     assert "0.300" in shown and "s/question" not in shown, "which no two methods are measured alike in"
@@ -283,12 +299,8 @@ def test_keys_follow_packages_and_how_frames_are_read(monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    """A module of an example, loaded by its path: there is another one of its name."""
-    spec = importlib.util.spec_from_file_location("mixed_sizes_qwen2_vl", MIXED_SIZES)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """What makes a small Qwen2-VL and its processor."""
+    return by_path(EXAMPLES / "mixed_sizes" / "qwen2_vl.py")
 
 
 @pytest.fixture(scope="module")
