@@ -277,8 +277,8 @@ class FrontDoor:
             follow(cache)
         elif cache is None and makes_own_masks(self.model) and self._uses_cache(kwargs):
             # Its decoder would make the same one, but too late for the masks.
-            made = DynamicCache(config=self.model.config.get_text_config())
-            kwargs["past_key_values"] = made if unsupported(made) is None else None
+            fresh = DynamicCache(config=self.model.config.get_text_config())
+            kwargs["past_key_values"] = fresh if unsupported(fresh) is None else None
         kwargs, padding = self._over_cache(kwargs, cache)
         segments = padding is None and self._takes_segments()
         # Without mask and cache transformers reads gaps in the position ids as packed rows.
