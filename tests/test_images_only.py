@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,15 +12,19 @@ from luvc_fx import local_model
 from luvc_fx.images_only import images_only, load_images_only
 from luvc_fx.inputs import InputError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "mixed_sizes"))
-from qwen2_vl import build_model, build_processor
+PATH = Path(__file__).parents[1] / "examples" / "mixed_sizes" / "qwen2_vl.py"
+SPEC = importlib.util.spec_from_file_location("mixed_sizes_qwen2_vl", PATH)
+assert SPEC is not None
+assert SPEC.loader is not None
+EXAMPLE = importlib.util.module_from_spec(SPEC)  # another example has a file of that name
+SPEC.loader.exec_module(EXAMPLE)
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    model = build_model(hidden=256, decoder_layers=1, vision_hidden=64, encoder_layers=1)
+    model = EXAMPLE.build_model(hidden=256, decoder_layers=1, vision_hidden=64, encoder_layers=1)
     model.save_pretrained(tmp_path)
-    build_processor().save_pretrained(tmp_path)
+    EXAMPLE.build_processor().save_pretrained(tmp_path)
     return tmp_path
 
 
