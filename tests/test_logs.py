@@ -152,7 +152,7 @@ def test_each_recompile_has_its_cause() -> None:
     assert "size mismatch at index 0. expected 1, actual 2" in second.recompile_reason
     assert f"compiled again ({second.compile_id}) because of" in str(second)
     (third,) = other.report.graphs
-    assert "rewrite_MATCH failure" in third.recompile_reason
+    assert "BACKEND_MATCH failure" in third.recompile_reason
     numbers = [graph.compile_id.partition("/")[2] for graph in (first, second, third)]
     assert numbers == ["0", "1", "2"]
 
