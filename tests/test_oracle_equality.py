@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from models import inputs
 from oracle import oracle_forward, schedules
 from replay import (
-    BACKEND,
     Outputs,
     assert_close,
     assert_is_oracle,
@@ -28,6 +27,7 @@ from replay import (
 from torch import Tensor
 
 import luvc_fx
+from luvc_fx import rewrite
 from luvc_fx.schedule import Merge, Prune, Schedule
 
 RICH = Schedule(
@@ -118,7 +118,7 @@ def test_the_comparison_notices_other_tokens_in_the_same_number(other: Prune) ->
 
 
 def test_without_passes_it_is_not_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BACKEND, "PASSES", ())
+    monkeypatch.setattr(rewrite, "PASSES", ())
     captured = whole()
     want = oracle_forward(llava(), RICH, **prompt())
     got, gm, _ = captured.rewritten(luvc_fx.backend(RICH, inner="eager", strict=True))

@@ -20,9 +20,10 @@ from random_graphs import (
 )
 from random_spec import EXTRAS, TROUBLES, Body, Spec, in_trouble, keep_all, specs
 from random_vlm import RandomVLM, Rows, Tables
-from replay import BACKEND, examples
+from replay import examples
 from torch import Tensor
 
+from luvc_fx import rewrite
 from luvc_fx.fx_util import settled_size
 from luvc_fx.passes import PASSES
 from luvc_fx.report import Reason, Refusal
@@ -167,7 +168,7 @@ def test_a_plain_model_has_no_excuse() -> None:
 def test_a_pass_that_is_left_out_is_noticed(left_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(Spec(grid=(4, 4)))
     assert check_schedule(session, BOTH) == "rewritten"
-    monkeypatch.setattr(BACKEND, "PASSES", (*PASSES[:left_out], *PASSES[left_out + 1 :]))
+    monkeypatch.setattr(rewrite, "PASSES", (*PASSES[:left_out], *PASSES[left_out + 1 :]))
     with pytest.raises((AssertionError, RuntimeError)):
         check_schedule(session, BOTH)
 
