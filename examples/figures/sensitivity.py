@@ -12,7 +12,7 @@ from luvc_fx.schedule import Prune, Schedule
 
 NAME, TITLE = "sensitivity", "Cutoff, keep and layer of one prune"
 CUTOFFS = (0.1, 0.25, 0.6)
-KEEPS = (0.5, 0.25, 0.125)
+KEEPS = (0.25, 0.125)
 LAYERS = (0, 2, 8)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from families import Family, family
+from family_qwen2_vl import patches
 from model import EOS
 from packing import CONVERSATION_TURNS, converse, pack, tokens
-from qwen2_vl import patches
 from scenes import Question, Scene, sample
 from torch import nn
 from train import read, visual

@@ -94,8 +94,8 @@ def _only_whole(model: nn.Module, source: nn.Module) -> None:
 
 def family(name: str) -> Family:
     """The family called `name`: llava, internvl or qwen2_vl."""
-    import internvl
-    import qwen2_vl
+    import family_internvl
+    import family_qwen2_vl
 
     table = {
         "llava": Family(
@@ -111,8 +111,8 @@ def family(name: str) -> Family:
             vision_from_llava=_only_whole,
             processor=llava.build_processor,
         ),
-        "internvl": internvl.FAMILY,
-        "qwen2_vl": qwen2_vl.FAMILY,
+        "internvl": family_internvl.FAMILY,
+        "qwen2_vl": family_qwen2_vl.FAMILY,
     }
     if name not in table:
         raise ValueError(f"family is {name!r}; allowed: {', '.join(table)}")
