@@ -47,7 +47,8 @@ def make(bench: Bench, out: Path, only: str | None = None, redraw: bool = False)
             made = {"model": model_key(MODEL_DIR), "code": code_key(), "versions": versions()}
             # As read from JSON, whether drawn now or later.
             kept[figure.NAME] = json.loads(json.dumps({"made_with": made, **figure.data(bench)}))
-            path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            lines = [f"{json.dumps(name)}: {json.dumps(numbers)}" for name, numbers in kept.items()]
+            path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         figure.draw(kept[figure.NAME]).savefig(out / f"{figure.NAME}.png", dpi=110)
     (out / "FIGURES.md").write_text(described(kept), encoding="utf-8")
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from figure_kit import OTHER, SPLIT, UNPRUNED, Bench, Numbers, about, accuracy, arms, listed, told
+from figure_kit import LEVEL, OTHER, SPLIT, UNPRUNED, Bench, Numbers, about, accuracy, arms, listed, told
 from scenes import sample
 from torch import Tensor
 
-from luvc_fx.evaluation.questions import read_frames
+from luvc_fx.evaluation.questions import ALL_TASKS, read_frames
 from luvc_fx.ops import orthogonal_merge, sequence_merge
 from luvc_fx.schedule import Merge, Schedule
 
@@ -235,6 +235,9 @@ def caption(numbers: Numbers) -> str:
     tome = [spreads[f"tome {grid}"] for grid in STEPS]
     oim = [spreads[f"oim {grid}"] for grid in STEPS]
     compared = told({grid: rows[f"oim {grid}"] for grid in STEPS}, OTHER)
+    against = {grid: rows[f"oim {grid}"]["scores"][ALL_TASKS]["against"][OTHER] for grid in STEPS}
+    sure = {grid: one["difference"] for grid, one in against.items() if one["adjusted"] < LEVEL}
+    better, worse = [g for g in sure if sure[g] > 0], [g for g in sure if sure[g] < 0]
     lost = told({name: row for name, row in rows.items() if name != UNPRUNED}, UNPRUNED)
     return (
         f"Scenes {listed([str(n) for n in numbers['scenes']])} of the dev split (objects on photos). A "
@@ -247,10 +250,11 @@ def caption(numbers: Numbers) -> str:
         "of them are in pieces that do not touch (with OIM where columns merge whose lines had merged at "
         f"different places), and an image's largest holds {_span(oim, 'largest')} and "
         f"{_span(tome, 'largest')} patches: means over the images, ranges over the four counts.\n\nAnswers "
-        f"without a merge: {accuracy(rows[UNPRUNED]):.1f} %. OIM minus ToMe in points: {compared}. Minus the "
-        f"unmerged model: {lost}. The model has a 1-D projector, and a merged token keeps the position id of "
-        "its representative patch: so ToMe costs it the order of the row, and not the places. A 2-D "
-        f"projector reads the grid itself; this figure says nothing about one.{about(numbers)}"
+        f"without a merge: {accuracy(rows[UNPRUNED]):.1f} %. OIM minus ToMe in points: {compared}. So OIM is "
+        f"significantly better at {listed(better)} and worse at {listed(worse)}. Minus the unmerged model: "
+        f"{lost}. The model has a 1-D projector, and a merged token keeps the position id of its "
+        "representative patch: so ToMe costs it the order of the row, and not the places. A 2-D projector "
+        f"reads the grid itself; this figure says nothing about one.{about(numbers)}"
     )
 
 
