@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
@@ -49,7 +50,15 @@ def encoders_of(batch: Batch) -> int:
     return sum(name in batch for name in ("pixel_values", "pixel_values_videos"))
 
 
-@pytest.mark.parametrize(("family", "name"), CELLS)
+def _slow_unless(cells: Iterable[tuple[str, str]], fast: Container[tuple[str, str]]) -> list[Any]:
+    return [cell if cell in fast else pytest.param(*cell, marks=pytest.mark.slow) for cell in cells]
+
+
+FAST = tuple(cell for cell in CELLS if cell[0] in ("llava", "internvl", "qwen2"))
+"""One family of each kind: features in a row, pixel shuffle, packed patches."""
+
+
+@pytest.mark.parametrize(("family", "name"), _slow_unless(CELLS, FAST))
 def test_a_cell_is_the_oracle_and_the_readme(family: str, name: str) -> None:
     given, batch = cell(family, name), prompt_of(family, name)
     told = run(family, name)
@@ -84,13 +93,9 @@ def test_the_readme_has_the_rows_of_the_matrix() -> None:
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [
-        (family, name)
-        if (family, name) in (("llava", "an image"), ("qwen2", "an image"))
-        else pytest.param(family, name, marks=pytest.mark.slow)
-        for family, name in CELLS
-        if name != BACKEND
-    ],
+    _slow_unless(
+        [cell for cell in CELLS if cell[1] != BACKEND], (("llava", "an image"), ("qwen2", "an image"))
+    ),
 )
 def test_new_shapes(family: str, name: str) -> None:
     """More text and another image: the oracle's answers, and as many recompiles as the README says."""

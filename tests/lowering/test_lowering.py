@@ -128,6 +128,7 @@ def interpreted(*names: str, spoil: bool = False) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_generated_kernels_give_what_eager_gives() -> None:
     found = interpreted(*SITES, *PARTS)
@@ -142,6 +143,7 @@ def test_generated_kernels_give_what_eager_gives() -> None:
                 assert output["error"] <= 2e-5, f"{name}: {output}"
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_is_seen() -> None:
     (outputs,) = interpreted("SPU, runs", spoil=True).values()
     assert any(output["wrong"] for output in outputs)
