@@ -6,7 +6,20 @@ import dataclasses
 from typing import Any
 
 import integrity
-from figure_kit import OTHER, SEEDS, TYPES, UNPRUNED, Bench, Numbers, about, accuracy, arms, listed, told
+from figure_kit import (
+    LEVEL,
+    OTHER,
+    SEEDS,
+    TYPES,
+    UNPRUNED,
+    Bench,
+    Numbers,
+    about,
+    accuracy,
+    arms,
+    listed,
+    told,
+)
 
 from luvc_fx.evaluation.questions import ALL_TASKS
 from luvc_fx.schedule import Prune, Schedule
@@ -78,7 +91,7 @@ def draw(numbers: Numbers) -> Any:
         axes.set_xscale("log")
         axes.set_xticks(CUTOFFS, [f"{c:g}" for c in CUTOFFS])
         axes.minorticks_off()
-        axes.set_ylim(0, 100)
+        axes.set_ylim(0, 103)
         axes.set_xlabel("cutoff sigma")
         axes.set_ylabel("accuracy, %")
         axes.grid(alpha=0.3)
@@ -132,6 +145,8 @@ def caption(numbers: Numbers) -> str:
     def by_cutoff(energy: str, cutoffs: tuple[float, ...]) -> str:
         return told({f"{c:g}:": rows[smoothed(energy, c)] for c in cutoffs}, OTHER)
 
+    against = [rows[f"oim {grid}"]["scores"]["position"]["against"][OTHER] for grid in GRIDS]
+    collapse = any(one["difference"] > 0 and one["adjusted"] < LEVEL for one in against)
     oim, tome = (rows[name] for name, _ in ROWS)
     where = "; ".join(f"{grid}: {_where(rows, grid)}" for grid in GRIDS)
     return (
@@ -143,7 +158,8 @@ def caption(numbers: Numbers) -> str:
         f"the residual in blocks, minus random tokens: {by_cutoff('residual', CUTOFFS[:-1])}. A cutoff of 1 "
         "leaves the residual nothing but the slope of the window, so it is not asked.\n\n"
         "**Spatial collapse** (below left). Position questions, and the mean of the other types, in points "
-        f"from the unpruned model: {where}.\n\n"
+        f"from the unpruned model: {where}. A collapse under ToMe is "
+        f"{'seen' if collapse else 'not seen'}.\n\n"
         "**1-D projector with ToMe** (below right). The `image` preset with its merge by OIM answers "
         f"{accuracy(oim):.1f} %, with as many tokens by ToMe {accuracy(tome):.1f} %. OIM minus ToMe: "
         f"{told({'all types': oim}, OTHER)}, {told({'position': oim}, OTHER, 'position')}. Behind ToMe "

@@ -13,7 +13,7 @@ from luvc_fx.schedule import Prune, Schedule
 NAME, TITLE = "sensitivity", "Cutoff, keep and layer of one prune"
 CUTOFFS = (0.1, 0.25, 0.6)
 KEEPS = (0.25, 0.125)
-LAYERS = (0, 2, 8)
+LAYERS = (0, 2)
 
 
 def name(layer: int, keep: float, cutoff: float) -> str:
@@ -45,7 +45,7 @@ def draw(numbers: Numbers) -> Any:
     from matplotlib.figure import Figure
 
     tasks = [ALL_TASKS, *TYPES]
-    figure = Figure(figsize=(15, 7), layout="constrained")
+    figure = Figure(figsize=(15, 2 + 1.8 * len(LAYERS)), layout="constrained")
     axes = figure.subplots(len(LAYERS), len(tasks) + 1)
     limit = max(1.0, *(abs(lost(numbers, row, task)) for row in schedules() for task in tasks))
     fastest = max(row["speedup"] for row in numbers["rows"].values())
