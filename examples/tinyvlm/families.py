@@ -21,6 +21,23 @@ VOCAB = (*llava.VOCAB, *EXTRA)
 WORD = {word: number for number, word in enumerate(VOCAB)}
 
 
+DECODER = {
+    "vocab_size": len(VOCAB),
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": llava.PAD,
+    "bos_token_id": None,
+    "eos_token_id": llava.EOS,
+    "initializer_range": 0.06,
+    "tie_word_embeddings": True,
+}
+"""The text config of the families that know all words: the sizes of the shipped LLaVA's decoder."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The prompt in front of the text: ids (L,), position ids (A, L), and the position after them.

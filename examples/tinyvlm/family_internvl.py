@@ -6,7 +6,7 @@ A video is a row of frames, each between ``<img>`` and ``</img>``, as InternVL h
 from __future__ import annotations
 
 import torch
-from families import VOCAB, WORD, Family, Layout, in_a_row, tokenizer
+from families import DECODER, WORD, Family, Layout, in_a_row, tokenizer
 from model import CHAT_TEMPLATE, EOS, IMAGE, PAD
 from torch import nn
 from torch.nn import functional
@@ -43,21 +43,7 @@ def build_model() -> InternVLForConditionalGeneration:
         use_mean_pooling=True,
         hidden_dropout_prob=0.0,
     )
-    text = Qwen2Config(
-        vocab_size=len(VOCAB),
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=16,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        initializer_range=0.06,
-        tie_word_embeddings=True,
-    )
+    text = Qwen2Config(**DECODER, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     config = InternVLConfig(
         vision_config=vision,
         text_config=text,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from families import VOCAB, WORD, Family, Layout, tokenizer
+from families import DECODER, WORD, Family, Layout, tokenizer
 from model import CHAT_TEMPLATE, EOS, IMAGE, PAD
 from torch import nn
 from transformers import (
@@ -30,23 +30,8 @@ def build_model() -> Qwen2VLForConditionalGeneration:
     """Freshly initialised; the decoder has the sizes of the shipped LLaVA's."""
     config = Qwen2VLConfig(
         text_config={
-            "vocab_size": len(VOCAB),
-            "hidden_size": 128,
-            "intermediate_size": 320,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 4096,
-            "pad_token_id": PAD,
-            "bos_token_id": None,
-            "eos_token_id": EOS,
-            "initializer_range": 0.06,
-            "tie_word_embeddings": True,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": SECTIONS,
-            },
+            **DECODER,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": SECTIONS},
         },
         vision_config={
             "depth": LAYERS,
