@@ -116,7 +116,7 @@ def main() -> None:
     if args.checkpoint:
         state = torch.load(args.checkpoint, weights_only=True)["state"]
         facts["training"] = (
-            f"{state['step']} steps, {state['images']} images, {state['cpu_seconds'] / 60:.0f} CPU minutes"
+            f"{state['step']} steps, {state['images']} images, {state['seconds'] / 60:.0f} minutes"
         )
     text = report(table, facts)
     print(text)

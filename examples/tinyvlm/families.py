@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 EXTRA = ("<img>", "</img>", "<video>", "rows", "way", "does", "move", "moves", "appears", "first", "last")
 EXTRA += ("at", "end", "start", "in", "row", "up", "down", "still")
+EXTRA += ("a", "not", "present", "contain", "image", "yes", "no", "rectangle")
+EXTRA += ("black", "gray", "teal", "brown")
 VOCAB = (*llava.VOCAB, *EXTRA)
 WORD = {word: number for number, word in enumerate(VOCAB)}
 
@@ -134,6 +136,13 @@ def family(name: str) -> Family:
     if name not in table:
         raise ValueError(f"family is {name!r}; allowed: {', '.join(table)}")
     return table[name]
+
+
+@torch.no_grad()
+def more_words(model: nn.Module, count: int) -> None:
+    """Give a model that knows fewer words embeddings for `count`; the new ones are random."""
+    if len(model.get_input_embeddings().weight) < count:
+        model.resize_token_embeddings(count, mean_resizing=False)
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ FAMILY = Family(
     pixels_per_token=2 * PATCH,
     small_sides=(96, 128, 160),
     groups=("color", "kind", "number", "cell"),
-    kinds={"objects": 0.4, "chart": 0.2, "cards": 0.15, "page": 0.25},
+    kinds={"objects": 0.4, "chart": 0.2, "cards": 0.1, "page": 0.2, "easy": 0.1},
     vision_from_llava=vision_from_llava,
     processor=build_processor,
 )

@@ -8,6 +8,7 @@ same conversation alone in the stock forward pass (``check.py`` asserts this).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ GROUPS = {  # dense label groups: every patch of a drawn thing is one word of ea
     "cell": POSITIONS,
 }
 CONVERSATION_TURNS = (0.6, 0.25, 0.15)
-COUNT_WEIGHT = 2.0
+HARD = ("count_color", "row_count", "motion", "moving", "first", "last")
+WEIGHTS = {"count": 3.0, **dict.fromkeys(HARD, 2.0)}
 TEXT = 104  # packed text positions behind the image; fixed, so that every side has one shape
 
 
@@ -33,16 +35,17 @@ TEXT = 104  # packed text positions behind the image; fixed, so that every side 
 class Batch:
     """Tensors of one training step; L is the packed length, F the frames of each, G the side in tokens.
 
-    input_ids (B, L), position_ids (A, B, L) on A axes, mask (B, 1, L, L) of 0 and -inf, targets (B, L)
-    with -100 where no loss is taken, weights (B, L), pixels (B*F, 3, S, S), dense: group -> (B*F, G*G)
-    word index within the group or -100, offsets (B*F, G*G, 2) from token to centre in image widths,
-    asked (Q,) row number and about (Q, F*G*G) bool: the visual tokens each answer is read from,
-    first (Q,): where in ``input_ids[targets >= 0]`` its first word is predicted.
+    input_ids (B, L), position_ids (A, B, L) on A axes, segment (B, L): 0 in front of the text, 1, 2, ... in
+    the conversations, -1 behind them, targets (B, L) with -100 where no loss is taken, weights (B, L),
+    pixels (B*F, 3, S, S), dense: group -> (B*F, G*G) word index within the group or -100, offsets
+    (B*F, G*G, 2) from token to centre in image widths, asked (Q,) row number and about (Q, F*G*G) bool:
+    the visual tokens each answer is read from, first (Q,): where in ``input_ids[targets >= 0]`` its first
+    word is predicted.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    mask: torch.Tensor
+    segment: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
     pixels: torch.Tensor
@@ -51,6 +54,23 @@ class Batch:
     asked: torch.Tensor
     about: torch.Tensor
     first: torch.Tensor
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Attention mask (B, 1, L, L) of 0 and -inf: causal, the prefix and the own conversation only."""
+        rows, columns = self.segment[:, :, None], self.segment[:, None, :]
+        seen = ((rows == columns) | (columns == 0)).tril()
+        return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, float("-inf"))[:, None]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`."""
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, dict):
+                moved[name] = {key: part.to(device, non_blocking=True) for key, part in value.items()}
+            else:
+                moved[name] = value.to(device, non_blocking=True)
+        return Batch(**moved)
 
 
 def pixels(images: list[Image.Image], side: int) -> torch.Tensor:
@@ -81,7 +101,7 @@ def tokens(conversation: list[Question]) -> tuple[list[int], list[int], list[flo
     for turn, question in enumerate(conversation):
         ids += [WORD["user:"]] if turn else []
         ids += [WORD[w] for w in question.text.split()] + [WORD["assistant:"]]
-        weight = COUNT_WEIGHT if question.task == "count" else 1.0
+        weight = WEIGHTS.get(question.task, 1.0)
         answer = [WORD[word] for word in question.answer.split()]
         answer_at += [(len(ids) - 1 + i, weight) for i in range(len(answer))]
         answer_at.append((len(ids) - 1 + len(answer), 0.2))
@@ -138,9 +158,6 @@ def pack(
             for question in conversation:
                 first.append(seen)
                 seen += len(question.answer.split()) + 1
-    same = segment[:, :, None] == segment[:, None, :]
-    visible = np.tril(same | (segment == 0)[:, None, :])
-    mask = np.where(visible, np.float32(0), np.float32("-inf"))
     frames = [frame for scene in scenes for frame in scene.frames]
     dense, offsets, owner = dense_labels([things for _, things in frames], grid)
     owner = owner.reshape(n, -1)
@@ -148,7 +165,7 @@ def pack(
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(position),
-        torch.from_numpy(mask)[:, None],
+        torch.from_numpy(segment),
         torch.from_numpy(targets),
         torch.from_numpy(weights),
         pixels([image for image, _ in frames], side),
@@ -186,7 +203,8 @@ def dense_labels(
             if thing.number is not None:
                 words["number"] = str(thing.number)
             for name, word in words.items():
-                dense[name][at] = GROUPS[name].index(word)
+                if word in GROUPS[name]:  # the public set has a few colours and a shape of its own
+                    dense[name][at] = GROUPS[name].index(word)
             cx, cy = thing.center
             offsets[(*at, 0)] = (cx - middle[xs])[None, None, :] / SIZE
             offsets[(*at, 1)] = (cy - middle[ys])[None, :, None] / SIZE

@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 import skimage
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
+from public_set import public
 
 SIZE = 128
 SPLITS = {"train": 0, "tune": 1, "dev": 2, "test": 3}
@@ -44,6 +45,7 @@ TASKS = {
     "chart": ("bar_value", "tallest", "shortest"),
     "cards": ("card_digit", "card_color"),
     "page": ("row_number", "row_count"),
+    "easy": ("easy_yes_no", "easy_shape", "easy_color"),
 }
 PHOTOS = (
     "astronaut.png",
@@ -113,6 +115,8 @@ class Scene:
 
 def sample(split: str, seed: int, kind: str | None = None) -> Scene:
     """The scene number ``seed`` of ``split``; ``kind`` forces a scene type."""
+    if kind == "easy":
+        return _easy(split, seed)
     rng = np.random.default_rng([SPLITS[split], seed])
     drawn = KINDS[rng.choice(len(KINDS), p=KIND_SHARE)]
     kind = kind or drawn
@@ -120,6 +124,14 @@ def sample(split: str, seed: int, kind: str | None = None) -> Scene:
     draw = {"objects": _objects, "chart": _chart, "cards": _cards, "page": _page}[kind]
     things, questions = draw(rng, image)
     return Scene(image, kind, questions, things)
+
+
+def _easy(split: str, seed: int) -> Scene:
+    """A scene of the public set; its words of colour and shape are from the answers about it."""
+    image, box, asked = public(split, seed, SIZE)
+    known = {task: answer for task, _, answer in asked}
+    thing = Thing(known.get("easy_shape", ""), known.get("easy_color", ""), box)
+    return Scene(image, "easy", [Question(*each, about=(0,)) for each in asked], [thing])
 
 
 @lru_cache

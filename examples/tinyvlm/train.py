@@ -1,12 +1,12 @@
-"""Train a tiny VLM on CPU; stop it at any time and start it again with the same command.
+"""Train a tiny VLM on a CPU core or a GPU; stop it at any time and start it again with the same command.
 
 Phase 1 (``--warmup-minutes``): vision tower and projector on dense per-patch labels, whose
 classifiers are the language model's own word embeddings.  Phase 2: the whole model on packed
 questions; the dense loss stays, and a grounding loss asks the early text states, through a map
 that is not shipped, which patches the question is about.  Attention is plain and every token is
-kept everywhere: no dropping, pooling or merging.  Scenes and packing depend on the step and image
-counters only, which the checkpoint keeps.  fp32 throughout: on the CPU used (AVX-512, no
-AMX) the backward pass of bf16 attention took about four times as long.
+kept everywhere: no dropping, pooling or merging.  Scenes and packing depend on the step counter,
+which the checkpoint keeps, and on how much of the time is over.  fp32 throughout: on the CPU used
+(AVX-512, no AMX) the backward pass of bf16 attention took about four times as long.
 
 ``--start`` goes on from an exported model of the family (the optimizers begin anew), or begins with the
 decoder and, as far as it fits, the vision tower of a trained LLaVA.
@@ -24,8 +24,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from families import WORD, Family, decoder_from_llava, family
+from batches import Batches, drawn_kind, feed
+from families import WORD, Family, decoder_from_llava, family, more_words
 from model import IMAGE
+from muon import optimizers
 from packing import GROUPS, Batch, pack
 from scenes import sample
 from torch import nn
@@ -33,14 +35,9 @@ from torch.nn import functional
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 from videos import film
 
-FULL_SHARE = (0.1, 0.85)  # least and most share of batches at full size in phase 2
 GROUND_WEIGHT = 0.5  # weight of the grounding loss in phase 2
 GROUND_LAYER = 4  # layers that the text has passed when the grounding loss reads it
-WARM_FULL_SHARE = 0.65
-MATRICES = (".layers.", ".layer.", ".blocks.", "projector", "merger")  # where Muon's parameters are
-VIDEO_FRAMES = {4: 3, 8: 2, 16: 1}  # frames of a video -> videos in a batch
 DENSE_WEIGHT = 1.0  # weight of the dense loss in phase 2
-EXTRA_FIRST = 10_000_000  # phase 2 adds as many card scenes, for the dense loss only, from here on
 VISION_RATE = 0.6  # learning rate of the warmed-up vision parts in phase 2, as a share
 
 
@@ -73,7 +70,7 @@ class DenseHeads(nn.Module):
 
     def forward(
         self, features: torch.Tensor, words: torch.Tensor, batch: Batch
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss and patch accuracies for features (B, P, D) and word embeddings (V, D)."""
         thing = batch.dense["color"] >= 0
         inside = rms_norm(features[thing])
@@ -90,43 +87,18 @@ class DenseHeads(nn.Module):
             if (label >= 0).any():
                 loss = loss + functional.cross_entropy(logits, label, ignore_index=-100)
                 known = label >= 0
-                accuracy[group] = (logits.argmax(-1) == label)[known].float().mean().item()
+                accuracy[group] = (logits.argmax(-1) == label)[known].float().mean()
         return loss, accuracy
 
 
 @dataclass
 class State:
-    """Counters that a checkpoint keeps."""
+    """Counters that a checkpoint keeps; the seconds are the processor's, or the clock's on a GPU."""
 
     step: int = 0
     images: int = 0
-    cpu_seconds: float = 0.0
-    log: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-
-
-def make_batch(
-    kind: Family, step: int, first: int, size: int, full_share: float, scene: str | None = None
-) -> Batch:
-    """The batch of images of ``step``: scenes ``first``... at one random resolution."""
-    rng = np.random.default_rng([7, step])
-    side = kind.side if rng.random() < full_share else int(rng.choice(kind.small_sides))
-    names, shares = list(kind.kinds), list(kind.kinds.values())
-    listed = []
-    for i in range(first, first + size):
-        drawn = names[np.random.default_rng([8, i]).choice(len(names), p=shares)]
-        # LLaVA's scenes draw their own kind, by shares of their own that are the same.
-        listed.append(sample("train", i, scene or (None if kind.name == "llava" else drawn)))
-    return pack(listed, rng, side, kind=kind)
-
-
-def make_videos(kind: Family, step: int, first: int, done: float) -> Batch:
-    """The batch of videos of ``step``; longer ones come later."""
-    rng = np.random.default_rng([9, step])
-    late = max(0.0, 2 * done - 0.8)
-    shares = np.array([1.0, 0.3 + late, late]) / (1.3 + 2 * late)
-    frames = int(rng.choice(list(VIDEO_FRAMES), p=shares))
-    films = [film("train", first + i, frames) for i in range(VIDEO_FRAMES[frames])]
-    return pack(films, rng, kind.side, kind=kind)
+    seconds: float = 0.0
+    log: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 
 def embed(model: LlavaForConditionalGeneration, batch: Batch, features: torch.Tensor) -> torch.Tensor:
@@ -154,52 +126,20 @@ def read(
     return model.lm_head(decoder.norm(hidden[at])), early
 
 
-def optimizers(
-    model: nn.Module, heads: DenseHeads, muon_lr: float, adam_lr: float
-) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside layers, AdamW for embeddings, convolution, norms, biases."""
-    matrices: dict[bool, list[nn.Parameter]] = {True: [], False: []}  # key: is it vision?
-    dense = [p for p in heads.parameters() if p is not heads.ground.weight]
-    others: dict[bool, list[nn.Parameter]] = {True: dense, False: []}
-    for name, p in model.named_parameters():
-        inner = p.ndim == 2 and any(part in name for part in MATRICES)
-        (matrices if inner else others)["language_model" not in name].append(p)
-    others[False].append(heads.ground.weight)
-    muon = torch.optim.Muon(
-        [{"params": p, "vision": vision} for vision, p in matrices.items()],
-        lr=muon_lr,
-        weight_decay=0.02,
-        adjust_lr_fn="match_rms_adamw",
-        ns_steps=4,
-    )
-    adam = torch.optim.AdamW(
-        [{"params": p, "vision": vision} for vision, p in others.items()],
-        lr=adam_lr,
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-    )
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return [muon, adam]
-
-
 @torch.no_grad()
 def dev_accuracy(
     model: LlavaForConditionalGeneration, kind: Family, scenes: int, size: int, frames: int = 0
 ) -> dict[str, float]:
     """Teacher-forced accuracy of the whole answer per task on single-turn dev questions."""
     hits: dict[str, list[bool]] = defaultdict(list)
-    names, shares = list(kind.kinds), list(kind.kinds.values())
     for first in range(0, scenes, size):
+        numbers = range(first, first + size)
         if frames:
-            listed = [film("dev", first + i, frames) for i in range(size)]
+            listed = [film("dev", i, frames) for i in numbers]
         else:
-            drawn = [
-                names[np.random.default_rng([8, first + i]).choice(len(names), p=shares)] for i in range(size)
-            ]
-            listed = [sample("dev", first + i, drawn[i]) for i in range(size)]
+            listed = [sample("dev", i, drawn_kind(kind, i)) for i in numbers]
         batch = pack(listed, np.random.default_rng(0), kind.side, turns=(1.0,), kind=kind)
+        batch = batch.to(model.device)
         with torch.compiler.set_stance("force_eager"):
             logits, _ = read(model, batch, visual(model, kind, batch))
         right = (logits.argmax(-1) == batch.targets[batch.targets >= 0]).tolist()
@@ -233,7 +173,7 @@ def save(
 
 def load(path: Path, model: nn.Module, heads: nn.Module, opts: list[torch.optim.Optimizer]) -> State:
     """Restore everything from the checkpoint."""
-    content = torch.load(path, weights_only=True)
+    content = torch.load(path, weights_only=True, map_location="cpu")
     model.load_state_dict(content["model"])
     heads.load_state_dict(content["heads"])
     for optimizer, saved in zip(opts, content["optimizers"], strict=True):
@@ -251,6 +191,7 @@ def begin(kind: Family, args: argparse.Namespace) -> nn.Module:
     if args.start:
         source = AutoModelForImageTextToText.from_pretrained(args.start, dtype=torch.float32)
         if type(source) is type(model):
+            more_words(source, len(model.get_input_embeddings().weight))
             model.load_state_dict(source.state_dict())
         else:
             decoder_from_llava(model, source)
@@ -259,99 +200,114 @@ def begin(kind: Family, args: argparse.Namespace) -> nn.Module:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Run all phases until ``--minutes`` of processor time are spent, counting earlier runs."""
+    """Run all phases until ``--minutes`` are spent, counting earlier runs."""
     torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    gpu = device.type == "cuda"
+    clock = time.perf_counter if gpu else time.process_time
+    torch.set_float32_matmul_precision("high" if gpu else "highest")
     kind = family(args.family)
-    model = begin(kind, args)
-    heads = DenseHeads(model.config.text_config.hidden_size, kind.groups)
-    opts = optimizers(model, heads, args.muon_lr, args.adam_lr)
-    for layer in model.model.language_model.layers:
-        layer.compile(dynamic=False)
+    batches = Batches(args.family, args.warmup_batch, args.batch)
     path = Path(args.run) / "checkpoint.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
+    model = begin(kind, args).to(device)
+    heads = DenseHeads(model.config.text_config.hidden_size, kind.groups).to(device)
+    opts = optimizers(model, heads, args.muon_lr, args.adam_lr)
+    if not gpu:
+        for layer in model.model.language_model.layers:
+            layer.compile(dynamic=False)
     state = load(path, model, heads, opts) if path.exists() else State()
     parameters = [*model.parameters(), *heads.parameters()]
-    last_save = last_dev = state.cpu_seconds
+    last_save = last_dev = state.seconds
     since_start = 0  # the learning rate ramps up again after every start
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     past = 60 * args.warmup_minutes
     film_from = 60 * (args.minutes - args.video_minutes)
-    while state.cpu_seconds < 60 * args.minutes and not stopped:
-        began = time.process_time()
-        warm = state.cpu_seconds < past
+    draws = feed(batches, state.step, args.workers)
+    while state.seconds < 60 * args.minutes and not stopped:
+        began = clock()
+        warm = state.seconds < past
         since_start += 1
         if warm:
-            size, done = args.warmup_batch, state.cpu_seconds / past
+            done = state.seconds / past
             decay = 1 - 0.8 * done
             ramp = min(1.0, since_start / 100)
         else:
-            size, done = args.batch, (state.cpu_seconds - past) / (60 * args.minutes - past)
+            done = (state.seconds - past) / (60 * args.minutes - past)
             decay = min(1.0, 1.5 * (1 - done))
             ramp = min(1.0, since_start / 50)
         for optimizer in opts:
             for group in optimizer.param_groups:
                 share = VISION_RATE if group["vision"] and not warm else 1.0
                 group["lr"] = group["peak"] * decay * ramp * share
-        share = WARM_FULL_SHARE if warm else float(np.clip(1.5 * done - 0.4, *FULL_SHARE))
-        video = state.cpu_seconds >= film_from and state.step % 2 == 0
-        if video:
-            late = (state.cpu_seconds - film_from) / (60 * args.video_minutes)
-            batch = make_videos(kind, state.step, state.images, late)
-        else:
-            batch = make_batch(kind, state.step, state.images, size, share)
-        features = kind.features(model, batch.pixels)
-        words = model.get_input_embeddings().weight
-        if args.start and warm:
-            words = words.detach()  # the decoder knows them as they are
-        loss, accuracy = heads(features, words, batch)
-        mark = "video_" if video else ""
-        state.log[mark + "dense"].append(loss.item())
-        for name, value in accuracy.items():
-            state.log[mark + name].append(value)
-        if not warm:
-            features = features.reshape(len(batch.input_ids), -1, features.shape[-1])
-            logits, early = read(model, batch, features)
-            if not video and kind.name == "llava":
-                extra = make_batch(kind, state.step, EXTRA_FIRST + state.images, size, share, "cards")
-                digits, read_off = heads(kind.features(model, extra.pixels), words, extra)
-                state.log["digit"].append(read_off["number"])
-                loss = loss + digits
-            keep = batch.targets >= 0
-            target, weight = batch.targets[keep], batch.weights[keep]
-            each = functional.cross_entropy(logits, target, reduction="none")
-            answer = (each * weight).sum() / weight.sum()
-            ground = heads.grounding(early, features, batch)
-            loss = DENSE_WEIGHT * loss + GROUND_WEIGHT * ground + answer
-            state.log[mark + "ground"].append(ground.item())
-            state.log[mark + "answer"].append(answer.item())
+        films = args.video_minutes > 0 and state.seconds >= film_from
+        late = (state.seconds - film_from) / (60 * args.video_minutes) if films else 0.0
+        batches.progress.copy_(torch.tensor([float(warm), done, float(films), late]))
+        draw = next(draws)
+        video, batch = draw.video, draw.batch.to(device)
+        loss, told = losses(model, heads, kind, batch, warm, words_learn=not (args.start and warm))
+        if draw.extra is not None and not warm:
+            extra = draw.extra.to(device)
+            words = model.get_input_embeddings().weight
+            digits, read_off = heads(kind.features(model, extra.pixels), words, extra)
+            told["digit"] = read_off["number"]
+            loss = loss + digits
         loss.backward()
         norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
         for optimizer in opts:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        state.log["norm"].append(norm.item())
+        for name, value in {**told, "norm": norm}.items():
+            state.log[("video_" if video else "") + name].append(value.detach())
         state.step += 1
-        state.images += size
-        state.cpu_seconds += time.process_time() - began
+        state.images += len(batch.pixels)
+        if gpu:
+            torch.cuda.synchronize()  # or the clock would run ahead of the work
+        state.seconds += clock() - began
         if state.step % 50 == 0:
-            means = " ".join(f"{k} {np.mean(v):.3f}" for k, v in state.log.items())
-            minutes = state.cpu_seconds / 60
+            means = " ".join(f"{k} {torch.stack(v).float().mean():.3f}" for k, v in state.log.items())
+            minutes = state.seconds / 60
             print(f"{minutes:.1f} min step {state.step} images {state.images} {means}", flush=True)
             state.log.clear()
-        if not warm and state.cpu_seconds - last_dev > 60 * args.dev_minutes:
-            last_dev = state.cpu_seconds
+        if not warm and state.seconds - last_dev > 60 * args.dev_minutes:
+            last_dev = state.seconds
             scores = dev_accuracy(model, kind, 96, 16)
-            if video or state.cpu_seconds >= film_from:
+            if films:
                 scores |= {f"4:{k}": v for k, v in dev_accuracy(model, kind, 32, 4, frames=4).items()}
+                scores |= {f"16:{k}": v for k, v in dev_accuracy(model, kind, 16, 2, frames=16).items()}
             line = " ".join(f"{k} {100 * v:.0f}" for k, v in scores.items())
             macro = 100 * np.mean(list(scores.values()))
             print(f"  dev macro {macro:.1f} | {line}", flush=True)
-        if state.cpu_seconds - last_save > 120:
-            last_save = state.cpu_seconds
+        if state.seconds - last_save > 120:
+            last_save = state.seconds
             save(path, model, heads, opts, state)
     save(path, model, heads, opts, state)
     print("stopped" if stopped else "done", flush=True)
+
+
+def losses(
+    model: nn.Module, heads: DenseHeads, kind: Family, batch: Batch, warm: bool, words_learn: bool
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a batch, and what is worth to be logged of it; in the warm-up the dense loss only.
+
+    Args:
+        words_learn: whether the word embeddings learn from the dense loss.
+    """
+    features = kind.features(model, batch.pixels)
+    words = model.get_input_embeddings().weight
+    loss, told = heads(features, words if words_learn else words.detach(), batch)
+    told["dense"] = loss
+    if warm:
+        return loss, told
+    features = features.reshape(len(batch.input_ids), -1, features.shape[-1])
+    logits, early = read(model, batch, features)
+    keep = batch.targets >= 0
+    target, weight = batch.targets[keep], batch.weights[keep]
+    each = functional.cross_entropy(logits, target, reduction="none")
+    told["answer"] = (each * weight).sum() / weight.sum()
+    told["ground"] = heads.grounding(early, features, batch)
+    return DENSE_WEIGHT * loss + GROUND_WEIGHT * told["ground"] + told["answer"], told
 
 
 def main() -> None:
@@ -367,7 +323,9 @@ def main() -> None:
     parser.add_argument("--warmup-minutes", type=float, default=28, help="time of phase 1")
     parser.add_argument("--video-minutes", type=float, default=0, help="time of the last phase")
     parser.add_argument("--dev-minutes", type=float, default=4, help="between looks at dev accuracy")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; there, minutes are the clock's")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes ahead")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--warmup-batch", type=int, default=32)
     parser.add_argument("--muon-lr", type=float, default=4e-3)
