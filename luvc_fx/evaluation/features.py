@@ -1,4 +1,4 @@
-"""Features of images that several schedules share: an encoder without merges runs once for all of them."""
+"""What several schedules share: features of an encoder without merges, and the graphs of decoding."""
 
 from __future__ import annotations
 
@@ -55,6 +55,23 @@ class Features:
             return found
 
         return call
+
+
+class Decoders:
+    """Compiled decoding, for schedules of one model that leave as many tokens in each layer.
+
+    Nothing of a schedule is in a graph without images but how many rows each layer's cache has.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[Any, ...], dict[str | None, Callable[..., Any]]] = {}
+
+    def share(self, model: Any) -> None:
+        """Let a model that is compiled now decode with the graphs of the first such schedule."""
+        door = door_of(model)
+        places = tuple((p.layer, p.depth, p.keep, p.tokens) for p in door.schedule.prune)
+        key = (door.settings["inner"], door.schedule.merge, places)
+        door.decoders = self.kept.setdefault(key, door.decoders)
 
 
 def _tensors(value: Any) -> list[Tensor]:

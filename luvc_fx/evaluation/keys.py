@@ -16,7 +16,7 @@ from luvc_fx.schedule import Schedule
 
 # What draws, counts or prints has no part in an answer.
 _FOLDERS = ("", "ops", "selectors")
-_FILES = ("asking.py", "features.py", "prompts.py", "questions.py")
+_FILES = ("asking.py", "features.py", "prompts.py", "questions.py", "together.py")
 # Processors read and resize images by the first three, where those are installed.
 _PACKAGES = ("pillow", "torchvision", "numpy", "tokenizers", "torch", "transformers")
 _CHUNK = 1 << 24

@@ -52,6 +52,11 @@ def markdown(result: Result) -> str:
     lines += [
         f"- no answers from {row.cell.name}: {row.cell.reason}" for row in result.rows if row.cell.reason
     ]
+    lines += [
+        f"- {row.cell.name}: each question had a prefill of its own: {row.apart}"
+        for row in result.rows
+        if row.apart
+    ]
     return "\n".join(lines) + "\n"
 
 

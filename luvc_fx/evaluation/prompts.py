@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,11 +33,14 @@ class Outline:
     """What decides which rows can share a batch, without their pixels.
 
     Attributes:
-        length: tokens of the prompt; `shape`: see `Row.shape`.
+        length: tokens of the prompt; `shape`, `front`: see `Row`.
+        head: a hash of the tokens up to the last visual one.
     """
 
     length: int
     shape: tuple[Any, ...]
+    front: int
+    head: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class Row:
     Attributes:
         text: each ``[1, tokens]``.
         pixels: everything else, on images or videos.
-        visual: placeholders of visual tokens in the text.
+        visual: placeholders of visual tokens in the text; `front`: its tokens up to the last of them.
         smaller: how the images were made smaller, if they were.
     """
 
@@ -54,6 +58,7 @@ class Row:
     pixels: dict[str, Tensor]
     visual: int
     smaller: Downsampled | None = None
+    front: int = 0
 
     @property
     def length(self) -> int:
@@ -72,6 +77,16 @@ class Row:
             about.append((name, tuple(tensor.shape), values))
         return self.visual, tuple(about)
 
+    def cut(self, length: int) -> Row:
+        """With the first `length` tokens of the text alone."""
+        text = {name: tensor[:, :length] for name, tensor in self.text.items()}
+        return replace(self, text=text)
+
+    def outline(self) -> Outline:
+        """Its outline."""
+        head = self.text["input_ids"][0, : self.front].contiguous().numpy().tobytes()
+        return Outline(self.length, self.shape, self.front, hashlib.blake2b(head, digest_size=16).digest())
+
 
 class Prompts:
     """Rows of questions for one model; an image is processed once for all its questions and methods.
@@ -82,7 +97,7 @@ class Prompts:
 
     def __init__(self, model: Any, processor: Any, smaller: float | None = None) -> None:
         self.model, self.processor, self.smaller = model, processor, smaller
-        self._texts: dict[Question, tuple[dict[str, Tensor], int, Downsampled | None]] = {}
+        self._texts: dict[Question, tuple[dict[str, Tensor], int, Downsampled | None, int]] = {}
         self._outlines: dict[Question, Outline] = {}
         self._pixels: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         self._bytes = 0
@@ -92,8 +107,7 @@ class Prompts:
     def outline(self, question: Question) -> Outline:
         """Of the prompt of that question; errors are those of `row`."""
         if question not in self._outlines:
-            row = self.row(question)
-            self._outlines[question] = Outline(row.length, row.shape)
+            self._outlines[question] = self.row(question).outline()
         return self._outlines[question]
 
     def row(self, question: Question) -> Row:
@@ -106,22 +120,23 @@ class Prompts:
         """
         of = (question.media, question.video)
         if question in self._texts and of in self._pixels:
-            text, visual, smaller = self._texts[question]
-            return Row(text, self._pixels[of], visual, smaller)
+            text, visual, smaller, front = self._texts[question]
+            return Row(text, self._pixels[of], visual, smaller, front)
         inputs, smaller = self._process(question)
         length = inputs["input_ids"].shape[1]
         text = {name: inputs[name] for name in PADDED if name in inputs}
         text.setdefault("attention_mask", torch.ones(1, length, dtype=torch.int64))
         pixels = {name: tensor for name, tensor in inputs.items() if name not in PADDED}
-        visual = int(placeholders(self.model, text["input_ids"]).sum())
-        if not visual:
+        found = placeholders(self.model, text["input_ids"])[0].nonzero()
+        if not len(found):
             raise InputError(f"the prompt of {question.text!r} holds no visual token")
-        self._texts[question] = text, visual, smaller
+        visual, front = len(found), int(found[-1]) + 1
+        self._texts[question] = text, visual, smaller, front
         size = sum(tensor.nbytes for tensor in pixels.values())
         if of not in self._pixels and self._bytes + size <= PIXEL_BYTES:
             self._pixels[of] = pixels
             self._bytes += size
-        return Row(text, self._pixels.get(of, pixels), visual, smaller)
+        return Row(text, self._pixels.get(of, pixels), visual, smaller, front)
 
     def _process(self, question: Question) -> tuple[dict[str, Tensor], Downsampled | None]:
         frames, made_smaller = read_frames(question), None
@@ -185,17 +200,24 @@ def batches(rows: Sequence[Row | Outline], most: int) -> Iterator[tuple[list[int
 
 
 def collate(
-    rows: Sequence[Row], count: int, padding: int, device: torch.device, dtype: torch.dtype
+    rows: Sequence[Row],
+    count: int,
+    padding: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    length: int | None = None,
 ) -> dict[str, Tensor]:
     """One batch of rows of equal shape, padded on the left; floating numbers in the model's dtype.
 
     Args:
         count: rows of the batch, at least those given: the last one is repeated.
         padding: id of the padding token.
+        length: tokens of each row; None: those of the longest, and then to a multiple of `LENGTH_STEP`.
     """
     rows = [*rows, *[rows[-1]] * (count - len(rows))]
-    length = max(row.length for row in rows)
-    length += -length % LENGTH_STEP
+    if length is None:
+        length = max(row.length for row in rows)
+        length += -length % LENGTH_STEP
     inputs = {}
     for name in rows[0].text:
         fill = padding if name == "input_ids" else 0

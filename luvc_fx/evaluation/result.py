@@ -99,6 +99,7 @@ class Row:
         seconds_per_question: in `generate`, the median of the batches. How long this run took, and no
             measure of a method: on a CPU rows without merges share the encoder's work, which the unpruned
             row, merges and smaller images pay for, and a smaller image runs without `luvc_fx`.
+        apart: why questions about one image did not share its prefill; empty: they did.
         prefill_ms: median time to the first token, compiled by Inductor; None: not timed.
     """
 
@@ -108,6 +109,7 @@ class Row:
     visual: int = 0
     scores: dict[str, Score] = field(default_factory=dict)
     seconds_per_question: float | None = None
+    apart: str = ""
     prefill_ms: float | None = None
     prefill_spread_ms: float | None = None
 
@@ -126,6 +128,7 @@ class Row:
             "visual_tokens": self.visual,
             "scores": {task: asdict(score) for task, score in self.scores.items()},
             "seconds_per_question": self.seconds_per_question,
+            "apart": self.apart,
             "prefill_ms": self.prefill_ms,
             "prefill_spread_ms": self.prefill_spread_ms,
         }

@@ -13,7 +13,7 @@ import torch
 
 from luvc_fx.environment import hardware, versions
 from luvc_fx.evaluation.asking import ask, combined
-from luvc_fx.evaluation.features import Features
+from luvc_fx.evaluation.features import Decoders, Features
 from luvc_fx.evaluation.keys import model_key, run_key
 from luvc_fx.evaluation.methods import RANDOM, RANDOM_BLOCK, SEEDED, SEEDS, SPECTRUM, methods, with_selector
 from luvc_fx.evaluation.prompts import Prompts, collate
@@ -123,7 +123,7 @@ class Asker:
 
     def __init__(self, model: Any, processor: Any, options: Options, store: Answers, watch: Watch) -> None:
         self.model, self.options, self.store, self.watch = model, options, store, watch
-        self.prompts, self.features = Prompts(model, processor), Features()
+        self.prompts, self.features, self.decoders = Prompts(model, processor), Features(), Decoders()
         self.model_key = model_key(options.model)
 
     def key(self, cell: Cell) -> str:
@@ -166,6 +166,7 @@ class Asker:
             self.options.batch,
             self.options.new_tokens,
             self.features,
+            self.decoders,
         ):
             self.store.add(key, {question.key: text for question, text in part}, dataclasses.asdict(facts))
             done += len(part)
@@ -297,6 +298,7 @@ def _row(cell: Cell, scores: Any, asker: Asker, questions: Sequence[Question]) -
         visual=facts["visual"],
         scores=scores,
         seconds_per_question=facts["seconds_per_question"],
+        apart=facts["apart"],
     )
 
 
