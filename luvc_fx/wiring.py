@@ -248,6 +248,8 @@ class FrontDoor:
             run = self.plain
         elif not outputs or refusal_of_later_images(self.model, kwargs) is not None:
             run = self._decoder(call)
+            if not outputs:  # which `generate` gives the first step of a later turn, and no other
+                kwargs.pop("mm_encoder_outputs", None)
         else:
             return self._prefill(kwargs, outputs, tell_rows, () if call is None else call.textual)
         kwargs, padding = self._over_cache(kwargs, cache)
