@@ -209,23 +209,27 @@ def test_answers_are_those_of_single_prompts(
         return real(given, images, rows, *more)
 
     monkeypatch.setattr(asking, "generate_together", noted)
-    features, decoders = Features(), Decoders()
+    reports = []
+
+    class Noting(Decoders):
+        def share(self, model: Any) -> None:
+            reports.append(luvc_fx.report_of(model))
+            super().share(model)
+
+    features, decoders = Features(), Noting()
     said: list[dict[Any, str]] = []
-    for why, selector in (
-        ("", "spectrum"),
-        ("so asked", "spectrum"),
-        ("", "uniform"),
-        ("so asked", "uniform"),
-    ):
+    for layer, why in ((0, ""), (0, "so asked"), (1, ""), (1, "so asked")):
         monkeypatch.setattr(asking, "why_apart", lambda *_, why=why: why)
-        parts = list(ask(prompts, asked, schedule_of(selector), "eager", 8, 2, features, decoders))
+        schedule = Schedule(prune=(Prune(keep=0.5, layer=layer), Prune(keep=0.0, layer=-1)))
+        parts = list(ask(prompts, asked, schedule, "eager", 8, 2, features, decoders))
         said.append({question: text for part, _ in parts for question, text in part})
         assert {facts.apart for _, facts in parts} == {why}
-        assert all(facts.tokens_per_layer == [256, 128, 0] for _, facts in parts)
+        entering = [256 if layer else 128, 128, 0]
+        assert all(facts.tokens_per_layer == entering for _, facts in parts)
         assert set(said[-1]) == set(asked)
     assert said[0] == said[1] and said[2] == said[3]
     assert calls == [(2, 8), (2, 8)] * 2
-    assert len(decoders.kept) == 1, "both schedules leave as many tokens"
+    assert [len(report.of_kind("decode")) for report in reports] == [2, 0, 0, 0], "for all numbers of rows"
 
 
 def test_smaller_images_are_shared_too(

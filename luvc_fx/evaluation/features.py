@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from luvc_fx.frontdoor import door_of
+from luvc_fx.schedule import Schedule
 
 MOST_BYTES = 2 << 30
 """Features that are kept; those beyond are computed each time."""
+
+TOGETHER = 20
+"""So many schedules share graphs of decoding: each may need a few more, and their number is limited."""
 
 
 class Features:
@@ -58,19 +62,21 @@ class Features:
 
 
 class Decoders:
-    """Compiled decoding, for schedules of one model that leave as many tokens in each layer.
+    """Compiled decoding that schedules of one model share.
 
-    Nothing of a schedule is in a graph without images but how many rows each layer's cache has.
+    Nothing of a schedule is in a graph without images but how many rows each layer's cache has, and where
+    questions share a prefill (`luvc_fx.evaluation.together`) a graph is for any number of them but none.
     """
 
     def __init__(self) -> None:
         self.kept: dict[tuple[Any, ...], dict[str | None, Callable[..., Any]]] = {}
+        self._numbers: dict[Schedule, int] = {}
 
     def share(self, model: Any) -> None:
-        """Let a model that is compiled now decode with the graphs of the first such schedule."""
+        """Let a model that is compiled now decode with the graphs of earlier schedules."""
         door = door_of(model)
-        places = tuple((p.layer, p.depth, p.keep, p.tokens) for p in door.schedule.prune)
-        key = (door.settings["inner"], door.schedule.merge, places)
+        number = self._numbers.setdefault(door.schedule, len(self._numbers))
+        key = (door.settings["inner"], door.prunes, number // TOGETHER)
         door.decoders = self.kept.setdefault(key, door.decoders)
 
 

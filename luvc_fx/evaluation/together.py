@@ -92,7 +92,7 @@ def groups(shapes: Sequence[Hashable], images: Sequence[Hashable], most: int) ->
                 made[-1].images.append(part[0])
                 made[-1].questions.extend(part)
         # Other numbers of rows would be other graphs.
-        rows = max(len(group.images) for group in made), max(len(group.questions) for group in made)
+        rows = max(len(group.images) for group in made), most if len(made) > 1 else len(made[0].questions)
         found += [(group, *rows) for group in made]
     return found
 
@@ -154,11 +154,10 @@ def generate_together(
     positions = torch.arange(front, front + longest - 1, device=model.device).expand(ids.shape)
     if isinstance(deltas, Tensor):
         positions = positions.unsqueeze(0) + deltas
+    _mark(cache)
     cache = model(input_ids=ids, position_ids=positions, past_key_values=cache, **forward).past_key_values
     _turn(cache, torch.tensor([longest - length for length in behind], device=model.device))
-    for layer in layers_of(cache):  # they grow: one graph for all lengths, not one for the first
-        for rows in (layer.keys, layer.values):
-            torch._dynamo.maybe_mark_dynamic(rows, 2)
+    _mark(cache)
     output = model.generate(
         input_ids=whole["input_ids"],
         attention_mask=whole["attention_mask"],
@@ -173,13 +172,22 @@ def _last_logits(model: Any) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
+def _mark(cache: Any) -> None:
+    """Let graphs be for any number of rows in each layer: they grow, and each schedule has others."""
+    for layer in layers_of(cache):
+        for rows in (layer.keys, layer.values):
+            torch._dynamo.maybe_mark_dynamic(rows, 2)
+
+
 def _turn(cache: Any, padding: Tensor) -> None:
     """Bring the last `padding` ``[B]`` rows of each layer of a cache to its front, in place."""
     if not padding.any():
         return
+    sources: dict[int, Tensor] = {}
     for layer in layers_of(cache):
         rows = layer.keys.shape[-2]
-        source = (torch.arange(rows, device=padding.device) - padding.unsqueeze(1)) % rows
-        source = source[:, None, :, None]
-        layer.keys = layer.keys.take_along_dim(source, 2)
-        layer.values = layer.values.take_along_dim(source, 2)
+        if rows not in sources:
+            found = (torch.arange(rows, device=padding.device) - padding.unsqueeze(1)) % rows
+            sources[rows] = found[:, None, :, None]
+        source = sources[rows].expand_as(layer.keys)  # not `take_along_dim`, which looks at each number again
+        layer.keys, layer.values = layer.keys.gather(2, source), layer.values.gather(2, source)
