@@ -82,6 +82,27 @@ def fake_run(tensors: list[FakeTensor]) -> Any:
     return stack
 
 
+def _trace_tensor_checks() -> None:
+    """Let Dynamo up to 2.12 trace `torch._check_tensor_all`, which transformers calls, as 2.13 does.
+
+    There it is one call in the graph, whose fake run makes a symbol that nothing returns: with
+    `capture_scalar_outputs` every model of transformers is an error.
+    """
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable  # 2.11 - 2.13
+
+    handlers = TorchInGraphFunctionVariable._get_handlers()
+    if torch._check_tensor_all in handlers:
+        return
+
+    def check(self: Any, tx: Any, cond: Any, *message: Any) -> Any:
+        scalar = cond.call_method(tx, "_is_all_true", [], {}).call_method(tx, "item", [], {})
+        return TorchInGraphFunctionVariable(torch._check).call_function(tx, [scalar, *message], {})
+
+    handlers[torch._check_tensor_all] = check
+
+
+_trace_tensor_checks()
+
 NOT_ONE_GRAPH = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode)
 """What comes out of a call that must be one graph, and is not (2.11 - 2.13)."""
 
