@@ -77,7 +77,8 @@ def fake_run(tensors: list[FakeTensor]) -> Any:
     stack.enter_context(torch.no_grad())
     if tensors:
         stack.enter_context(tensors[0].fake_mode)
-    if any(isinstance(size, torch.SymInt) for tensor in tensors for size in tensor.shape):
+    # Strides and offsets count, too: 2.11 does not multiply a row cut out of symbolically many without it.
+    if any(tensor._has_symbolic_sizes_strides for tensor in tensors):  # 2.11 - 2.13
         stack.enter_context(enable_python_dispatcher())
     return stack
 
@@ -101,7 +102,27 @@ def _trace_tensor_checks() -> None:
     handlers[torch._check_tensor_all] = check
 
 
+def _trace_whether_exporting() -> None:
+    """Let Dynamo of 2.11 know that it compiles and does not export, as 2.12 and 2.13 do.
+
+    It takes `torch.compiler.is_exporting()` for true, and transformers (5.23) then makes a mask for each
+    prompt, even for one that has none: attention that is causal by itself reads it, and flash kernels
+    take none.
+    """
+    if not torch.__version__.startswith("2.11."):
+        return
+    from torch._dynamo.variables import ConstantVariable
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    def exporting(self: Any, tx: Any) -> Any:
+        tx.mark_inconsistent_side_effects()
+        return ConstantVariable.create(torch.compiler._is_exporting_flag)
+
+    TorchInGraphFunctionVariable._get_handlers()[torch.compiler.is_exporting] = exporting
+
+
 _trace_tensor_checks()
+_trace_whether_exporting()
 
 NOT_ONE_GRAPH = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode)
 """What comes out of a call that must be one graph, and is not (2.11 - 2.13)."""

@@ -166,7 +166,7 @@ def _written_out(node: fx.Node) -> Attention | None:
     return Attention(node, queries, keys, values, masked, False, scale)
 
 
-_PRODUCTS = {"matmul", "__matmul__", "bmm"}
+_PRODUCTS = {"matmul", "bmm"}
 
 
 def _first(node: fx.Node) -> fx.Node | None:

@@ -95,7 +95,7 @@ def _formulas(names: Iterable[str], formula: Callable[[fx.Node], int]) -> dict[s
 
 
 _FORMULAS = {
-    **_formulas(("linear", "matmul", "__matmul__", "bmm", "mm"), _product(0, "input")),
+    **_formulas(("linear", "matmul", "bmm", "mm"), _product(0, "input")),
     **_formulas(("addmm", "baddbmm"), _product(1, "mat1")),
     **_formulas(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     **_formulas(FUSED, _attention),

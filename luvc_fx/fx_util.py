@@ -51,11 +51,17 @@ def run(node: fx.Node, lookup: Callable[[fx.Node], Any]) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+_OPERATORS = {name for name in dir(operator) if name.startswith("__") and callable(getattr(operator, name))}
+"""Methods of an operator's name: ``"__eq__"``, which is `operator.eq`."""
+
+
 def op_name(node: fx.Node) -> str:
     """The bare name of what a node calls: ``"view"``, ``"add"``, ``"scaled_dot_product_attention"``."""
-    if node.op == "call_method":
-        return str(node.target)
     target = node.target
+    if node.op == "call_method":
+        # Dynamo of torch 2.11 writes `a == b` as a method, later ones as a function.
+        method = str(target)
+        return getattr(operator, method).__name__ if method in _OPERATORS else method
     if isinstance(target, torch._ops.OpOverload):
         return target.overloadpacket.__name__
     return getattr(target, "__name__", str(target))
@@ -95,8 +101,8 @@ def descendants(*nodes: fx.Node) -> set[fx.Node]:
 
 def writes(node: fx.Node) -> bool:
     """Whether a node changes one of its inputs in place, so that it counts without any user."""
-    name = op_name(node)
     if node.op == "call_method":
+        name = str(node.target)
         return name.endswith("_") and not name.endswith("__")
     return node.target is operator.setitem
 

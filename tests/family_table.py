@@ -63,14 +63,17 @@ def row_of(family: str, name: str, told: Outcome) -> Row:
         "graphs: forward": _counts(told.forward),
         "then `generate`": "-" if direct else _counts(told.generate),
         "same shape": str(told.repeated),
-        "more text": "-" if direct else None if told.longer is None else str(told.longer),
-        "other image": "-"
-        if direct or given.other is None
-        else None
-        if told.other is None
-        else str(told.other),
+        "more text": "-" if direct else _again(told.longer, told),
+        "other image": "-" if direct or given.other is None else _again(told.other, told),
         "refused": reasons_of(told.reasons),
     }
+
+
+def _again(graphs: int | None, told: Outcome) -> str | None:
+    """Graphs compiled again; how many pieces a model falls into differs with what ran before it."""
+    if graphs is None or not graphs:
+        return None if graphs is None else "0"
+    return "pieces" if "pieces" in _counts(told.forward) else str(graphs)
 
 
 def lines_of(rows: list[Row]) -> list[str]:

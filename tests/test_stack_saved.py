@@ -94,7 +94,9 @@ def arguments(model: Any, seed: int = 0) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_generate_in_a_second_process_compiles_nothing_and_with_another_schedule_all(tmp_path: Path) -> None:
+def test_generate_in_a_second_process_compiles_nothing_and_with_another_schedule_its_own(
+    tmp_path: Path,
+) -> None:
     first, second, third = (
         json.loads(process(GENERATE, schedule.to_json(), caches=tmp_path))
         for schedule in (SCHEDULE, SCHEDULE, OTHER)
@@ -104,10 +106,12 @@ def test_generate_in_a_second_process_compiles_nothing_and_with_another_schedule
     for found, schedule in ((first, SCHEDULE), (second, SCHEDULE), (third, OTHER)):
         assert found["tokens"] == oracle_generate(model, schedule, 4, **inputs(model)).tolist()
         assert len(found["seconds"]) == graphs
-    for found in (first, third):
-        assert found["aot"] == {"autograd_cache_miss": graphs, "autograd_cache_saved": graphs}
-        assert found["fx"] == {"fxgraph_cache_miss": graphs}
-        assert found["cached"] == [False] * graphs
+    assert first["aot"] == {"autograd_cache_miss": graphs, "autograd_cache_saved": graphs}
+    assert first["fx"] == {"fxgraph_cache_miss": graphs}
+    assert first["cached"] == [False] * graphs
+    # A graph of decoding that knows no lengths is the same under any schedule.
+    assert third["cached"][:2] == [False, False], "vision and prefill are the schedule's"
+    assert third["aot"]["autograd_cache_miss"] == graphs - third["cached"].count(True)
     assert second["aot"] == {"autograd_cache_hit": graphs}
     assert second["fx"] == {"fxgraph_cache_hit": graphs}
     assert second["cached"] == [True] * graphs
