@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import logging
+import operator
 import sys
 import types
 from collections.abc import Callable
@@ -89,6 +90,7 @@ def _trace_tensor_checks() -> None:
     There it is one call in the graph, whose fake run makes a symbol that nothing returns: with
     `capture_scalar_outputs` every model of transformers is an error.
     """
+    from torch._dynamo.variables import BuiltinVariable, ConstantVariable  # 2.11 - 2.13
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable  # 2.11 - 2.13
 
     handlers = TorchInGraphFunctionVariable._get_handlers()
@@ -96,8 +98,11 @@ def _trace_tensor_checks() -> None:
         return
 
     def check(self: Any, tx: Any, cond: Any, *message: Any) -> Any:
-        scalar = cond.call_method(tx, "_is_all_true", [], {}).call_method(tx, "item", [], {})
-        return TorchInGraphFunctionVariable(torch._check).call_function(tx, [scalar, *message], {})
+        # Of a bool they would learn that it is 1, and then see nothing left to check behind AOTAutograd.
+        seen = cond.call_method(tx, "_is_all_true", [], {}).call_method(tx, "long", [], {})
+        number = seen.call_method(tx, "item", [], {})
+        holds = BuiltinVariable(operator.ge).call_function(tx, [number, ConstantVariable.create(1)], {})
+        return TorchInGraphFunctionVariable(torch._check).call_function(tx, [holds, *message], {})
 
     handlers[torch._check_tensor_all] = check
 
