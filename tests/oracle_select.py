@@ -74,8 +74,18 @@ def energies(x: Tensor, energy: str, cutoff: float, normalize: str = "none") -> 
     return _spectrum(x.detach().double().cpu().numpy(), energy, cutoff, normalize)[0]
 
 
+def _unlike_pivots(values: np.ndarray, keep: int) -> np.ndarray:
+    """Minus the largest cosine with a pivot, [B, N] of [B, N, D]; of a pivot itself 2."""
+    count, pivots = values.shape[1], math.isqrt(keep)
+    places = [(2 * number + 1) * count // (2 * pivots) for number in range(pivots)]
+    unit = values / np.linalg.norm(values, axis=-1, keepdims=True)
+    score = -np.stack([(unit * unit[:, place, None]).sum(axis=-1) for place in places]).max(axis=0)
+    score[:, places] = 2.0
+    return score
+
+
 def _scores(
-    x: Tensor, prune: Prune, grid: tuple[int, int] | None, seen: Seen
+    x: Tensor, prune: Prune, grid: tuple[int, int] | None, seen: Seen, keep: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `prune` ranks the tokens [B, N, D] by, and the units, each [B, N]."""
     values = x.detach().double().cpu().numpy()
@@ -85,6 +95,9 @@ def _scores(
         return score, score
     if prune.selector == "fastv" and seen.paid is not None:
         return seen.paid, seen.paid
+    if prune.selector == "diversity":
+        score = _unlike_pivots(values, keep)
+        return score, np.ones_like(score)
     if prune.selector != "spectrum":
         raise NotImplementedError(f"the oracle does not know the selector {prune.selector!r}")
     if prune.per_image and grid is not None:
@@ -174,7 +187,7 @@ def select(
         chosen = _pact(x, keep, seen, gaps)
     else:
         chosen = []
-        for row, units in zip(*_scores(x, prune, grid, seen or Seen()), strict=True):
+        for row, units in zip(*_scores(x, prune, grid, seen or Seen(), keep), strict=True):
             scale = max(float(units.max()), 1e-300)
             if prune.coverage == "global":
                 chosen.append(_largest(row, keep, scale, gaps))

@@ -75,7 +75,7 @@ def test_what_methods_cannot_reach() -> None:
     assert found["fastv"].make(0.125, 16) is None
     assert found["spectrum"].make(1.0, 16) is None
     assert found["vtw"].make(0.01, 16) is None
-    assert found["spectrum+merge"].make(0.75, 16) is None
+    assert found["default+merge"].make(0.75, 16) is None
     assert found["last"].own_budget and found["last"].make(0.1, 16) == found["last"].make(1.0, 16)
 
 

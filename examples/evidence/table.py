@@ -14,7 +14,7 @@ from luvc_fx.evaluation.markdown import EVIDENCE, MARKS, SIGNIFICANT, misses
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
-SIGNS = (*MARKS, ("spectrum", "s-", "s+", "`spectrum` at the same budget"))
+SIGNS = (*MARKS, ("default", "d-", "d+", "our default at the same budget"))
 LEGEND = (
     "Numbers are % of the unpruned accuracy with 95 % intervals. Where p < 0.05 after Holm's correction, "
     "which is over the methods and budgets of one set, not over sets: "

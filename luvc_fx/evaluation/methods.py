@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from luvc_fx import presets
 from luvc_fx.evaluation.cascade import cascade
 from luvc_fx.schedule import Merge, Prune, Schedule, round_half_up
 
+DEFAULT = "default"
 SPECTRUM = "spectrum"
 RANDOM = "random"
 RANDOM_BLOCK = "random-block"
@@ -77,6 +79,10 @@ def with_selector(schedule: Schedule, selector: str, seed: int = 0) -> Schedule:
     return dataclasses.replace(schedule, prune=prune)
 
 
+def _default(budget: float, layers: int) -> Schedule | None:
+    return progressive(budget, layers, **presets.PICK)
+
+
 def _spectrum(budget: float, layers: int) -> Schedule | None:
     return progressive(budget, layers)
 
@@ -86,7 +92,7 @@ def _luvc(budget: float, layers: int) -> Schedule | None:
 
 
 def _merged(budget: float, layers: int) -> Schedule | None:
-    rest = progressive(budget / MERGED_WIDTH, layers)
+    rest = _default(budget / MERGED_WIDTH, layers)
     if rest is None:
         return None
     return dataclasses.replace(rest, merge=(Merge(axis="width", keep=MERGED_WIDTH, depth=0.5),))
@@ -110,7 +116,7 @@ def _pact(budget: float, layers: int) -> Schedule | None:
 
 
 def _single(budget: float, layers: int) -> Schedule | None:
-    return once(budget, layers, 0)
+    return once(budget, layers, 0, **presets.PICK)
 
 
 def _last(budget: float, layers: int) -> Schedule | None:
@@ -119,9 +125,13 @@ def _last(budget: float, layers: int) -> Schedule | None:
 
 _TABLE = (
     Method(
-        SPECTRUM, _spectrum, "ours: the cascade to zero, of each block the largest residual of the spectrum"
+        DEFAULT,
+        _default,
+        "ours, as in the presets: the cascade to zero, of each block the least like the pivots, the others "
+        "averaged in",
     ),
-    Method("spectrum+merge", _merged, f"OIM to {MERGED_WIDTH:.0%} of the width, then the same cascade"),
+    Method("default+merge", _merged, f"OIM to {MERGED_WIDTH:.0%} of the width, then the same cascade"),
+    Method(SPECTRUM, _spectrum, "the same counts, of each block the largest residual of the spectrum"),
     Method("luvc", _luvc, "the abstract read literally: low-pass energy, the best of all"),
     Method(RANDOM, _control(RANDOM), f"the same counts, tokens at random, mean of {SEEDS} seeds"),
     Method(
@@ -131,11 +141,15 @@ _TABLE = (
     ),
     Method("uniform", _control("uniform"), "the same counts, evenly spaced"),
     Method("norm", _control("norm", "global"), "the same counts, the longest tokens of all"),
-    Method("diversity", _control("diversity"), "the same counts, of each block the least like the pivots"),
+    Method(
+        "diversity",
+        _control("diversity"),
+        "the same counts, of each block the least like the pivots: the default without averaging",
+    ),
     Method("fastv", _fastv, f"once before layer {FASTV_LAYER}, by the last token's attention"),
     Method("pact", _pact, f"once before layer {PACT_LAYER}: PACT's cluster centres, the others averaged in"),
     Method("vtw", _vtw, "all tokens leave before layer K = round(p L), at budget p of L layers"),
-    Method("single-shot", _single, "the spectrum once, before layer 0"),
+    Method("single-shot", _single, "as the default, but once, before layer 0"),
     Method("downsample", lambda budget, layers: Schedule(), "a smaller image, all its tokens", smaller=True),
     Method("last", _last, "zero at the last layer alone", own_budget=True),
 )

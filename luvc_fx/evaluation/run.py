@@ -15,7 +15,7 @@ from luvc_fx.environment import hardware, versions
 from luvc_fx.evaluation.asking import ask, combined
 from luvc_fx.evaluation.features import Decoders, Features
 from luvc_fx.evaluation.keys import model_key, run_key
-from luvc_fx.evaluation.methods import RANDOM, RANDOM_BLOCK, SEEDED, SEEDS, SPECTRUM, methods, with_selector
+from luvc_fx.evaluation.methods import DEFAULT, RANDOM, RANDOM_BLOCK, SEEDED, SEEDS, methods, with_selector
 from luvc_fx.evaluation.prompts import Prompts, collate
 from luvc_fx.evaluation.questions import Question, read_questions, with_wrong_images
 from luvc_fx.evaluation.result import UNPRUNED, Cell, Result, Row, WrongImage
@@ -96,7 +96,7 @@ def run(options: Options, say: Callable[[str], None], watch: Watch) -> Result:
             raise
         except (NotRewritten, ValueError) as error:
             cells[number] = dataclasses.replace(cell, reason=one_line(error))
-    rivals = {name: _rivals(name, answers) for name in (RANDOM, RANDOM_BLOCK, SPECTRUM)}
+    rivals = {name: _rivals(name, answers) for name in (RANDOM, RANDOM_BLOCK, DEFAULT)}
     scores = score(questions, answers, unpruned, rivals, options.seed, again)
     rows = [_row(cell, scores.get(cell), asker, questions) for cell in cells]
     if options.rounds:
