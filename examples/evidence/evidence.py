@@ -23,12 +23,17 @@ from questions import export  # noqa: E402
 from luvc_fx.evaluation.markdown import markdown  # noqa: E402
 from luvc_fx.evaluation.run import BUDGETS, Options, run  # noqa: E402
 
+TRAINED = ROOT / "examples" / "models"
 MODELS = {
     "llava": ROOT / "luvc_fx" / "demo_model",
-    "internvl": ROOT / "examples" / "models" / "internvl",
-    "qwen2_vl": ROOT / "examples" / "models" / "qwen2_vl",
+    "llava_seed1": TRAINED / "llava_seed1",
+    "llava_seed2": TRAINED / "llava_seed2",
+    "internvl": TRAINED / "internvl",
+    "qwen2_vl": TRAINED / "qwen2_vl",
 }
 RESULTS = Path(__file__).parent / "results"
+PRESETS = {"chart": "document", "cards": "document", "page": "document", "video": "video"}
+"""By the kind of scene; `image` for others. Each is asked beside the same counts of random tokens."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,16 @@ SETS = (
     Set("llava", "objects", 300),
     Set("llava", "chart", 430),
     Set("llava", "cards", 500),
+    Set("llava_seed1", "objects", 300),
+    Set("llava_seed2", "objects", 300),
     Set("internvl", "objects", 300),
     Set("internvl", "chart", 430),
     Set("internvl", "page", 580),
-    Set("internvl", "video", 220, frames=16, batch=8),
-    Set("qwen2_vl", "objects", 300),
+    Set("internvl", "video", 205, frames=4, batch=25),
+    Set("internvl", "video", 205, frames=16, batch=8),
     Set("qwen2_vl", "chart", 430),
     Set("qwen2_vl", "page", 580),
+    Set("qwen2_vl", "easy", 270),
 )
 
 
@@ -76,12 +84,14 @@ def ask(chosen: Set, split: str, scenes: int, methods: tuple[str, ...], budgets:
             export(folder, split, scenes, frames=chosen.frames, as_images=True)
         else:
             export(folder, split, scenes, kind=chosen.kind)
+    preset = PRESETS.get(chosen.kind, "image")
     options = Options(
         model=MODELS[chosen.model],
         questions=folder / "questions.jsonl",
         out=work / chosen.name,
         methods=methods,
         budgets=budgets,
+        schedules=(preset, f"{preset}:random"),
         split=split,
         batch=chosen.batch,
         wrong_image=True,
