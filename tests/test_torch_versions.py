@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import inputs, tiny_llava
 from torch import Tensor, fx, nn
 
@@ -49,6 +50,9 @@ def test_compiling_is_not_exporting() -> None:
     assert torch.equal(compiled(torch.zeros(2)), torch.zeros(2))
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.17."), reason="5.17 makes a mask of whatever is compiled"
+)
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask of ones"])
 @torch.no_grad()
 def test_a_prompt_without_padding_has_no_mask(masked: bool) -> None:
