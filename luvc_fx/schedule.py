@@ -35,7 +35,17 @@ AXES = ("width", "height")
 PAIRINGS = ("line", "shared")
 FEATURES = ("hidden", "keys")
 METHODS = ("oim", "tome")
-SELECTORS = ("spectrum", "random", "random-block", "uniform", "norm", "fastv", "diversity", "pact")
+SELECTORS = (
+    "spectrum",
+    "random",
+    "random-block",
+    "uniform",
+    "norm",
+    "fastv",
+    "diversity",
+    "distinct",
+    "pact",
+)
 """Those that come with luvc_fx; `luvc_fx.selectors.register` adds to them."""
 ENERGIES = ("residual", "lowpass", "ratio")
 COVERAGES = ("block", "global")
@@ -123,8 +133,8 @@ class Prune:
         depth: fraction in (0, 1) of the decoder layers that run before the prune.
         selector: ``"spectrum"`` (SPU), ``"random"``, ``"random-block"`` (random scores, under `coverage`),
             ``"uniform"``, ``"norm"`` (the largest sum of squares), ``"fastv"`` (the most attention of the
-            last token in the layer before), ``"diversity"`` (the least like a few pivots), ``"pact"``
-            (centres of clusters), or a name given to `luvc_fx.selectors.register`.
+            last token in the layer before), ``"diversity"`` (the least like a few pivots), ``"distinct"``
+            (the spectrum times the diversity), ``"pact"`` (centres of clusters), or a name given to `luvc_fx.selectors.register`.
         energy: what the spectrum ranks by: ``"residual"`` (what the low-pass cannot rebuild),
             ``"lowpass"`` or ``"ratio"`` (lowpass over total).
         coverage: ``"block"`` keeps the best of each block of neighbours, ``"global"`` the best of all.

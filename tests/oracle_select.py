@@ -98,12 +98,17 @@ def _scores(
     if prune.selector == "diversity":
         score = _unlike_pivots(values, keep)
         return score, np.ones_like(score)
-    if prune.selector != "spectrum":
+    if prune.selector not in ("spectrum", "distinct"):
         raise NotImplementedError(f"the oracle does not know the selector {prune.selector!r}")
     if prune.per_image and grid is not None:
         values = values.reshape(-1, grid[0] * grid[1], channels)
-    score, unit = _spectrum(values, prune.energy, prune.cutoff, prune.normalize)
-    return score.reshape(batch, count), unit.reshape(batch, count)
+    score, unit = (
+        e.reshape(batch, count) for e in _spectrum(values, prune.energy, prune.cutoff, prune.normalize)
+    )
+    if prune.selector == "distinct":
+        factor = 1.0 + _unlike_pivots(values.reshape(batch, count, channels), keep)
+        return score * factor, np.maximum(unit * factor, score)
+    return score, unit
 
 
 def mix32(x: int) -> int:

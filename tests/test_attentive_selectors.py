@@ -20,7 +20,7 @@ from luvc_fx.attention import attentions
 from luvc_fx.fx_util import live_nodes, op_name
 from luvc_fx.passes.last_query import last_query
 from luvc_fx.report import Reason, Refused
-from luvc_fx.selectors import Site, select_diversity
+from luvc_fx.selectors import Site, select_distinct, select_diversity, select_spectrum
 
 FASTV = Schedule(prune=Prune(keep=0.5, layer=2, selector="fastv", coverage="global"))
 
@@ -186,3 +186,17 @@ def test_diversity_token_by_token(tokens: int, count: int) -> None:
             want = 2.0 if token in places else -max(likeness)
             assert float(got[row, token]) == pytest.approx(want, abs=1e-6)
     assert len(set(places)) == pivots, "pivots are tokens of their own"
+
+
+def test_distinct_is_the_residual_that_no_pivot_says() -> None:
+    """Of two tokens with one energy the one that is like a pivot loses; a pivot wins over both."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 8)
+    prune = Prune(tokens=4, layer=0, selector="distinct")
+    energy = select_spectrum(x, prune, 4, Site(0, 2))
+    factor = select_distinct(x, prune, 4, Site(0, 2)) / energy
+    pivots = [4, 12]  # of 16 tokens two: the root of 4, evenly spaced
+    unit = torch.nn.functional.normalize(x[0], dim=-1)
+    for token in range(16):
+        cosine = float((unit[pivots] @ unit[token]).max())
+        assert float(factor[0, token]) == pytest.approx(3.0 if token in pivots else 1 - cosine, abs=1e-5)

@@ -23,7 +23,7 @@ from luvc_fx.selectors import Site, choose_mask
 _PROJECTORS = ("multi_modal_projector", "merger")
 """What models call the module between encoder and text."""
 
-_OF_THE_TOKENS = ("spectrum", "random", "uniform", "norm", "diversity")
+_OF_THE_TOKENS = ("spectrum", "random", "uniform", "norm", "diversity", "distinct")
 """Selectors that look at nothing but the tokens."""
 
 _PRUNE = re.compile(r"prune before decoder layer (\d+): \S+ (\d+) -> (\d+)(, .*)?")

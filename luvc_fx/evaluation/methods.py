@@ -127,7 +127,7 @@ _TABLE = (
     Method(
         DEFAULT,
         _default,
-        "ours, as in the presets: the cascade to zero, of each block the least like the pivots, the others "
+        "ours, as in the presets: the cascade to zero, of each block the most distinct one, the others "
         "averaged in",
     ),
     Method("default+merge", _merged, f"OIM to {MERGED_WIDTH:.0%} of the width, then the same cascade"),
@@ -141,10 +141,11 @@ _TABLE = (
     ),
     Method("uniform", _control("uniform"), "the same counts, evenly spaced"),
     Method("norm", _control("norm", "global"), "the same counts, the longest tokens of all"),
+    Method("distinct", _control("distinct"), "the default without the averaging, of each block"),
     Method(
         "diversity",
         _control("diversity"),
-        "the same counts, of each block the least like the pivots: the default without averaging",
+        "the same counts, of each block the least like the pivots",
     ),
     Method("fastv", _fastv, f"once before layer {FASTV_LAYER}, by the last token's attention"),
     Method("pact", _pact, f"once before layer {PACT_LAYER}: PACT's cluster centres, the others averaged in"),

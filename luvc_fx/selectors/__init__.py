@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from luvc_fx.registry import Selector, Site, register, registered, selector, wants_attention, wants_keys
 from luvc_fx.selectors.choose import choose, choose_mask
+from luvc_fx.selectors.distinct import select_distinct
 from luvc_fx.selectors.diversity import select_diversity
 from luvc_fx.selectors.fastv import select_fastv
 from luvc_fx.selectors.norm import select_norm
@@ -20,6 +21,7 @@ register("uniform", select_uniform)
 register("norm", select_norm)
 register("fastv", select_fastv, attention=True)
 register("diversity", select_diversity)
+register("distinct", select_distinct)
 register("pact", select_pact, keys=True)
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "choose_mask",
     "register",
     "registered",
+    "select_distinct",
     "select_diversity",
     "select_fastv",
     "select_norm",
