@@ -134,7 +134,8 @@ class Prune:
         selector: ``"spectrum"`` (SPU), ``"random"``, ``"random-block"`` (random scores, under `coverage`),
             ``"uniform"``, ``"norm"`` (the largest sum of squares), ``"fastv"`` (the most attention of the
             last token in the layer before), ``"diversity"`` (the least like a few pivots), ``"distinct"``
-            (the spectrum times the diversity), ``"pact"`` (centres of clusters), or a name given to `luvc_fx.selectors.register`.
+            (the spectrum times the diversity), ``"pact"`` (centres of clusters), or a name given to
+            `luvc_fx.selectors.register`.
         energy: what the spectrum ranks by: ``"residual"`` (what the low-pass cannot rebuild),
             ``"lowpass"`` or ``"ratio"`` (lowpass over total).
         coverage: ``"block"`` keeps the best of each block of neighbours, ``"global"`` the best of all.
