@@ -1,15 +1,14 @@
 """How the default pick was chosen: rankings, with and without averaging, on the ``tune`` split.
 
-    python examples/evidence/picks.py            # ten minutes of a CPU core; writes results/picks.json and .md
+    python examples/evidence/picks.py       # ten minutes of a CPU core; writes results/picks.json, .md
 
-Every candidate has the same cascade (`luvc_fx.evaluation.cascade`), so the same counts before the same layers.
+Every candidate has the same cascade (`luvc_fx.evaluation.cascade`), so the same counts at the same layers.
 Answers are kept in ``runs/picks``: a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from evidence import MODELS, RESULTS, ROOT
