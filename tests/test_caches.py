@@ -226,6 +226,9 @@ def test_a_custom_pass_and_a_tag_of_the_user_stay() -> None:
     assert tags == {f"theirs luvc_fx:{fingerprint(PRUNE)}"}
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="what Inductor returns in 2.11 cannot be serialised"
+)
 @torch.no_grad()
 def test_the_result_can_be_saved_and_loaded(tmp_path: Path) -> None:
     """Only what Inductor returned, as it is, can be serialised."""
