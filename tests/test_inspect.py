@@ -198,8 +198,8 @@ def check_image_preset(found: dict[str, Any]) -> None:
     assert sum(prefill["kv_bytes_after"]) < sum(prefill["kv_bytes_before"])
     assert [tuple(site.values()) for site in found["plan"]] == [
         (0, "after encoder block 2", "merge width 16 -> 12", 256, 192, "patches"),
-        (1, "before decoder layer 2", "prune by spectrum", 192, 96, "visual tokens"),
-        (1, "before decoder layer 6", "prune by spectrum", 96, 48, "visual tokens"),
+        (1, "before decoder layer 2", "prune by distinct", 192, 96, "visual tokens"),
+        (1, "before decoder layer 6", "prune by distinct", 96, 48, "visual tokens"),
         (1, "before decoder layer 15", "prune by spectrum", 48, 0, "visual tokens"),
     ]
 
