@@ -318,7 +318,7 @@ def test_the_command_writes_all_and_prints_one_object(
 @pytest.mark.parametrize(
     "more, said",
     [
-        (["--methods", "spectrum,spice"], "method 'spice' is not known; allowed: spectrum,"),
+        (["--methods", "spectrum,spice"], "method 'spice' is not known; allowed: default,"),
         (["--budgets", "0.5,x"], "are not numbers"),
         (["--budgets", "1.5"], "budget 1.5 is not allowed"),
         (["--schedule", "none.json"], "neither a preset"),
