@@ -23,8 +23,8 @@ LEGEND = (
     "fewer questions, the accuracy in brackets are of the questions whose task has another image."
 )
 SHORT = (
-    "Mean visual tokens a decoder layer, and what is left of the unpruned accuracy in %: **our default** / random "
-    "tokens at the same layers and counts / the best other method, with its name:"
+    "Mean visual tokens a decoder layer, and what is left of the unpruned accuracy in %: **our default** / "
+    "random tokens at the same layers and counts / the best other method, with its name:"
 )
 SUMMARY = "<summary>All methods, with intervals and tests</summary>"
 START, END = "<!-- evidence: by examples/evidence/table.py -->", "<!-- /evidence -->"
@@ -114,6 +114,12 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{100 * score['retention']:.1f} ({100 * low:.1f} - {100 * high:.1f}){marks}{at}"
 
 
+def whole(results: dict[str, dict[str, Any]]) -> str:
+    """What stands in the README."""
+    parts = [*sets_table(results), "", SHORT, "", *short_table(results), "", "<details>", SUMMARY, ""]
+    return "\n".join([*parts, *methods_table(results), "", LEGEND, "", "</details>"])
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -121,8 +127,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put it into README.md")
     args = parser.parse_args()
     results = load(args.split)
-    parts = [*sets_table(results), "", SHORT, "", *short_table(results), "", "<details>", SUMMARY, ""]
-    text = "\n".join([*parts, *methods_table(results), "", LEGEND, "", "</details>"])
+    text = whole(results)
     print(text)
     if args.write:
         before, rest = README.read_text().split(START)
