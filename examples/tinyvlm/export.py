@@ -7,17 +7,19 @@ import json
 from pathlib import Path
 
 import torch
-from families import family
+from families import family, with_depth
 from scenes import sample
 
+_DECODER = "language_model.layers."  # in the names of a decoder layer's parameters
 EXAMPLES = {"objects": 14, "chart": 2}  # kind -> seed of the dev scene shipped as an example
 
 
 def export(checkpoint: Path, out: Path, name: str = "llava", examples: bool = False) -> None:
     """Write weights, configs, tokenizer and processor to ``out``, and two scenes with ``examples``."""
     kind = family(name)
-    model = kind.build()
-    content = torch.load(checkpoint, weights_only=True)
+    content = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    depth = len({name.split(".layers.")[1].split(".")[0] for name in content["model"] if _DECODER in name})
+    model = with_depth(kind.build(), depth)
     model.load_state_dict(content["model"])
     model.half().save_pretrained(out)
     kind.processor().save_pretrained(out)

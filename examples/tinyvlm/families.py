@@ -138,6 +138,19 @@ def family(name: str) -> Family:
     return table[name]
 
 
+def with_depth(model: nn.Module, layers: int) -> nn.Module:
+    """`model`, or a fresh one of its class and sizes if its decoder has another number of layers."""
+    text = model.config.text_config
+    if text.num_hidden_layers == layers:
+        return model
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = [text.layer_types[0]] * layers
+    fresh = type(model)(model.config)
+    fresh.generation_config = model.generation_config
+    return fresh
+
+
 @torch.no_grad()
 def more_words(model: nn.Module, count: int) -> None:
     """Give a model that knows fewer words embeddings for `count`; the new ones are random."""

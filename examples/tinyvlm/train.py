@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from batches import Batches, drawn_kind, feed
-from families import WORD, Family, decoder_from_llava, family, more_words
+from families import WORD, Family, decoder_from_llava, family, more_words, with_depth
 from model import IMAGE
 from muon import optimizers
 from packing import GROUPS, Batch, pack
@@ -187,7 +187,7 @@ def load(path: Path, model: nn.Module, heads: nn.Module, opts: list[torch.optim.
 def begin(kind: Family, args: argparse.Namespace) -> nn.Module:
     """A fresh model, one that goes on from an exported one, or one that starts from a LLaVA."""
     torch.manual_seed(args.seed)
-    model = kind.build()
+    model = with_depth(kind.build(), args.layers)
     if args.start:
         source = AutoModelForImageTextToText.from_pretrained(args.start, dtype=torch.float32)
         if type(source) is type(model):
@@ -314,6 +314,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", default="llava", help="llava, internvl or qwen2_vl")
+    parser.add_argument("--layers", type=int, default=16, help="of the decoder; others than 16 from nothing")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument(
         "--start", type=Path, help="folder of an exported model, or of a trained LLaVA, to start from"
