@@ -6,6 +6,11 @@ import copy
 
 import pytest
 import table
+import torch
+
+from luvc_fx.bench.shapes import SHAPES
+from luvc_fx.evaluation.cascade import cascade
+from luvc_fx.tuning.flops import DecoderCost
 
 
 def test_the_readme_has_the_results() -> None:
@@ -40,3 +45,29 @@ def test_the_short_table_is_read_off_the_long_one(method: str) -> None:
     mark = "**12.3**" if method == "default" else " 12.3 /"
     assert mark in table.short_table({name: changed})[-1]
     assert mark not in table.short_table({name: result})[-1]
+
+
+def test_nothing_is_above_the_default_as_the_readme_says() -> None:
+    compared = 0
+    for name, result in table.load("test").items():
+        for row in result["rows"]:
+            for task, score in row["scores"].items():
+                against = score["against"].get("default")
+                if against is not None:
+                    compared += 1
+                    above = against["adjusted"] < table.SIGNIFICANT and against["difference"] > 0
+                    assert not above, (name, row["method"], row["budget"], task)
+    assert compared > 100
+
+
+def test_half_of_the_tokens_is_the_speed_up_that_the_readme_says() -> None:
+    """The LLM prefill of LLaVA-OV-7B: 32 frames of 196 tokens and a newline, 64 tokens of text."""
+    model = SHAPES["llava-ov-7b"].build(None, torch.device("meta"), torch.bfloat16)
+    cost = DecoderCost.of(model)
+    visual, text, layers = 32 * 196 + 1, 64, len(cost.weights)
+    places, keep, rows = dict(cascade(0.5, layers) or ()), 1.0, []
+    for layer in range(layers):
+        keep = places.get(layer, keep)
+        rows.append(text + round(keep * visual))
+    found = cost.speedup(text + visual, rows)
+    assert f"{found:.1f} times fewer" in table.README.read_text(encoding="utf-8")

@@ -185,11 +185,18 @@ def load(path: Path, model: nn.Module, heads: nn.Module, opts: list[torch.optim.
 
 
 def begin(kind: Family, args: argparse.Namespace) -> nn.Module:
-    """A fresh model, one that goes on from an exported one, or one that starts from a LLaVA."""
+    """A fresh model, one that goes on from an exported one, or one that starts from a LLaVA.
+
+    Raises:
+        ValueError: a start with another number of decoder layers.
+    """
     torch.manual_seed(args.seed)
     model = with_depth(kind.build(), args.layers)
     if args.start:
         source = AutoModelForImageTextToText.from_pretrained(args.start, dtype=torch.float32)
+        depth = source.config.text_config.num_hidden_layers
+        if depth != args.layers:
+            raise ValueError(f"layers is {args.layers}, and {args.start} has {depth}; allowed: as many")
         if type(source) is type(model):
             more_words(source, len(model.get_input_embeddings().weight))
             model.load_state_dict(source.state_dict())
