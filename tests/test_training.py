@@ -8,7 +8,7 @@ import batches
 import numpy as np
 import pytest
 import torch
-from families import family, more_words
+from families import family, more_words, redepthed
 from muon import BatchedMuon
 from packing import pack
 from scenes import SIZE, sample
@@ -86,3 +86,22 @@ def test_a_model_that_knows_fewer_words_is_trained_on() -> None:
     assert len(model.get_input_embeddings().weight) == len(before) + 3
     assert torch.equal(model.get_input_embeddings().weight[: len(before)], before)
     assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("layers", [8, 24])
+def test_a_trained_decoder_of_another_depth(layers: int) -> None:
+    torch.manual_seed(0)
+    source = family("llava").build().eval()
+    kept = [layer.mlp.up_proj.weight.clone() for layer in source.model.language_model.layers]
+    words = torch.randint(4, 20, (1, 9))
+    with torch.no_grad():
+        before = source(input_ids=words).logits
+        model = redepthed(source, layers).eval()
+        after = model(input_ids=words).logits
+    ours = [layer.mlp.up_proj.weight for layer in model.model.language_model.layers]
+    assert len(ours) == layers == model.config.text_config.num_hidden_layers
+    found = [index for index, one in enumerate(kept) if any(torch.equal(one, other) for other in ours)]
+    assert {0, 15} <= set(found) and len(found) == min(16, layers)
+    for name, value in source.model.vision_tower.state_dict().items():
+        assert torch.equal(value, model.model.vision_tower.state_dict()[name]), name
+    assert torch.equal(before, after) is (layers > 16), "fresh layers add nothing; dropped ones did"

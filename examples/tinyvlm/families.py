@@ -170,3 +170,32 @@ def decoder_from_llava(model: nn.Module, source: nn.Module) -> None:
             parameter.copy_(known[name])
         else:  # Qwen2 has biases where Llama has none
             parameter.zero_()
+
+
+@torch.no_grad()
+def redepthed(source: nn.Module, layers: int) -> nn.Module:
+    """`source` with another number of decoder layers, to be trained on.
+
+    Fewer: evenly spaced ones stay, the first and the last among them. More: they lie evenly spaced among fresh
+    ones that add nothing to the residual stream yet, so that the outputs are the same.
+    """
+    text = source.config.text_config
+    depth = text.num_hidden_layers
+    if depth == layers:
+        return source
+    few, many = sorted((depth, layers))
+    places = [round(index * (many - 1) / (few - 1)) for index in range(few)]
+    pairs = list(zip(places, range(few), strict=True))  # (of the deeper model, of the other)
+    known = source.model.language_model.layers
+    rest = {name: value for name, value in source.state_dict().items() if ".language_model.layers." not in name}
+    model = with_depth(source, layers)
+    model.load_state_dict(rest, strict=False)
+    ours = model.model.language_model.layers
+    if layers > depth:
+        for layer in ours:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    for deep, other in pairs:
+        to, of = (deep, other) if layers > depth else (other, deep)
+        ours[to].load_state_dict(known[of].state_dict())
+    return model

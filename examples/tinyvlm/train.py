@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from batches import Batches, drawn_kind, feed
-from families import WORD, Family, decoder_from_llava, family, more_words, with_depth
+from families import WORD, Family, decoder_from_llava, family, more_words, redepthed, with_depth
 from model import IMAGE
 from muon import optimizers
 from packing import GROUPS, Batch, pack
@@ -185,18 +185,12 @@ def load(path: Path, model: nn.Module, heads: nn.Module, opts: list[torch.optim.
 
 
 def begin(kind: Family, args: argparse.Namespace) -> nn.Module:
-    """A fresh model, one that goes on from an exported one, or one that starts from a LLaVA.
-
-    Raises:
-        ValueError: a start with another number of decoder layers.
-    """
+    """A fresh model, one that goes on from an exported one, or one that starts from a LLaVA."""
     torch.manual_seed(args.seed)
     model = with_depth(kind.build(), args.layers)
     if args.start:
         source = AutoModelForImageTextToText.from_pretrained(args.start, dtype=torch.float32)
-        depth = source.config.text_config.num_hidden_layers
-        if depth != args.layers:
-            raise ValueError(f"layers is {args.layers}, and {args.start} has {depth}; allowed: as many")
+        source = redepthed(source, args.layers)
         if type(source) is type(model):
             more_words(source, len(model.get_input_embeddings().weight))
             model.load_state_dict(source.state_dict())
@@ -321,7 +315,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", default="llava", help="llava, internvl or qwen2_vl")
-    parser.add_argument("--layers", type=int, default=16, help="of the decoder; others than 16 from nothing")
+    parser.add_argument("--layers", type=int, default=16, help="of the decoder, also where the start has others")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument(
         "--start", type=Path, help="folder of an exported model, or of a trained LLaVA, to start from"
