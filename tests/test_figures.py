@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import bias
-import failures
 import figures
 import integrity
+import latency
 import numpy as np
 import oracle_vision
 import progressive
 import pytest
-import sensitivity
 import torch
 from figure_kit import UNPRUNED, Bench, Size
 
@@ -25,14 +24,17 @@ from luvc_fx.evaluation.questions import Question
 from luvc_fx.evaluation.result import Cell
 from luvc_fx.schedule import Schedule
 
-LAYERS, FUSED = 16, 256
-
 
 class Stub:
     """Answers three of four questions, others under each schedule, and all without one."""
 
     def __init__(self, bench: Bench) -> None:
         self.prompts = Prompts(bench.model, bench.processor)
+        config = bench.model.config
+        self.layers, self.fused = config.text_config.num_hidden_layers, config.image_seq_length
+        sizes = (config.vision_config.image_size, config.vision_config.patch_size)
+        size, patch = (side if isinstance(side, int) else side[0] for side in sizes)
+        self.side = size // patch
 
     def answers(self, cell: Cell, questions: Sequence[Question]) -> list[str]:
         wrong = [
@@ -42,29 +44,51 @@ class Stub:
 
     def facts(self, cell: Cell, questions: Sequence[Question]) -> dict[str, Any]:
         assert cell.schedule is not None
-        fused = FUSED
+        fused = self.fused
         for merge in cell.schedule.merge:
-            fused = fused // 16 * (merge.length or 12)
-        tokens = [fused] * LAYERS
-        for layer, prune in cell.schedule.prunes_at(LAYERS, fused):
-            tokens[layer:] = [prune.count(fused)] * (LAYERS - layer)
-        return {"tokens_per_layer": tokens, "visual": FUSED, "budget": sum(tokens) / FUSED / LAYERS}
+            fused = fused * (merge.length or 12) // self.side
+        tokens = entering(cell.schedule, self.layers, fused)
+        budget = sum(tokens) / self.fused / self.layers
+        return {"tokens_per_layer": tokens, "visual": self.fused, "budget": budget}
+
+
+def entering(schedule: Schedule, layers: int, fused: int) -> list[int]:
+    tokens = [fused] * layers
+    for layer, prune in schedule.prunes_at(layers, fused):
+        tokens[layer:] = [prune.count(fused)] * (layers - layer)
+    return tokens
 
 
 class Small(Bench):
     """Two images, and answers of the stub."""
 
-    asker = property(lambda self: self.stub)  # type: ignore[assignment]
+    @cached_property
+    def asker(self) -> Any:  # type: ignore[override]
+        return Stub(self)
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    small = Small(tmp_path_factory.mktemp("figures"), Size(questions=2, images=2), lambda *_: None)
-    small.stub = Stub(small)
-    return small
+    return Small(tmp_path_factory.mktemp("figures"), Size(questions=2, images=2), lambda *_: None)
 
 
-def test_every_figure_is_drawn_and_described(bench: Bench, tmp_path: Path) -> None:
+def films() -> dict[str, Any]:
+    """As `luvc-fx eval --time` has them; the model does not know the order."""
+    rows = []
+    for method, budget, ms in ((UNPRUNED, None, 900.0), ("default", 0.5, 400.0), ("video", None, 300.0)):
+        scores = {
+            task: {"accuracy": 0.3 if task == "first" else 0.95, "questions": 5}
+            for task in ("all", "color", "first")
+        }
+        place = {"method": method, "budget": budget, "visual_tokens": 2304, "measured_budget": budget or 0.3}
+        rows.append({**place, "prefill_ms": ms, "prefill_spread_ms": 8.0, "scores": scores})
+    return {"rows": rows, "hardware": {"device": "a CPU", "dtype": "float32"}}
+
+
+def test_every_figure_is_drawn_and_described(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "measured", lambda folder, watch: films())
     figures.make(bench, tmp_path)
     text = (tmp_path / "FIGURES.md").read_text()
     for figure in figures.FIGURES:
@@ -131,17 +155,23 @@ def test_position_bias_is_0_for_chance_and_1_for_one_ranking() -> None:
     assert low < 0.0 < high < 0.1
 
 
-def test_budgets_of_the_progressive_figure_are_equal() -> None:
+@pytest.mark.parametrize("depth", progressive.DEPTHS)
+def test_budgets_of_the_progressive_figure_are_equal(depth: int) -> None:
     fused = 256
-    for key, schedule in progressive.schedules().items():
+    made = progressive.schedules(depth)
+    assert {key.partition(",")[0] for key in made} == set(progressive.ARMS)
+    for key, schedule in made.items():
         asked = float(key.rpartition(", ")[2].split()[0]) / 100
-        tokens = [fused] * LAYERS
-        for layer, prune in schedule.prunes_at(LAYERS, fused):
-            tokens[layer:] = [prune.count(fused)] * (LAYERS - layer)
-        assert sum(tokens) / fused / LAYERS == pytest.approx(asked, abs=0.005), key
+        tokens = entering(schedule, depth, fused)
+        assert sum(tokens) / fused / depth == pytest.approx(asked, abs=0.005), key
 
 
-def test_residual_schedules_are_shared_with_the_sensitivity() -> None:
-    """So that their answers are asked for once."""
-    shared = set(failures.schedules().values()) & set(sensitivity.schedules().values())
-    assert len(shared) == 3
+def test_the_latency_figure_leaves_out_what_the_model_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, bench: Bench
+) -> None:
+    monkeypatch.setattr(latency, "measured", lambda folder, watch: films())
+    numbers = latency.data(bench)
+    assert latency.known(numbers) == ["color"]
+    caption = latency.caption(numbers)
+    assert "does not know first 30 %" in caption
+    assert "default, 50 % 400 ms (2.25 times faster), 95.0 %" in caption

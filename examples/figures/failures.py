@@ -96,7 +96,7 @@ def draw(numbers: Numbers) -> Any:
         axes.set_ylabel("accuracy, %")
         axes.grid(alpha=0.3)
     smooth.set_title(f"most low-pass energy, the best of all (keep {KEEP:g} before layer {LAYER})")
-    best.set_title("most residual, the best of each block (the default)")
+    best.set_title("most residual, the best of each block (Prune's default)")
     best.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     best.set_xlim(smooth.get_xlim())
     collapse, preset = figure.add_subplot(grid[1, :3]), figure.add_subplot(grid[1, 3])

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAINED = ROOT / "examples" / "models"
 sys.path.insert(0, str(ROOT / "examples" / "tinyvlm"))
 
 from scenes import TASKS, Scene, sample  # noqa: E402
@@ -57,24 +58,31 @@ class Size:
         images: in figures about images alone.
     """
 
-    questions: int = 80
+    questions: int = 160
     images: int = 120
 
 
 class Bench:
-    """The shipped model with questions of the dev split; answers are kept in `folder`.
+    """A model with questions of the dev split; answers are kept in `folder`.
 
     Args:
         folder: of the images and of ``answers.jsonl``, which a later run goes on with.
         watch: told what is asked, how many questions are answered, and of how many.
+        model_dir: the shipped model's, or that of another one which knows its words.
     """
 
-    def __init__(self, folder: Path, size: Size, watch: Watch) -> None:
-        self.folder, self.size, self.watch = folder, size, watch
+    def __init__(self, folder: Path, size: Size, watch: Watch, model_dir: Path = MODEL_DIR) -> None:
+        self.folder, self.size, self.watch, self.model_dir = folder, size, watch, model_dir
+
+    def of(self, model_dir: Path) -> Bench:
+        """The same questions for another model."""
+        other = type(self)(self.folder, self.size, self.watch, model_dir)
+        other.questions = self.questions
+        return other
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        model, processor = load(MODEL_DIR)
+        model, processor = load(self.model_dir)
         return model.float(), processor
 
     @property
@@ -90,7 +98,7 @@ class Bench:
     @cached_property
     def asker(self) -> Asker:
         """What asks, or remembers."""
-        options = Options(MODEL_DIR, Path(), self.folder, batch=40)
+        options = Options(self.model_dir, Path(), self.folder, batch=40)
         store = Answers(self.folder / "answers.jsonl")
         return Asker(self.model, self.processor, options, store, self.watch)
 

@@ -1,6 +1,6 @@
 """All figures from one command: pictures, numbers and captions.
 
-    python examples/figures/figures.py                      # some ten minutes of one core
+    python examples/figures/figures.py                      # about an hour of one core
     python examples/figures/figures.py --only bias --quick  # a look, in runs/figures/quick
 
 Answers are kept in ``runs/figures``: a run that was stopped goes on where it was. Every number in a caption
@@ -14,18 +14,33 @@ import json
 import sys
 from pathlib import Path
 
+import architectures
 import bias
 import failures
 import integrity
+import latency
 import progressive
+import projector
 import sensitivity
-from figure_kit import LEVEL, ROOT, Bench, Numbers, Size
+from figure_kit import LEVEL, ROOT, TRAINED, Bench, Numbers, Size
 
 from luvc_fx.demo import MODEL_DIR
 from luvc_fx.environment import versions
 from luvc_fx.evaluation.keys import code_key, model_key
 
-FIGURES = (integrity, bias, sensitivity, progressive, failures)
+MODELS = {
+    integrity: [MODEL_DIR],
+    projector: [TRAINED / projector.FOLDER],
+    bias: [MODEL_DIR],
+    latency: [TRAINED / latency.FOLDER],
+    sensitivity: [MODEL_DIR],
+    architectures: [],  # of results that name theirs
+    progressive: [TRAINED / folder for folder in progressive.DEPTHS.values()],
+    failures: [MODEL_DIR],
+}
+"""Each figure, in order, with the models that it asks."""
+
+FIGURES = tuple(MODELS)
 KEPT = ROOT / "runs" / "figures"
 QUICK = Size(questions=4, images=6)
 
@@ -44,7 +59,11 @@ def make(bench: Bench, out: Path, only: str | None = None, redraw: bool = False)
         if only not in (None, figure.NAME) or (redraw and figure.NAME not in kept):
             continue
         if not redraw:
-            made = {"model": model_key(MODEL_DIR), "code": code_key(), "versions": versions()}
+            made = {
+                "models": {model.name: model_key(model) for model in MODELS[figure]},
+                "code": code_key(),
+                "versions": versions(),
+            }
             # As read from JSON, whether drawn now or later.
             kept[figure.NAME] = json.loads(json.dumps({"made_with": made, **figure.data(bench)}))
             lines = [f"{json.dumps(name)}: {json.dumps(numbers)}" for name, numbers in kept.items()]
@@ -57,9 +76,9 @@ def described(kept: dict[str, Numbers]) -> str:
     """Markdown: each figure with its caption."""
     parts = [
         "# Figures",
-        "Made by `python examples/figures/figures.py`, on the shipped model (`luvc_fx/demo_model`: LLaVA, "
-        "CLIP with 16 x 16 tokens, a 1-D projector, 16 decoder layers). Every number comes from "
-        "[figures.json](figures.json), which the command computes.",
+        "Made by `python examples/figures/figures.py`. Where no other model is named, they are of the "
+        "shipped one (`luvc_fx/demo_model`: LLaVA, CLIP with 16 x 16 tokens, a 1-D projector, 16 decoder "
+        "layers). Every number comes from [figures.json](figures.json), which the command computes.",
         "Intervals are 95 %, by bootstrap over scenes. A difference in points has its p value behind it "
         f"where it is significant: p is below {LEVEL:g}, by exact sign flips over scenes with Holm's "
         "correction over all rows of the figure that are compared with the same kind of other (single types "

@@ -253,8 +253,8 @@ def caption(numbers: Numbers) -> str:
         f"without a merge: {accuracy(rows[UNPRUNED]):.1f} %. OIM minus ToMe in points: {compared}. So OIM is "
         f"significantly better at {listed(better)} and worse at {listed(worse)}. Minus the unmerged model: "
         f"{lost}. The model has a 1-D projector, and a merged token keeps the position id of its "
-        "representative patch: so ToMe costs it the order of the row, and not the places. A 2-D projector "
-        f"reads the grid itself; this figure says nothing about one.{about(numbers)}"
+        "representative patch: so ToMe costs it the order of the row, and not the places. The figure "
+        f"`projector` has a model whose projector reads the grid itself.{about(numbers)}"
     )
 
 

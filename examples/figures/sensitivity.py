@@ -8,12 +8,13 @@ from typing import Any
 from figure_kit import LEVEL, TYPES, UNPRUNED, Bench, Numbers, about, accuracy, listed, widest
 
 from luvc_fx.evaluation.questions import ALL_TASKS
+from luvc_fx.presets import PICK
 from luvc_fx.schedule import Prune, Schedule
 
 NAME, TITLE = "sensitivity", "Cutoff, keep and layer of one prune"
 CUTOFFS = (0.1, 0.25, 0.6)
-KEEPS = (0.25, 0.125)
-LAYERS = (0, 2)
+KEEPS = (0.5, 0.25, 0.125)
+LAYERS = (0, 2, 6)
 
 
 def name(layer: int, keep: float, cutoff: float) -> str:
@@ -22,9 +23,9 @@ def name(layer: int, keep: float, cutoff: float) -> str:
 
 
 def schedules() -> dict[str, Schedule]:
-    """One prune by the default ranking at every place, count and cutoff."""
+    """One prune by the presets' pick at every place, count and cutoff."""
     return {
-        name(layer, keep, cutoff): Schedule(prune=(Prune(keep=keep, layer=layer, cutoff=cutoff),))
+        name(layer, keep, cutoff): Schedule(prune=(Prune(keep=keep, layer=layer, cutoff=cutoff, **PICK),))
         for layer, keep, cutoff in itertools.product(LAYERS, KEEPS, CUTOFFS)
     }
 
@@ -110,15 +111,16 @@ def caption(numbers: Numbers) -> str:
     over = [(layer, keep) for layer in LAYERS for keep in KEEPS]
     means = {c: sum(lost(numbers, name(*place, c)) for place in over) / len(over) for c in CUTOFFS}
     return (
-        "One prune by the default ranking (residual energy, the best of each block): accuracy minus the "
-        f"unpruned model's {accuracy(rows[UNPRUNED]):.1f} % (all types), in points. Ideal speed is the FLOPs "
-        "of a prefill's decoder layers without pruning over those with it, and does not depend on the "
-        f"cutoff. With the other two held, the layer moves the accuracy by up to {most(0):.1f} points, keep "
-        f"by up to {most(1):.1f} and the cutoff by up to {most(2):.1f}; the mean over layers and keeps is "
-        f"{listed([f'{value:+.1f} at cutoff {c:g}' for c, value in means.items()])}. The worst is {worst}, "
-        f"{lost(numbers, worst):+.1f}; the worst of each type: {by_type}. {len(against) - len(free)} of "
-        f"{len(against)} schedules differ significantly from the unpruned model on all types; the other "
-        f"{len(free)} cannot be told from it with so many questions. {best} An accuracy on all types is "
-        f"known to {widest(list(rows.values())):.1f} points (half the widest interval), one of a single type "
-        f"to {max(widest(list(rows.values()), task) for task in TYPES):.1f}.{about(numbers)}"
+        "One prune by the presets' pick (of each block the most distinct token, the others averaged in): "
+        f"accuracy minus the unpruned model's {accuracy(rows[UNPRUNED]):.1f} % (all types), in points. Ideal "
+        "speed is the FLOPs of a prefill's decoder layers without pruning over those with it, and does not "
+        f"depend on the cutoff. With the other two held, the layer moves the accuracy by up to {most(0):.1f} "
+        f"points, keep by up to {most(1):.1f} and the cutoff by up to {most(2):.1f}; the mean over layers "
+        f"and keeps is {listed([f'{value:+.1f} at cutoff {c:g}' for c, value in means.items()])}. The worst "
+        f"is {worst}, {lost(numbers, worst):+.1f}; the worst of each type: {by_type}. "
+        f"{len(against) - len(free)} of {len(against)} schedules differ significantly from the unpruned "
+        f"model on all types; the other {len(free)} cannot be told from it with so many questions. {best} An "
+        f"accuracy on all types is known to {widest(list(rows.values())):.1f} points (half the widest "
+        "interval), one of a single type to "
+        f"{max(widest(list(rows.values()), task) for task in TYPES):.1f}.{about(numbers)}"
     )

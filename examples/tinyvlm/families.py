@@ -23,6 +23,8 @@ VOCAB = (*llava.VOCAB, *EXTRA)
 WORD = {word: number for number, word in enumerate(VOCAB)}
 
 
+_DECODER = ".language_model.layers."  # in the names of a decoder layer's parameters
+
 DECODER = {
     "vocab_size": len(VOCAB),
     "hidden_size": 128,
@@ -176,8 +178,8 @@ def decoder_from_llava(model: nn.Module, source: nn.Module) -> None:
 def redepthed(source: nn.Module, layers: int) -> nn.Module:
     """`source` with another number of decoder layers, to be trained on.
 
-    Fewer: evenly spaced ones stay, the first and the last among them. More: they lie evenly spaced among fresh
-    ones that add nothing to the residual stream yet, so that the outputs are the same.
+    Fewer: evenly spaced ones stay, the first and the last among them. More: they lie evenly spaced among
+    fresh ones that add nothing to the residual stream yet, so that the outputs are the same.
     """
     text = source.config.text_config
     depth = text.num_hidden_layers
@@ -187,7 +189,7 @@ def redepthed(source: nn.Module, layers: int) -> nn.Module:
     places = [round(index * (many - 1) / (few - 1)) for index in range(few)]
     pairs = list(zip(places, range(few), strict=True))  # (of the deeper model, of the other)
     known = source.model.language_model.layers
-    rest = {name: value for name, value in source.state_dict().items() if ".language_model.layers." not in name}
+    rest = {name: value for name, value in source.state_dict().items() if _DECODER not in name}
     model = with_depth(source, layers)
     model.load_state_dict(rest, strict=False)
     ours = model.model.language_model.layers

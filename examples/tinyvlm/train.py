@@ -315,7 +315,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--family", default="llava", help="llava, internvl or qwen2_vl")
-    parser.add_argument("--layers", type=int, default=16, help="of the decoder, also where the start has others")
+    parser.add_argument(
+        "--layers", type=int, default=16, help="of the decoder, also where the start has others"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument(
         "--start", type=Path, help="folder of an exported model, or of a trained LLaVA, to start from"
