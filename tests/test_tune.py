@@ -11,6 +11,7 @@ from models import inputs, tiny_internvl, tiny_llava
 
 import luvc_fx
 from luvc_fx import Merge, Prune, Schedule
+from luvc_fx.presets import PICK
 from luvc_fx.tuning import search
 from luvc_fx.tuning.candidates import SLACK, at_random, drawn, shares
 from luvc_fx.tuning.divergence import Heard, Said, _compare, halves, hear, say
@@ -55,6 +56,17 @@ def test_candidates_promise_what_was_asked_for() -> None:
     assert found == drawn(20, 2.0, 16, speedup, seed=0) != drawn(20, 2.0, 16, speedup, seed=1)
     assert all(2.0 <= speedup(shares(schedule, 16)) <= 2.0 * SLACK for schedule in found)
     assert any(schedule.merge for schedule in found)
+
+
+@pytest.mark.parametrize("target", [1.3, 2.0, 4.0])
+def test_the_default_cascade_is_always_tried(target: float) -> None:
+    def speedup(kept: list[float]) -> float:
+        return len(kept) / (sum(kept) + 0.1 * len(kept))
+
+    first = drawn(5, target, 16, speedup, seed=0)[0]
+    assert [prune.selector for prune in first.prune] == [PICK["selector"]] * len(first.prune)
+    assert target <= speedup(shares(first, 16)) <= target * SLACK
+    assert first.prune[-1].keep == 0.0
 
 
 def test_shares_count_merges_and_the_layers_behind_a_prune() -> None:

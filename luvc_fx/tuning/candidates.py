@@ -8,17 +8,20 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from luvc_fx.evaluation.cascade import cascade
+from luvc_fx.presets import PICK
 from luvc_fx.schedule import Merge, Prune, Schedule
 
 RANKINGS: tuple[dict[str, Any], ...] = (
-    {"cutoff": 0.1},
+    PICK,
+    {**PICK, "cutoff": 0.1},
+    {**PICK, "coverage": "global"},
+    {"absorb": True},
+    {"selector": "diversity", "absorb": True},
+    {"selector": "diversity", "coverage": "global", "absorb": True},
+    {"selector": "fastv", "coverage": "global", "absorb": True},
+    {"selector": "uniform", "absorb": True},
     {"cutoff": 0.25},
-    {"cutoff": 0.5},
-    {"cutoff": 0.25, "normalize": "rms"},
-    {"cutoff": 0.25, "coverage": "global"},
-    {"selector": "diversity", "coverage": "global"},
-    {"selector": "fastv", "coverage": "global"},
-    {"selector": "uniform"},
 )
 """Ways of choosing tokens."""
 
@@ -46,12 +49,14 @@ def drawn(
 ) -> list[Schedule]:
     """At most `count` different cascades that promise a speed-up of `target`, the same for a seed.
 
+    The first is the one that `luvc-fx eval` calls the default; the others are drawn.
+
     Args:
         layers: decoder layers.
         speedup: of a prefill in which these shares of the visual tokens enter each layer.
     """
     numbers = random.Random(seed)
-    found: dict[Schedule, None] = {}
+    found: dict[Schedule, None] = dict.fromkeys(_default(target, layers, speedup))
     for _ in range(_TRIES):
         if len(found) == count:
             break
@@ -59,6 +64,19 @@ def drawn(
         if schedule is not None and target <= speedup(shares(schedule, layers)) <= target * SLACK:
             found[schedule] = None
     return list(found)
+
+
+def _default(target: float, layers: int, speedup: Callable[[list[float]], float]) -> list[Schedule]:
+    """The default cascade with the largest budget, in percent, that promises `target`, if there is one."""
+    for percent in range(100, 0, -1):
+        places = cascade(percent / 100, layers)
+        if places is not None:
+            prunes = tuple(Prune(keep=round(keep, 4), layer=layer, **PICK) for layer, keep in places)
+            schedule = Schedule(prune=prunes)
+            promised = speedup(shares(schedule, layers))
+            if promised >= target:
+                return [schedule] if promised <= target * SLACK else []
+    return []
 
 
 def shares(schedule: Schedule, layers: int) -> list[float]:

@@ -1,0 +1,145 @@
+"""How the defaults were chosen: rankings and merges, on the ``tune`` split.
+
+    python examples/evidence/choices.py       # half an hour of a CPU core; writes results/choices.json, .md
+
+Rankings have the same cascade (`luvc_fx.evaluation.cascade`), so the same counts at the same layers; merges
+stand in front of the prunes of the ``image`` preset. Answers are kept in ``runs/choices``: a run that was
+stopped goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from evidence import MODELS, RESULTS, ROOT
+from questions import export
+
+from luvc_fx.evaluation.methods import progressive
+from luvc_fx.evaluation.run import Options, run
+from luvc_fx.schedule import Merge, Schedule
+
+WORK = ROOT / "runs" / "choices"
+BUDGETS = (0.25, 0.125)
+SETS = (
+    ("llava", "objects", 100),
+    ("llava_seed1", "objects", 100),
+    ("internvl", "objects", 70),
+    ("qwen2_vl", "page", 80),
+)
+"""Model, kind of scene, number of scenes."""
+
+PICKS: dict[str, dict[str, Any]] = {
+    f"{selector}, {coverage}{', absorb' if absorb else ''}": {
+        "selector": selector,
+        "coverage": coverage,
+        "absorb": absorb,
+    }
+    for selector, coverage, absorb in (
+        ("spectrum", "block", False),
+        ("spectrum", "block", True),
+        ("spectrum", "global", True),
+        ("diversity", "block", False),
+        ("diversity", "block", True),
+        ("diversity", "global", True),
+        ("distinct", "block", True),
+        ("random-block", "block", True),
+        ("uniform", "block", True),
+    )
+}
+
+MERGES: dict[str, tuple[tuple[str, float, float], ...]] = {
+    "none": (),
+    "width 3/4": (("width", 0.75, 0.5),),
+    "height 3/4": (("height", 0.75, 0.5),),
+    "width 3/4, earlier": (("width", 0.75, 0.25),),
+    "width 3/4, later": (("width", 0.75, 0.75),),
+    "width, then height 3/4": (("width", 0.75, 0.5), ("height", 0.75, 0.75)),
+    "height, then width 3/4": (("height", 0.75, 0.5), ("width", 0.75, 0.75)),
+    "width 1/2": (("width", 0.5, 0.5),),
+    "width 3/4 twice": (("width", 0.75, 0.5), ("width", 0.75, 0.75)),
+}
+"""Axis, what is kept of it, and the depth in the encoder, of each step."""
+
+
+def candidates(layers: int) -> dict[str, tuple[str, str, Schedule]]:
+    """By the name of a file: the table, the line in it, and the schedule."""
+    found = {}
+    for budget in BUDGETS:
+        for number, (name, options) in enumerate(PICKS.items()):
+            schedule = progressive(budget, layers, **options)
+            assert schedule is not None
+            found[f"pick{number}-{100 * budget:g}"] = ("picks", name, schedule)
+    preset = Schedule.preset("image")
+    for number, (name, steps) in enumerate(MERGES.items()):
+        merge = tuple(Merge(axis=axis, keep=keep, depth=depth) for axis, keep, depth in steps)
+        found[f"merge{number}"] = ("merges", name, dataclasses.replace(preset, merge=merge))
+    return found
+
+
+def ask(model: str, kind: str, scenes: int) -> dict[str, Any]:
+    """Accuracy and budget of every candidate, of random tokens and of the unpruned model on one set."""
+    questions = WORK / f"tune-{kind}-{scenes}"
+    if not (questions / "questions.jsonl").exists():
+        export(questions, "tune", scenes, kind=kind)
+    layers = json.loads((MODELS[model] / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    tried, files = candidates(layers), []
+    for stem, (_, _, schedule) in tried.items():
+        files.append(WORK / f"{stem}.json")
+        files[-1].write_text(schedule.to_json())
+    result = run(
+        Options(
+            model=MODELS[model],
+            questions=questions / "questions.jsonl",
+            out=WORK / f"{model}-{kind}",
+            methods=("random",),
+            budgets=BUDGETS,
+            schedules=tuple(map(str, files)),
+            split="tune",
+            batch=50,
+        ),
+        print,
+        lambda title, done, total: None,
+    )
+    found: dict[str, Any] = {"questions": result.rows[0].scores["all"].questions, "cells": []}
+    for row in result.rows:
+        table, name = tried[row.cell.method][:2] if row.cell.method in tried else ("picks", row.cell.method)
+        cell = {"table": table, "name": name, "why_not": row.cell.reason, "budget": row.measured}
+        found["cells"].append({**cell, "accuracy": row.scores["all"].accuracy if row.scores else None})
+    return found
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Accuracy in % by pick, at each budget; by merge, with the tokens that it leaves to the decoder."""
+    head = " | ".join(f"{name} ({result['questions']})" for name, result in results.items())
+    parts = []
+    for table, title in (("picks", "tokens picked by"), ("merges", "merged")):
+        cells = [[c for c in result["cells"] if c["table"] == table] for result in results.values()]
+        lines = [f"| {title} | {head} |", "|---|" + "---:|" * len(results)]
+        for name in dict.fromkeys(cell["name"] for of_set in cells for cell in of_set):
+            shown = [" / ".join(_shown(cell) for cell in of_set if cell["name"] == name) for of_set in cells]
+            lines.append(f"| {name} | " + " | ".join(shown) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _shown(cell: dict[str, Any]) -> str:
+    if cell["accuracy"] is None:
+        return "n/a"
+    text = f"{100 * cell['accuracy']:.1f}"
+    return f"{text} at {100 * cell['budget']:.1f} %" if cell["table"] == "merges" else text
+
+
+def main() -> None:
+    """All sets, then the files."""
+    results = {f"{model} {kind}": ask(model, kind, scenes) for model, kind, scenes in SETS}
+    (RESULTS / "choices.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "choices.md").write_text(tables(results))
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    WORK.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
+    main()
