@@ -28,6 +28,8 @@ MODELS = {
     "llava": ROOT / "luvc_fx" / "demo_model",
     "llava_seed1": TRAINED / "llava_seed1",
     "llava_seed2": TRAINED / "llava_seed2",
+    "llava_depth8": TRAINED / "llava_depth8",
+    "llava_depth24": TRAINED / "llava_depth24",
     "internvl": TRAINED / "internvl",
     "qwen2_vl": TRAINED / "qwen2_vl",
 }
@@ -64,6 +66,8 @@ SETS = (
     Set("llava", "cards", 500),
     Set("llava_seed1", "objects", 300),
     Set("llava_seed2", "objects", 300),
+    Set("llava_depth8", "objects", 300),
+    Set("llava_depth24", "objects", 300),
     Set("internvl", "objects", 300),
     Set("internvl", "chart", 430),
     Set("internvl", "page", 580),
