@@ -106,42 +106,34 @@ def compare(name: str, kind: str, scenes: int) -> dict[str, Any]:
             "accuracy": found.accuracy,
             "retention": found.retention,
             "retention_interval": found.retention_interval,
-            "against": {other: vars_of(one) for other, one in found.against.items()},
+            "against": {
+                other: {"difference": one.difference, "adjusted": one.adjusted}
+                for other, one in found.against.items()
+            },
         }
     return {"preset": preset_name, "questions": len(questions), "held_out": len(prompts), "rows": rows}
-
-
-def vars_of(comparison: Any) -> dict[str, float]:
-    """Difference in accuracy, and the corrected p."""
-    return {"difference": comparison.difference, "adjusted": comparison.adjusted}
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| model, set | schedule | tokens | fewer FLOPs | KL | answers changed | accuracy kept | minus the "
-        "preset |",
+        "| model, set (questions) | schedule | tokens | fewer FLOPs | KL | answers changed | accuracy kept, "
+        "% | minus the preset |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, result in results.items():
         for label, row in result["rows"].items():
+            heard = ["", "", ""]
+            if row["speedup"] is not None:
+                heard = [f"{row['speedup']:.2f}x", f"{row['kl']:.4f}", f"{row['changed']:.1%}"]
             low, high = row["retention_interval"]
+            kept = f"{100 * row['retention']:.1f} ({100 * low:.1f} - {100 * high:.1f})"
             against = row["against"].get(result["preset"])
-            lines.append(
-                f"| {name} ({result['questions']}) | {label} | {row['budget']:.1%} | "
-                + (
-                    " | | | "
-                    if row["speedup"] is None
-                    else f"{row['speedup']:.2f}x | {row['kl']:.4f} | {row['changed']:.1%} | "
-                )
-                + f"{100 * row['retention']:.1f} ({100 * low:.1f} - {100 * high:.1f}) | "
-                + (
-                    ""
-                    if against is None
-                    else f"{100 * against['difference']:+.1f} points, p = {against['adjusted']:.3f}"
-                )
-                + " |"
-            )
+            minus = ""
+            if against is not None:
+                minus = f"{100 * against['difference']:+.1f} points, p = {against['adjusted']:.3f}"
+            cells = [f"{name} ({result['questions']})", label, f"{row['budget']:.1%}", *heard, kept, minus]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
