@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from luvc_fx.cascade import cascade
 from luvc_fx.schedule import Merge, Prune, Schedule
 
 PICK: dict[str, Any] = {"selector": "distinct", "absorb": True}
@@ -11,6 +12,14 @@ PICK: dict[str, Any] = {"selector": "distinct", "absorb": True}
 
 Chosen on the ``tune`` split (examples/evidence/README.md).
 """
+
+
+def cascaded(budget: float, layers: int) -> Schedule | None:
+    """The cascade of that budget with `PICK` at every prune; None: there is none."""
+    places = cascade(budget, layers)
+    if places is None:
+        return None
+    return Schedule(prune=tuple(_pick(keep, layer=layer) for layer, keep in places))
 
 
 def _pick(keep: float, **place: Any) -> Prune:

@@ -286,6 +286,29 @@ class Schedule:
         return PRESETS[name]
 
     @classmethod
+    def at_budget(cls, budget: float, layers: int) -> Schedule:
+        """The cascade of that mean budget with the presets' pick: the default of `luvc-fx eval`.
+
+        Args:
+            budget: mean over the decoder layers of the visual tokens that enter, over the original.
+            layers: of the decoder, ``model.config.get_text_config().num_hidden_layers``.
+
+        Raises:
+            ValueError: for a budget that no cascade to zero has in so many layers.
+
+        >>> [(prune.layer, prune.keep) for prune in Schedule.at_budget(0.25, 16).prune]
+        [(1, 0.5), (3, 0.25), (7, 0.125), (15, 0.0)]
+        """
+        from luvc_fx.presets import cascaded
+
+        schedule = cascaded(budget, layers)
+        if schedule is None:
+            most = (layers - 1) / layers if layers > 1 else 0
+            allowed = f"above 0 and at most {most:g}, as no token enters the last of {layers} layers"
+            refuse("Schedule", "budget", budget, allowed)
+        return schedule
+
+    @classmethod
     def luvc(cls, name: str) -> Schedule:
         """LUVC read literally: low-pass energy, global top-k, a cascade to zero visual tokens.
 

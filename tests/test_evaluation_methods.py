@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luvc_fx.evaluation.cascade import cascade
+from luvc_fx.cascade import cascade
 from luvc_fx.evaluation.methods import FASTV_LAYER, MERGED_WIDTH, methods
 from luvc_fx.schedule import Schedule
 

@@ -9,7 +9,7 @@ import table
 import torch
 
 from luvc_fx.bench.shapes import SHAPES
-from luvc_fx.evaluation.cascade import cascade
+from luvc_fx.cascade import cascade
 from luvc_fx.tuning.flops import DecoderCost
 
 

@@ -358,3 +358,18 @@ def test_of() -> None:
         luvc_fx.backend("photo")
     with pytest.raises(ValueError, match=r"Schedule\.luvc is 'photo'; allowed: "):
         Schedule.luvc("photo")
+
+
+def test_a_schedule_of_a_budget() -> None:
+    schedule = Schedule.at_budget(0.5, 28)
+    assert {(prune.selector, prune.absorb) for prune in schedule.prune} == {("distinct", True)}
+    entering, keep = [], 1.0
+    places = {prune.layer: prune.keep for prune in schedule.prune}
+    for layer in range(28):
+        keep = places.get(layer, keep)
+        entering.append(keep)
+    assert entering[-1] == 0.0
+    assert sum(entering) / 28 == pytest.approx(0.5)
+    for budget, layers in ((0.97, 28), (0.0, 28), (-1.0, 28), (0.5, 1)):
+        with pytest.raises(ValueError, match=f"Schedule.budget is {budget}; allowed: above 0 and at most"):
+            Schedule.at_budget(budget, layers)

@@ -113,12 +113,30 @@ def test_no_image_is_both_searched_on_and_held_out() -> None:
         halves(asked[:2])
 
 
-def test_what_a_model_refuses_is_left_out(model: Any, samples: list[dict[str, Any]]) -> None:
+def test_what_a_model_refuses_is_left_out(
+    model: Any, samples: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """There are not so many tokens. Dynamo wraps what the backend says to that."""
-    wanted = say(model, samples[:1], 1)
     refused = Schedule(prune=Prune(tokens=10_000, layer=1))
-    with pytest.raises(luvc_fx.NotRewritten):
-        hear(model, samples[:1], wanted, refused, 1, "eager")
+    fine = Schedule(prune=(Prune(keep=0.25, layer=0, selector="uniform"), Prune(keep=0.0, layer=-1)))
+    monkeypatch.setattr(search, "drawn", lambda *_: [refused, fine])
+    monkeypatch.setattr(search, "PRESETS", {})
+    tuned = luvc_fx.tune(model, samples, target_speedup=1.5, new_tokens=1)
+    assert tuned.schedule == fine
+    assert [schedule for schedule, _ in tuned.left_out] == [refused]
+    assert "10000" in tuned.left_out[0][1]
+    monkeypatch.setattr(search, "drawn", lambda *_: [refused])
+    with pytest.raises(ValueError, match=r"no candidate promises 1\.5x.*the first refusal"):
+        luvc_fx.tune(model, samples, target_speedup=1.5, new_tokens=1)
+
+
+def test_a_speedup_that_nobody_promises_does_not_end_the_search(
+    model: Any, samples: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine = Schedule(prune=(Prune(keep=0.25, layer=0, selector="uniform"), Prune(keep=0.0, layer=-1)))
+    monkeypatch.setattr(search, "drawn", lambda count, target, *_: [fine] if target == 1.5 else [])
+    monkeypatch.setattr(search, "PRESETS", {})
+    assert luvc_fx.tune(model, samples, max_loss=0.99, new_tokens=1).schedule == fine
 
 
 def test_the_best_schedule_of_a_speedup(model: Any, samples: list[dict[str, Any]]) -> None:

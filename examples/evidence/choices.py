@@ -2,7 +2,7 @@
 
     python examples/evidence/choices.py       # half an hour of a CPU core; writes results/choices.json, .md
 
-Rankings have the same cascade (`luvc_fx.evaluation.cascade`), so the same counts at the same layers; merges
+Rankings have the same cascade (`luvc_fx.cascade`), so the same counts at the same layers; merges
 stand in front of the prunes of the ``image`` preset. Answers are kept in ``runs/choices``: a run that was
 stopped goes on.
 """

@@ -22,6 +22,7 @@ from luvc_fx.evaluation.questions import ALL_TASKS, Question, read_questions
 from luvc_fx.evaluation.result import UNPRUNED, Cell
 from luvc_fx.evaluation.run import Asker, Options
 from luvc_fx.evaluation.scoring import score
+from luvc_fx.evaluation.statistics import holm
 from luvc_fx.evaluation.store import Answers
 from luvc_fx.local_model import load
 from luvc_fx.schedule import Schedule
@@ -107,21 +108,26 @@ def compare(name: str, kind: str, scenes: int) -> dict[str, Any]:
             "retention": found.retention,
             "retention_interval": found.retention_interval,
             "against": {
-                other: {"difference": one.difference, "adjusted": one.adjusted}
-                for other, one in found.against.items()
+                other: {"difference": one.difference, "p": one.p} for other, one in found.against.items()
             },
         }
-    return {"preset": preset_name, "questions": len(questions), "held_out": len(prompts), "rows": rows}
+    return {
+        "preset": preset_name,
+        "questions": len(questions),
+        "held_out": tuned.held_out.samples if tuned.held_out else 0,
+        "rows": rows,
+    }
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown."""
+    """Markdown; p is of a sign-flip test over scenes, with Holm's correction over the models."""
     lines = [
         "| model, set (questions) | schedule | tokens | fewer FLOPs | KL | answers changed | accuracy kept, "
         "% | minus the preset |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, result in results.items():
+    compared = [result["rows"]["tuned"]["against"][result["preset"]]["p"] for result in results.values()]
+    for (name, result), adjusted in zip(results.items(), holm(compared), strict=True):
         for label, row in result["rows"].items():
             heard = ["", "", ""]
             if row["speedup"] is not None:
@@ -131,7 +137,7 @@ def table(results: dict[str, Any]) -> str:
             against = row["against"].get(result["preset"])
             minus = ""
             if against is not None:
-                minus = f"{100 * against['difference']:+.1f} points, p = {against['adjusted']:.3f}"
+                minus = f"{100 * against['difference']:+.1f} points, p = {adjusted:.3f}"
             cells = [f"{name} ({result['questions']})", label, f"{row['budget']:.1%}", *heard, kept, minus]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

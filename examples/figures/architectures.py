@@ -14,11 +14,14 @@ NAME, TITLE = "architectures", "Retention against budget, by architecture and ta
 RESULTS = ROOT / "examples" / "evidence" / "results" / "test"
 STYLES = {
     "default": ("C0", "o"),
+    "default+merge": ("C0", "d"),
     "spectrum": ("C9", "s"),
     "diversity": ("C2", "D"),
     "uniform": ("C4", "^"),
     "norm": ("C5", "v"),
     "random": ("0.45", "X"),
+    "random+absorb": ("0.7", "h"),
+    "luvc": ("k", "1"),
     "fastv": ("C3", "<"),
     "pact": ("C1", ">"),
     "downsample": ("C6", "p"),
@@ -44,9 +47,10 @@ def data(bench: Bench) -> Numbers:
                         "interval": score["retention_interval"] or [score["retention"]] * 2,
                     }
                 )
-        score = result["rows"][0]["scores"][ALL_TASKS]
+        score, wrong = result["rows"][0]["scores"][ALL_TASKS], result["wrong_image"][ALL_TASKS]
         found[path.stem] = {
             "unpruned": score["accuracy"],
+            "wrong_image": wrong["right_image"] - wrong["accuracy"],
             "questions": score["questions"],
             "lines": {m: sorted(line, key=lambda p: p["budget"]) for m, line in lines.items()},
         }
@@ -60,7 +64,7 @@ def draw(numbers: Numbers) -> Any:
     sets = numbers["sets"]
     count = -(-len(sets) // COLUMNS)
     figure = Figure(figsize=(4.2 * COLUMNS, 3.6 * count), layout="constrained")
-    panels = figure.subplots(count, COLUMNS, squeeze=False).flat
+    panels = list(figure.subplots(count, COLUMNS, squeeze=False).flat)
     handles: dict[str, Any] = {}
     for axes, (name, found) in zip(panels, sets.items(), strict=False):
         for method, line in found["lines"].items():
@@ -83,7 +87,7 @@ def draw(numbers: Numbers) -> Any:
         axes.set_ylim(0, 104)
         axes.grid(alpha=0.3)
         axes.set_xlabel("visual tokens entering a layer, % of all", fontsize=8)
-    for axes in list(panels):
+    for axes in panels[len(sets) :]:
         axes.set_axis_off()
     figure.axes[0].set_ylabel("% of the unpruned accuracy")
     order = [method for method in STYLES if method in handles]
@@ -93,7 +97,11 @@ def draw(numbers: Numbers) -> Any:
 
 def caption(numbers: Numbers) -> str:
     """The extremes of the default, by set."""
-    weak = [name for name, found in numbers["sets"].items() if found["unpruned"] < EVIDENCE[0]]
+    weak = [
+        name
+        for name, found in numbers["sets"].items()
+        if found["unpruned"] < EVIDENCE[0] or found["wrong_image"] < EVIDENCE[1]
+    ]
     parts = []
     for name, found in numbers["sets"].items():
         shown = ", ".join(

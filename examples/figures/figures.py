@@ -22,6 +22,7 @@ import latency
 import progressive
 import projector
 import sensitivity
+import smoothing
 from figure_kit import LEVEL, ROOT, TRAINED, Bench, Numbers, Size
 
 from luvc_fx.demo import MODEL_DIR
@@ -37,6 +38,7 @@ MODELS = {
     architectures: [],  # of results that name theirs
     progressive: [TRAINED / folder for folder in progressive.DEPTHS.values()],
     failures: [MODEL_DIR],
+    smoothing: [MODEL_DIR],
 }
 """Each figure, in order, with the models that it asks."""
 
@@ -81,7 +83,7 @@ def described(kept: dict[str, Numbers]) -> str:
         "layers). Every number comes from [figures.json](figures.json), which the command computes.",
         "Intervals are 95 %, by bootstrap over scenes. A difference in points has its p value behind it "
         f"where it is significant: p is below {LEVEL:g}, by exact sign flips over scenes with Holm's "
-        "correction over all rows of the figure that are compared with the same kind of other (single types "
+        "correction over all rows of one model that are compared with the same kind of other (single types "
         "are a family of their own). A difference without a p value may be chance.",
     ]
     for figure in FIGURES:

@@ -113,7 +113,7 @@ def caption(numbers: Numbers) -> str:
         )
     return (
         "Budget is the mean over the layers of the visual tokens that enter one. The cascade halves the "
-        "tokens stage by stage, and none enters the last layer (`luvc_fx/evaluation/cascade.py`); tokens "
+        "tokens stage by stage, and none enters the last layer (`luvc_fx/cascade.py`); tokens "
         "are picked as by the presets in all arms. The models of 8 and 24 layers were made of that of 16 by "
         "dropping layers, and by adding ones that change nothing at first, and trained on "
         "([examples/models](../models/README.md)), so they are no independent draws.\n\n"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from luvc_fx import presets
-from luvc_fx.evaluation.cascade import cascade
+from luvc_fx.cascade import cascade
 from luvc_fx.schedule import Merge, Prune, Schedule, round_half_up
 
 DEFAULT = "default"
@@ -80,7 +80,7 @@ def with_selector(schedule: Schedule, selector: str, seed: int = 0) -> Schedule:
 
 
 def _default(budget: float, layers: int) -> Schedule | None:
-    return progressive(budget, layers, **presets.PICK)
+    return presets.cascaded(budget, layers)
 
 
 def _spectrum(budget: float, layers: int) -> Schedule | None:
@@ -98,8 +98,8 @@ def _merged(budget: float, layers: int) -> Schedule | None:
     return dataclasses.replace(rest, merge=(Merge(axis="width", keep=MERGED_WIDTH, depth=0.5),))
 
 
-def _control(selector: str, coverage: str = "block") -> Maker:
-    return lambda budget, layers: progressive(budget, layers, selector=selector, coverage=coverage)
+def _control(selector: str, **options: object) -> Maker:
+    return lambda budget, layers: progressive(budget, layers, selector=selector, **options)
 
 
 def _fastv(budget: float, layers: int) -> Schedule | None:
@@ -139,8 +139,13 @@ _TABLE = (
         _control(RANDOM_BLOCK),
         f"the same counts, one at random of each block as for the spectrum, mean of {SEEDS} seeds",
     ),
+    Method(
+        "random+absorb",
+        _control(RANDOM, absorb=True),
+        f"random tokens into which the others are averaged, as in the default, mean of {SEEDS} seeds",
+    ),
     Method("uniform", _control("uniform"), "the same counts, evenly spaced"),
-    Method("norm", _control("norm", "global"), "the same counts, the longest tokens of all"),
+    Method("norm", _control("norm", coverage="global"), "the same counts, the longest tokens of all"),
     Method("distinct", _control("distinct"), "the default without the averaging, of each block"),
     Method(
         "diversity",

@@ -220,17 +220,17 @@ def _cells(options: Options, names: Sequence[str], layers: int) -> list[Cell]:
                 continue
             made = known[name].make(budget, layers)
             cell = Cell(name, budget, made, budget if known[name].smaller else None)
-            found.append(_seeded(cell, name, options.seed))
+            found.append(_seeded(cell, options.seed))
     for name in names:
         if known[name].own_budget:
             found.append(Cell(name, None, known[name].make(1.0, layers)))
     return found
 
 
-def _seeded(cell: Cell, selector: str, seed: int) -> Cell:
-    """With several seeds where `selector` draws."""
-    seeds = tuple(range(seed, seed + SEEDS)) if selector in SEEDED and cell.schedule is not None else ()
-    return dataclasses.replace(cell, seeds=seeds)
+def _seeded(cell: Cell, seed: int) -> Cell:
+    """With several seeds where a selector draws."""
+    draws = cell.schedule is not None and any(prune.selector in SEEDED for prune in cell.schedule.prune)
+    return dataclasses.replace(cell, seeds=tuple(range(seed, seed + SEEDS)) if draws else ())
 
 
 def _each_seed(cell: Cell) -> list[Cell]:
@@ -272,7 +272,7 @@ def _given(source: str, selector: str, seed: int) -> Cell:
     schedule, name = read_schedule(source), Path(source).stem
     if not selector:
         return Cell(name, None, schedule)
-    return _seeded(Cell(f"{name}:{selector}", None, with_selector(schedule, selector, seed)), selector, seed)
+    return _seeded(Cell(f"{name}:{selector}", None, with_selector(schedule, selector, seed)), seed)
 
 
 def _rivals(selector: str, cells: Iterable[Cell]) -> dict[Cell, Cell]:

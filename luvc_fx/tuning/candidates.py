@@ -8,8 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from luvc_fx.evaluation.cascade import cascade
-from luvc_fx.presets import PICK
+from luvc_fx.presets import PICK, cascaded
 from luvc_fx.schedule import Merge, Prune, Schedule
 
 RANKINGS: tuple[dict[str, Any], ...] = (
@@ -67,12 +66,10 @@ def drawn(
 
 
 def _default(target: float, layers: int, speedup: Callable[[list[float]], float]) -> list[Schedule]:
-    """The default cascade with the largest budget, in percent, that promises `target`, if there is one."""
+    """The default cascade with the largest budget, in percent, that promises `target`: one or none."""
     for percent in range(100, 0, -1):
-        places = cascade(percent / 100, layers)
-        if places is not None:
-            prunes = tuple(Prune(keep=round(keep, 4), layer=layer, **PICK) for layer, keep in places)
-            schedule = Schedule(prune=prunes)
+        schedule = cascaded(percent / 100, layers)
+        if schedule is not None:
             promised = speedup(shares(schedule, layers))
             if promised >= target:
                 return [schedule] if promised <= target * SLACK else []

@@ -141,7 +141,9 @@ def tune(
     found: Schedule | None = None
     for rung in LADDER:
         best = search.best(rung)
-        if best is None or best.changed > max_loss:
+        if best is None:
+            continue  # no candidate promises just that
+        if best.changed > max_loss:
             break
         found = best.schedule
     return search.tuned(*((Schedule(), None) if found is None else (found, search.held_out(found))))

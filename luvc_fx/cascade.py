@@ -1,4 +1,4 @@
-"""The one rule that turns a budget into a cascade of prunes. Change it here, and every method follows."""
+"""The one rule that turns a budget into a cascade of prunes; `luvc-fx eval` gives it to every method."""
 
 from __future__ import annotations
 
