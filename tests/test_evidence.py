@@ -20,11 +20,23 @@ def test_the_readme_has_the_results() -> None:
     assert written.strip() == table.whole(results), "run examples/evidence/table.py --write"
 
 
-def test_every_reported_cell_has_enough_questions_of_models_that_know_the_task() -> None:
+def test_every_reported_cell_has_enough_questions() -> None:
     for name, result in table.load("test").items():
         for row in result["rows"]:
             if row["scores"]:
                 assert row["scores"]["all"]["questions"] >= 2500, (name, row["method"])
+
+
+def test_what_is_closest_to_the_default_is_told_without_correction() -> None:
+    name, result = next(iter(table.load("test").items()))
+    changed = copy.deepcopy(result)
+    for row in changed["rows"]:
+        for score in row["scores"].values():
+            score["against"].pop("default", None)
+    assert table.closest({name: changed}).endswith(f"{name}: none.")
+    row = next(row for row in changed["rows"] if row["method"] == "uniform" and row["budget"] == 0.25)
+    row["scores"]["all"]["against"]["default"] = {"difference": 0.021, "p": 0.0123, "adjusted": 0.5}
+    assert f"{name}: uniform at 25.0%, +2.1 points, p = 0.012" in table.closest({name: changed})
 
 
 def test_a_set_below_ninety_percent_is_no_evidence() -> None:
@@ -50,6 +62,7 @@ def test_the_short_table_is_read_off_the_long_one(method: str) -> None:
 
 
 def test_nothing_is_above_the_default_as_the_readme_says() -> None:
+    assert "p = " in table.closest(table.load("test"))
     compared = 0
     for name, result in table.load("test").items():
         for row in result["rows"]:

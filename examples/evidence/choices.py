@@ -1,24 +1,27 @@
-"""How the defaults were chosen: rankings and merges, on the ``tune`` split.
+"""How the defaults were chosen: rankings, merges, and places of the prunes, on the ``tune`` split.
 
     python examples/evidence/choices.py       # half an hour of a CPU core; writes results/choices.json, .md
 
-Rankings have the same cascade (`luvc_fx.cascade`), so the same counts at the same layers; merges
-stand in front of the prunes of the ``image`` preset. Answers are kept in ``runs/choices``: a run that was
-stopped goes on.
+Rankings have the same cascade (`luvc_fx.cascade`), so the same counts at the same layers; merges stand in
+front of the prunes of the ``image`` preset; places are those of each preset without its merges, beside others
+of the same mean budget. Answers are kept in ``runs/choices``: a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from statistics import mean
 from typing import Any
 
 from evidence import MODELS, RESULTS, ROOT
 from questions import export
 
-from luvc_fx.evaluation.methods import progressive
+from luvc_fx.evaluation.methods import once, progressive
 from luvc_fx.evaluation.run import Options, run
+from luvc_fx.presets import PICK, PRESETS
 from luvc_fx.schedule import Merge, Schedule
+from luvc_fx.tuning.candidates import shares
 
 WORK = ROOT / "runs" / "choices"
 BUDGETS = (0.25, 0.125)
@@ -63,6 +66,18 @@ MERGES: dict[str, tuple[tuple[str, float, float], ...]] = {
 """Axis, what is kept of it, and the depth in the encoder, of each step."""
 
 
+def places(preset: str, layers: int) -> dict[str, Schedule | None]:
+    """The prunes of a preset, and others that let as many tokens in, with the same pick."""
+    own = Schedule(prune=Schedule.preset(preset).prune)
+    budget = mean(shares(own, layers))
+    return {
+        f"{preset}: its own": own,
+        f"{preset}: a cascade": Schedule.at_budget(budget, layers),
+        f"{preset}: once before layer 0": once(budget, layers, 0, **PICK),
+        f"{preset}: once before layer 2": once(budget, layers, 2, **PICK),
+    }
+
+
 def candidates(layers: int) -> dict[str, tuple[str, str, Schedule]]:
     """By the name of a file: the table, the line in it, and the schedule."""
     found = {}
@@ -75,6 +90,10 @@ def candidates(layers: int) -> dict[str, tuple[str, str, Schedule]]:
     for number, (name, steps) in enumerate(MERGES.items()):
         merge = tuple(Merge(axis=axis, keep=keep, depth=depth) for axis, keep, depth in steps)
         found[f"merge{number}"] = ("merges", name, dataclasses.replace(preset, merge=merge))
+    for preset in PRESETS:
+        for number, (name, schedule) in enumerate(places(preset, layers).items()):
+            assert schedule is not None
+            found[f"{preset}{number}"] = ("places", name, schedule)
     return found
 
 
@@ -106,15 +125,19 @@ def ask(model: str, kind: str, scenes: int) -> dict[str, Any]:
     for row in result.rows:
         table, name = tried[row.cell.method][:2] if row.cell.method in tried else ("picks", row.cell.method)
         cell = {"table": table, "name": name, "why_not": row.cell.reason, "budget": row.measured}
-        found["cells"].append({**cell, "accuracy": row.scores["all"].accuracy if row.scores else None})
+        if row.scores:
+            score = row.scores["all"]
+            cell |= {"accuracy": score.accuracy, "interval": score.accuracy_interval}
+        found["cells"].append({"accuracy": None, **cell})
     return found
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Accuracy in % by pick, at each budget; by merge, with the tokens that it leaves to the decoder."""
+    """Accuracy in % by pick, at each budget; by merge and by place, with the mean budget."""
     head = " | ".join(f"{name} ({result['questions']})" for name, result in results.items())
     parts = []
-    for table, title in (("picks", "tokens picked by"), ("merges", "merged")):
+    titles = {"picks": "tokens picked by", "merges": "merged", "places": "pruned"}
+    for table, title in titles.items():
         cells = [[c for c in result["cells"] if c["table"] == table] for result in results.values()]
         lines = [f"| {title} | {head} |", "|---|" + "---:|" * len(results)]
         for name in dict.fromkeys(cell["name"] for of_set in cells for cell in of_set):
@@ -128,7 +151,10 @@ def _shown(cell: dict[str, Any]) -> str:
     if cell["accuracy"] is None:
         return "n/a"
     text = f"{100 * cell['accuracy']:.1f}"
-    return f"{text} at {100 * cell['budget']:.1f} %" if cell["table"] == "merges" else text
+    if cell["table"] == "picks":
+        return text
+    low, high = cell["interval"]
+    return f"{text} ({100 * low:.1f} - {100 * high:.1f}) at {100 * cell['budget']:.1f} %"
 
 
 def main() -> None:

@@ -17,14 +17,17 @@ README = HERE.parents[1] / "README.md"
 SIGNS = (*MARKS, ("default", "d-", "d+", "our default at the same budget"))
 LEGEND = (
     "Numbers are % of the unpruned accuracy with 95 % intervals. Where p < 0.05 after Holm's correction, "
-    "which is over the methods and budgets of one set, not over sets: "
+    "which is over the methods and budgets of one set, not over sets (so a set with more rows has fewer "
+    "marks): "
     + "; ".join(f"{below} below and {above} above {what}" for _, below, above, what in SIGNS)
-    + ". A budget behind a comma is what was measured, where it is off. `wrong image` and, where it is of "
-    "fewer questions, the accuracy in brackets are of the questions whose task has another image."
+    + ". Tokens at random are three sets of places, the same in every image, and intervals are over images "
+    "alone; behind a preset's colon they have all else of the preset, its averaging, too. A budget behind a "
+    "comma is what was measured, where it is off. `wrong image` and, where it is of fewer questions, the "
+    "accuracy in brackets are of the questions whose task has another image."
 )
 SHORT = (
     "Mean visual tokens a decoder layer, and what is left of the unpruned accuracy in %: **our default** / "
-    "random tokens at the same layers and counts / the best other method, with its name:"
+    "random tokens at the same layers and counts / the best other row of the table below, with its name:"
 )
 SUMMARY = "<summary>All methods, with intervals and tests</summary>"
 START, END = "<!-- evidence: by examples/evidence/table.py -->", "<!-- /evidence -->"
@@ -78,11 +81,32 @@ def short_table(results: dict[str, dict[str, Any]]) -> list[str]:
             rows = [row for row in result["rows"][1:] if row["budget"] == budget and row["scores"]]
             kept = {row["method"]: row["scores"]["all"]["retention"] for row in rows}
             ours, chance = kept.pop("default"), kept.pop("random")
-            kept.pop("default+merge", None)
             best = max(kept, key=lambda method: kept[method])
             shown.append(f"**{100 * ours:.1f}** / {100 * chance:.1f} / {100 * kept[best]:.1f} {best}")
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return lines
+
+
+def closest(results: dict[str, dict[str, Any]]) -> str:
+    """Of each set the method above the default with the smallest p, without any correction."""
+    parts = []
+    for name, result in results.items():
+        above = [
+            (score["p"], score["difference"], row["method"], row["budget"])
+            for row in result["rows"][1:]
+            if row["scores"] and (score := row["scores"]["all"]["against"].get("default"))
+            if score["difference"] > 0
+        ]
+        if above:
+            p, difference, method, budget = min(above)
+            parts.append(f"{name}: {method} at {budget:.1%}, {100 * difference:+.1f} points, p = {p:.3f}")
+        else:
+            parts.append(f"{name}: none")
+    return (
+        "Above the default with the smallest p, before any correction for the number of comparisons: "
+        + "; ".join(parts)
+        + "."
+    )
 
 
 def _budgets(results: dict[str, dict[str, Any]]) -> list[float]:
@@ -124,7 +148,8 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def whole(results: dict[str, dict[str, Any]]) -> str:
     """What stands in the README."""
-    parts = [*sets_table(results), "", SHORT, "", *short_table(results), "", "<details>", SUMMARY, ""]
+    parts = [*sets_table(results), "", SHORT, "", *short_table(results), "", closest(results), ""]
+    parts += ["<details>", SUMMARY, ""]
     return "\n".join([*parts, *methods_table(results), "", LEGEND, "", "</details>"])
 
 
