@@ -4,7 +4,7 @@
 
 Rankings have the same cascade (`luvc_fx.cascade`), so the same counts at the same layers; merges stand in
 front of the prunes of the ``image`` preset; places are those of each preset without its merges, beside others
-of the same mean budget. Answers are kept in ``runs/choices``: a run that was stopped goes on.
+of the same mean budget, and a cascade beside less of one. Answers are kept in ``runs/choices``: a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from questions import export
 from luvc_fx.evaluation.methods import once, progressive
 from luvc_fx.evaluation.run import Options, run
 from luvc_fx.presets import PICK, PRESETS
-from luvc_fx.schedule import Merge, Schedule
+from luvc_fx.schedule import Merge, Prune, Schedule
 from luvc_fx.tuning.candidates import shares
 
 WORK = ROOT / "runs" / "choices"
@@ -78,6 +78,23 @@ def places(preset: str, layers: int) -> dict[str, Schedule | None]:
     }
 
 
+def gentle(budget: float, layers: int) -> Schedule:
+    """Before layer 0, half of what stays in the middle, and all before the last layer."""
+    middle = layers // 2
+    keep = budget * layers / (middle + (layers - 1 - middle) / 2)
+    stages = ((0, keep), (middle, keep / 2), (layers - 1, 0.0))
+    return Schedule(prune=tuple(Prune(keep=share, layer=layer, **PICK) for layer, share in stages))
+
+
+def shapes(budget: float, layers: int) -> dict[str, Schedule | None]:
+    """A cascade and less of one, with the same pick."""
+    return {
+        f"{100 * budget:g} %: a cascade": Schedule.at_budget(budget, layers),
+        f"{100 * budget:g} %: before layer 0 and in the middle": gentle(budget, layers),
+        f"{100 * budget:g} %: once before layer 0": once(budget, layers, 0, **PICK),
+    }
+
+
 def candidates(layers: int) -> dict[str, tuple[str, str, Schedule]]:
     """By the name of a file: the table, the line in it, and the schedule."""
     found = {}
@@ -90,10 +107,10 @@ def candidates(layers: int) -> dict[str, tuple[str, str, Schedule]]:
     for number, (name, steps) in enumerate(MERGES.items()):
         merge = tuple(Merge(axis=axis, keep=keep, depth=depth) for axis, keep, depth in steps)
         found[f"merge{number}"] = ("merges", name, dataclasses.replace(preset, merge=merge))
-    for preset in PRESETS:
-        for number, (name, schedule) in enumerate(places(preset, layers).items()):
-            assert schedule is not None
-            found[f"{preset}{number}"] = ("places", name, schedule)
+    placed = [places(preset, layers) for preset in PRESETS] + [shapes(budget, layers) for budget in BUDGETS]
+    for number, (name, schedule) in enumerate(item for group in placed for item in group.items()):
+        assert schedule is not None
+        found[f"place{number}"] = ("places", name, schedule)
     return found
 
 
