@@ -4,7 +4,8 @@
 
 Rankings have the same cascade (`luvc_fx.cascade`), so the same counts at the same layers; merges stand in
 front of the prunes of the ``image`` preset; places are those of each preset without its merges, beside others
-of the same mean budget, and a cascade beside less of one. Answers are kept in ``runs/choices``: a run that was stopped goes on.
+of the same mean budget, and a cascade beside less of one. Answers are kept in ``runs/choices``: a run that
+was stopped goes on.
 """
 
 from __future__ import annotations
