@@ -87,26 +87,40 @@ def short_table(results: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def closest(results: dict[str, dict[str, Any]]) -> str:
-    """Of each set the method above the default with the smallest p, without any correction."""
-    parts = []
-    for name, result in results.items():
-        above = [
-            (score["p"], score["difference"], row["method"], row["budget"])
-            for row in result["rows"][1:]
-            if row["scores"] and (score := row["scores"]["all"]["against"].get("default"))
-            if score["difference"] > 0
-        ]
-        if above:
-            p, difference, method, budget = min(above)
-            parts.append(f"{name}: {method} at {budget:.1%}, {100 * difference:+.1f} points, p = {p:.3f}")
+def above(results: dict[str, dict[str, Any]]) -> dict[tuple[str, str, float], dict[str, Any]]:
+    """What has more right answers than the default at the same budget, by set, method and budget."""
+    return {
+        (name, row["method"], row["budget"]): against
+        for name, result in results.items()
+        for row in result["rows"][1:]
+        if row["scores"] and (against := row["scores"]["all"]["against"].get("default"))
+        if against["difference"] > 0
+    }
+
+
+def told_above(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What is significantly above the default, and, without correction, what is closest to it in each set."""
+    found = above(results)
+    sure = [_told(key, one) for key, one in found.items() if one["adjusted"] < SIGNIFICANT]
+    nearest = []
+    for name in results:
+        of = {key: one for key, one in found.items() if key[0] == name}
+        if of:
+            key = min(of, key=lambda key: of[key]["p"])
+            nearest.append(f"{_told(key, of[key])}, p = {of[key]['p']:.3f}")
         else:
-            parts.append(f"{name}: none")
-    return (
-        "Above the default with the smallest p, before any correction for the number of comparisons: "
-        + "; ".join(parts)
-        + "."
-    )
+            nearest.append(f"{name}: nothing is above")
+    return [
+        f"Significantly above the default: {'; '.join(sure) or 'nothing'}.",
+        "",
+        "Above it with the smallest p, before any correction for the number of comparisons: "
+        f"{'; '.join(nearest)}.",
+    ]
+
+
+def _told(key: tuple[str, str, float], against: dict[str, Any]) -> str:
+    name, method, budget = key
+    return f"{name}: {method} at {budget:.1%}, {100 * against['difference']:+.1f} points"
 
 
 def _budgets(results: dict[str, dict[str, Any]]) -> list[float]:
@@ -148,7 +162,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def whole(results: dict[str, dict[str, Any]]) -> str:
     """What stands in the README."""
-    parts = [*sets_table(results), "", SHORT, "", *short_table(results), "", closest(results), ""]
+    parts = [*sets_table(results), "", SHORT, "", *short_table(results), "", *told_above(results), ""]
     parts += ["<details>", SUMMARY, ""]
     return "\n".join([*parts, *methods_table(results), "", LEGEND, "", "</details>"])
 
