@@ -74,6 +74,21 @@ def test_no_published_method_and_no_control_is_above_the_default() -> None:
     assert asked >= {"random", "uniform", "norm", "fastv", "pact", "vtw", "downsample", "diversity", "luvc"}
 
 
+def test_what_half_of_the_tokens_keep_is_in_the_readme() -> None:
+    """Lowest and highest over the sets that count as evidence."""
+    kept = [
+        100 * row["scores"]["all"]["retention"]
+        for result in table.load("test").values()
+        if table.counts(result["rows"][0]["scores"]["all"], result["wrong_image"]["all"])
+        for row in result["rows"]
+        if (row["method"], row["budget"]) == ("default", 0.5)
+    ]
+    assert len(kept) >= 5 and min(kept) >= 99.0
+    assert f"{min(kept):.1f} to {max(kept):.1f} % of the right answers stay" in " ".join(
+        table.README.read_text(encoding="utf-8").split()
+    )
+
+
 def test_half_of_the_tokens_is_the_speed_up_that_the_readme_says() -> None:
     """The LLM prefill of LLaVA-OV-7B: 32 frames of 196 tokens and a newline, 64 tokens of text."""
     model = SHAPES["llava-ov-7b"].build(None, torch.device("meta"), torch.bfloat16)
