@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
+from statistics import mean
 
+import choices
 import pytest
 import table
 import torch
+import tuned
 
 from luvc_fx.bench.shapes import SHAPES
 from luvc_fx.cascade import cascade
+from luvc_fx.presets import PRESETS
+from luvc_fx.tuning.candidates import shares
 from luvc_fx.tuning.flops import DecoderCost
 
 
@@ -72,6 +78,29 @@ def test_no_published_method_and_no_control_is_above_the_default() -> None:
     assert {method for _, method, _ in sure} <= {"single-shot", "default+merge"}
     asked = {row["method"] for result in results.values() for row in result["rows"]}
     assert asked >= {"random", "uniform", "norm", "fastv", "pact", "vtw", "downsample", "diversity", "luvc"}
+
+
+def test_candidates_that_are_compared_let_as_many_tokens_in() -> None:
+    """In each line of picks what the budget says; places beside others of the same words in front."""
+    by_words: dict[str, list[float]] = {}
+    for stem, (_, name, schedule) in choices.candidates(16).items():
+        if stem.startswith("pick"):
+            assert mean(shares(schedule, 16)) == pytest.approx(float(stem.partition("-")[2]) / 100, abs=1e-4)
+        elif stem.startswith("place"):
+            by_words.setdefault(name.partition(":")[0], []).append(mean(shares(schedule, 16)))
+    assert len(by_words) == len(PRESETS) + len(choices.BUDGETS)
+    for budgets in by_words.values():
+        assert len(budgets) >= 3 and budgets == pytest.approx(budgets[:1] * len(budgets), abs=1e-4)
+
+
+def test_the_tuners_table_has_the_committed_numbers() -> None:
+    results = json.loads((tuned.RESULTS / "tuned.json").read_text())
+    assert (tuned.RESULTS / "tuned.md").read_text() == tuned.table(results)
+    best = results["llava_seed1, objects"]["rows"]
+    text = " ".join(table.README.read_text(encoding="utf-8").split())
+    for name in ("tuned", tuned.PRESET):
+        assert f"{100 * best[name]['retention']:.1f} %" in text
+    assert best["tuned"]["speedup"] > best[tuned.PRESET]["speedup"]
 
 
 def test_what_half_of_the_tokens_keep_is_in_the_readme() -> None:
