@@ -58,7 +58,7 @@ class Size:
         images: in figures about images alone.
     """
 
-    questions: int = 160
+    questions: int = 80
     images: int = 120
 
 
