@@ -1,6 +1,6 @@
 """All figures from one command: pictures, numbers and captions.
 
-    python examples/figures/figures.py                      # about an hour of one core
+    python examples/figures/figures.py                      # about half an hour of one core
     python examples/figures/figures.py --only bias --quick  # a look, in runs/figures/quick
 
 Answers are kept in ``runs/figures``: a run that was stopped goes on where it was. Every number in a caption
