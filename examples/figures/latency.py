@@ -91,10 +91,11 @@ def draw(numbers: Numbers) -> Any:
     left.set_ylabel("accuracy, %")
     left.set_ylim(0, 103)
     right.set_xlabel("visual tokens entering a layer, mean, % of all")
-    right.set_ylabel("time to the first token, ms, median and half the quartiles' distance")
+    right.set_ylabel("time to the first token, ms, median")
     right.set_ylim(0, None)
+    left.legend(fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    right.legend(fontsize=9)
     for axes in (left, right):
-        axes.legend(fontsize=9)
         axes.grid(alpha=0.3)
     return figure
 
@@ -105,9 +106,11 @@ def caption(numbers: Numbers) -> str:
     whole = rows[UNPRUNED]
     unknown = [f"{task} {percent(whole, task):.0f} %" for task in tasks_of(numbers) if task not in sure]
 
+    def right(row: Numbers) -> str:
+        return ", ".join(f"{task} {percent(row, task):.1f}" for task in sure) + " %"
+
     def told(name: str, row: Numbers) -> str:
-        values = ", ".join(f"{task} {percent(row, task):.1f}" for task in sure)
-        return f"{name} {row['ms']:.0f} ms ({whole['ms'] / row['ms']:.2f} times faster; {values} %)"
+        return f"{name} {row['ms']:.0f} ms ({whole['ms'] / row['ms']:.2f} times faster; {right(row)})"
 
     arms = "; ".join(told(name, row) for name, row in rows.items() if name != UNPRUNED)
     asked = ", ".join(f"{whole['scores'][task]['questions']} of {task}" for task in sure)
@@ -118,10 +121,11 @@ def caption(numbers: Numbers) -> str:
         f"The small InternVL on {FILMS} films of {FRAMES} frames ({whole['visual']:,} visual tokens) of the "
         f"{SPLIT} split, one prompt of them timed in turns: {ROUNDS} rounds, all arms compiled by Inductor, "
         f"vision tower and all, {numbers['hardware']['device']}, {numbers['hardware']['dtype']}. Without "
-        f"pruning {told('', whole).strip()}. {arms}. Questions: {asked}; an accuracy is known to "
-        f"{widest:.1f} points or better. What the model does not know well enough to judge by: "
-        f"{listed(unknown)}. Of the tasks, color and where something is at the end can be read off the last "
-        "frame alone, so the preset for videos stays unproven where frames have to be compared."
+        f"pruning {whole['ms']:.0f} ms ({right(whole)}). {arms}. Bars are half the quartiles' distance each "
+        f"way. Questions: {asked}; an accuracy is known to {widest:.1f} points or better. What the model "
+        f"does not know well enough to judge by: {listed(unknown)}. Of the tasks, color and where something "
+        "is at the end can be read off the last frame alone, so the preset for videos stays unproven where "
+        "frames have to be compared."
     )
 
 
