@@ -247,7 +247,7 @@ def caption(numbers: Numbers) -> str:
         return ", ".join(f"{c:g}: {told(f'{energy} {c:g}')}" for c in cutoffs)
 
     return (
-        f"One prune to {100 * KEEP:g} % before layer {LAYER}. The models answer in a word or a few, so the "
+        f"One prune to {100 * KEEP:g} % before layer {LAYER}. The model answers in a word or a few, so the "
         "list of all attributes is asked for one by one: every question of the generator about a colour, a "
         f"shape or a place, {numbers['questions']} about {numbers['scenes']} scenes of the {SPLIT} split; a "
         f"scene is right where all its answers are. Textures: {numbers['textures']} images with a square of "
