@@ -203,7 +203,8 @@ def test_wrong_images_are_compared_on_their_own_questions(options: Any) -> None:
     )
     assert result.to_dict()["wrong_image"]["many"]["right_image"] == 1.0
     table = by_path(EXAMPLES / "evidence" / "table.py")
-    assert "| of | 9 | 5 | 100.0% | 0.0% (100.0%) | yes | alone (100%) |" in table.sets_table({"of": result.to_dict()})
+    lines = table.sets_table({"of": result.to_dict()})
+    assert "| of | 9 | 5 | 100.0% | 0.0% (100.0%) | yes | alone (100%) |" in lines
     assert "per set" in LEGEND and "not over sets" in table.LEGEND
 
 
