@@ -85,7 +85,8 @@ def caption(numbers: Numbers) -> str:
         "The small InternVL: 24 x 24 patches, five blocks, and a pixel shuffle that makes one visual token "
         "of 2 x 2 neighbours on the grid. OIM merges after blocks 2 and 3 and keeps a grid, so the shuffle "
         "reads neighbours; ToMe merges as many patches anywhere, and the shuffle, which reads the row as a "
-        "grid of that shape all the same, makes one token of four that need not be neighbours. Without a "
-        f"merge {accuracy(rows[UNPRUNED]):.1f} %. OIM minus ToMe in points, all types: {told(of, OTHER)}; "
-        f"{by_type}. Minus the unmerged model: {lost}.{about(numbers)}"
+        "grid of that shape all the same, makes one token of four that need not be neighbours. Both compare "
+        f"hidden states (ToMe's paper: keys). Without a merge {accuracy(rows[UNPRUNED]):.1f} %. OIM minus "
+        f"ToMe in points, all types: {told(of, OTHER)}; {by_type}. Minus the unmerged model: "
+        f"{lost}.{about(numbers)}"
     )
