@@ -118,6 +118,27 @@ def test_what_half_of_the_tokens_keep_is_in_the_readme() -> None:
     )
 
 
+def test_what_the_prose_says_of_presets_and_controls_is_in_the_results() -> None:
+    results, text = table.load("test"), " ".join(table.README.read_text(encoding="utf-8").split())
+
+    def kept(name: str, method: str, budget: float | None = None) -> str:
+        rows = results[name]["rows"]
+        row = next(row for row in rows if (row["method"], row["budget"]) == (method, budget))
+        return f"{100 * row['scores']['all']['retention']:.1f}"
+
+    by_averaging = [kept("qwen2_vl-page", "random+absorb", budget) for budget in (0.5, 0.25, 0.125)]
+    assert "random tokens with the same averaging keep {}, {} and {} %".format(*by_averaging) in text
+    internvl, shipped = kept("internvl-objects", "image"), kept("llava-objects", "image")
+    assert f"{internvl} % in InternVL and {shipped} % in the shipped LLaVA" in text
+    others = [kept(f"llava_seed{number}-objects", "image") for number in (1, 2)]
+    assert "**only {} and {} % in two other LLaVAs**".format(*others) in text
+    for name in ("internvl-objects", "llava-objects", "qwen2_vl-page"):
+        assert float(kept(name, "last")) >= 99.6, "costs 0.4 % or less"
+    assert float(kept("internvl-video4", "video")) >= 99.95
+    for name in ("qwen2_vl-page", "llava-chart"):
+        assert float(kept(name, "document")) >= 99.9
+
+
 def test_half_of_the_tokens_is_the_speed_up_that_the_readme_says() -> None:
     """The LLM prefill of LLaVA-OV-7B: 32 frames of 196 tokens and a newline, 64 tokens of text."""
     model = SHAPES["llava-ov-7b"].build(None, torch.device("meta"), torch.bfloat16)

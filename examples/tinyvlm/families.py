@@ -191,7 +191,8 @@ def redepthed(source: nn.Module, layers: int) -> nn.Module:
     known = source.model.language_model.layers
     rest = {name: value for name, value in source.state_dict().items() if _DECODER not in name}
     model = with_depth(source, layers)
-    model.load_state_dict(rest, strict=False)
+    missing, unknown = model.load_state_dict(rest, strict=False)
+    assert not unknown and all(_DECODER in name for name in missing), (unknown, missing)
     ours = model.model.language_model.layers
     if layers > depth:
         for layer in ours:
