@@ -7,7 +7,7 @@ from PIL import Image
 
 import luvc_fx
 from luvc_fx import Prune, Schedule
-from luvc_fx.demo import MODEL_DIR, load_model
+from luvc_fx.apps.demo import MODEL_DIR, load_model
 
 
 # the selector

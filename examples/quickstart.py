@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import luvc_fx
-from luvc_fx.demo import MODEL_DIR
+from luvc_fx.apps.demo import MODEL_DIR
 
 example = json.loads((MODEL_DIR / "examples.json").read_text(encoding="utf-8"))[0]
 image = Image.open(MODEL_DIR / example["image"])

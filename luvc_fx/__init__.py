@@ -2,17 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from luvc_fx.backend import LuvcBackend, LuvcWarning, NotRewritten, backend, prepare
-from luvc_fx.buckets import SizeBuckets
+from luvc_fx.dynamo.backend import LuvcBackend, LuvcWarning, NotRewritten, backend, prepare
 from luvc_fx.exporting import export
+from luvc_fx.generate.sizes.buckets import SizeBuckets
 from luvc_fx.report import Reason, Refusal, Report
 from luvc_fx.schedule import Merge, Prune, Schedule
 from luvc_fx.selectors import register as register_selector
 
 if TYPE_CHECKING:
-    from luvc_fx.frontdoor import applied, compile, report_of, restore
-    from luvc_fx.tuning import tune
-    from luvc_fx.warming import warmup
+    from luvc_fx.apps.tuning import tune
+    from luvc_fx.generate.frontdoor import applied, compile, report_of, restore
+    from luvc_fx.generate.sizes.warming import warmup
 
 __all__ = [
     "LuvcBackend",
@@ -43,15 +43,15 @@ _FRONT_DOOR = ("applied", "compile", "report_of", "restore")
 def __getattr__(name: str) -> Any:
     # The backend alone needs no transformers; the front door does (extra "hf").
     if name == "warmup":
-        from luvc_fx.warming import warmup
+        from luvc_fx.generate.sizes.warming import warmup
 
         return warmup
     if name == "tune":
-        from luvc_fx.tuning import tune
+        from luvc_fx.apps.tuning import tune
 
         return tune
     if name not in _FRONT_DOOR:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from luvc_fx import frontdoor
+    from luvc_fx.generate import frontdoor
 
     return getattr(frontdoor, name)

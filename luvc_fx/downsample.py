@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from luvc_fx.buckets import SizeBuckets
+from luvc_fx.generate.sizes.buckets import SizeBuckets
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from luvc_fx.anatomy import Anatomy, Decoder
-from luvc_fx.encoder_anatomy import Encoder
-from luvc_fx.extents import Counts
+from luvc_fx.anatomy.axes.lengths import Counts
+from luvc_fx.anatomy.encoder import Encoder
+from luvc_fx.anatomy.recognise import Anatomy, Decoder
 from luvc_fx.registry import wants_attention, wants_keys
 from luvc_fx.report import Reason, Refusal
 from luvc_fx.schedule import Merge, Prune, Schedule

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from luvc_fx.encoder_anatomy import Encoder
+from luvc_fx.anatomy.encoder import Encoder
+from luvc_fx.graph.emit import constant, emit
 from luvc_fx.ops import orthogonal_merge, sequence_merge
-from luvc_fx.passes.context import Context
-from luvc_fx.passes.emit import constant, emit
-from luvc_fx.passes.merge_angles import find_angles, turn_followers
-from luvc_fx.passes.place_features import answer_slots, place_features
+from luvc_fx.passes.support.context import Context
+from luvc_fx.passes.support.merge_angles import find_angles, turn_followers
+from luvc_fx.passes.support.place_features import answer_slots, place_features
 from luvc_fx.plan import Grid, MergeSite, Step, side_counts
 
 

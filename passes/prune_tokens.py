@@ -8,14 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from luvc_fx.extents import TOKENS
-from luvc_fx.fx_util import value
+from luvc_fx.anatomy.axes.lengths import TOKENS
+from luvc_fx.graph.emit import emit
+from luvc_fx.graph.nodes import value
 from luvc_fx.ops import absorb, drop_tokens, gather_rows, mask_to_index
-from luvc_fx.passes.compact_rows import compact_followers
-from luvc_fx.passes.context import Context
-from luvc_fx.passes.emit import emit
-from luvc_fx.passes.last_query import last_query
-from luvc_fx.passes.site_keys import site_keys
+from luvc_fx.passes.support.compact_rows import compact_followers
+from luvc_fx.passes.support.context import Context
+from luvc_fx.passes.support.last_query import last_query
+from luvc_fx.passes.support.site_keys import site_keys
 from luvc_fx.plan import PruneSite
 from luvc_fx.selectors import Site, choose_mask, wants_attention, wants_keys
 

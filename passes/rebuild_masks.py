@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from luvc_fx import flash, markers
-from luvc_fx.attention import Attention
-from luvc_fx.fx_util import ancestors, is_tensor, op_name, shape, value
-from luvc_fx.passes.context import Context
-from luvc_fx.passes.emit import MARK, emit
+from luvc_fx.anatomy.attention import Attention
+from luvc_fx.graph import flash, markers
+from luvc_fx.graph.emit import MARK, emit
+from luvc_fx.graph.nodes import ancestors, is_tensor, op_name, shape, value
+from luvc_fx.passes.support.context import Context
 
 
 def rebuild_masks(context: Context) -> None:

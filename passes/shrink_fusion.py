@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from luvc_fx.extents import TOKENS
-from luvc_fx.fx_util import is_tensor, value
+from luvc_fx.anatomy.axes.lengths import TOKENS
+from luvc_fx.graph.emit import emit
+from luvc_fx.graph.nodes import is_tensor, value
 from luvc_fx.ops import gather_rows, mask_to_index, surviving_rows
-from luvc_fx.passes.compact_rows import compact_followers
-from luvc_fx.passes.context import Context
-from luvc_fx.passes.emit import emit
+from luvc_fx.passes.support.compact_rows import compact_followers
+from luvc_fx.passes.support.context import Context
 
 
 def shrink_fusion(context: Context) -> None:

@@ -11,7 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from luvc_fx.schedule import REALIZATIONS, round_half_up
+from luvc_fx.ops.rounding import round_half_up
+
+REALIZATIONS = ("auto", "fft", "fir", "basis")
 
 _MOST_BINS_ON_CPU, _MOST_BINS_OF_MANY = 64, 128
 _MANY = 1 << 22
@@ -30,7 +32,7 @@ def lowpass(x: Tensor, cutoff: float, realization: str = "auto") -> Tensor:
     sequence is much longer than it; on an accelerator Inductor generates all of it, with no call of a
     library, and an eager call holds ``N * taps * D`` numbers in memory.
 
-    ``"auto"`` follows measurements (examples/benchmarks/realisations.py and its results). On a CPU (one
+    ``"auto"`` follows measurements (examples/research/benchmarks/realisations.py). On a CPU (one
     thread, float32) it is the basis up to 64 bins, or 128 where `x` has 2^22 numbers and the FFT misses
     the caches, and the FFT above. On an accelerator it is the FIR where its window is whole, up to 2^29
     products, and else the basis, whose two matrix products are then the only calls of a library. Not

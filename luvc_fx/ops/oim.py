@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from luvc_fx.ops.select import descending_rank
-from luvc_fx.schedule import AXES, PAIRINGS
+
+AXES = ("width", "height")
+PAIRINGS = ("line", "shared")
 
 _SMALLEST_NORM = 1e-12
 # Below every cosine, above the -inf of a neighbour that is not there.

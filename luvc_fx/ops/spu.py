@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from luvc_fx.ops.lowpass import lowpass
-from luvc_fx.schedule import ENERGIES, NORMALIZATIONS
+
+ENERGIES = ("residual", "lowpass", "ratio")
+NORMALIZATIONS = ("none", "mean", "rms")
 
 _SMALLEST_TOTAL = 1e-12
 _RMS_EPS = 1e-6

@@ -1,0 +1,38 @@
+"""Export the prefill of a model with a token budget inside, and compile it into a package of its own.
+
+    python package.py vlm.pt2 inputs.pt
+
+The package needs torch alone (see run.py): no luvc_fx, no transformers, no Python model.
+"""
+
+import sys
+
+import torch
+
+import luvc_fx
+
+
+def package(model, inputs, schedule, path):
+    """Compile the forward of `model` for images and batch as in `inputs`, any length of text."""
+    # the export
+    program = luvc_fx.export(model, inputs, schedule)
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
+    # end of the export
+
+
+def main(path, inputs_path):
+    """Package the model that luvc_fx ships, and save a prompt for it."""
+    from luvc_fx.apps.demo import ask, load_model
+    from luvc_fx.apps.local_model import make_prompt
+
+    model, processor = load_model()
+    question = ask()
+    inputs = make_prompt(model, processor, [question.image], question.text)
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    package(model, inputs, "image", path)
+    torch.save(inputs, inputs_path)
+    print(f"{question.text} {path} has the answer")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

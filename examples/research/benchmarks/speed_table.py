@@ -1,0 +1,128 @@
+"""The README's table of speed, made from the JSON files in results/. README.md there documents their keys.
+
+Rows of `campaign.py` that have no result say "not measured".
+
+``python -m examples.research.benchmarks.speed_table`` prints it, ``--write`` puts it into README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from examples.research.benchmarks.campaign import GPU, ROWS, Row
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+README = HERE.parents[2] / "README.md"
+START, END = "<!-- speed: by examples/research/benchmarks/speed_table.py -->", "<!-- /speed -->"
+COLUMNS = (
+    "shape",
+    "input",
+    "arm",
+    "stage",
+    "median",
+    "spread",
+    "speed-up",
+    "95 %",
+    "in processor time",
+    "device",
+)
+
+
+def lines_of(results: list[dict[str, Any]]) -> list[str]:
+    """The table as Markdown: each stage of each arm, and what the FLOPs alone would give."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * 4 + " ---: |" * 5 + " --- |"]
+    for result in results:
+        for row in result["rows"]:
+            lines.append("| " + " | ".join(_cells(result, row)) + " |")
+    measured = {result.get("row") for result in results}
+    for row in ROWS:
+        if row.shape is not None and row.name not in measured:
+            lines.append("| " + " | ".join(_missing(row)) + " |")
+    return [*lines, "", *map(_sentence, results)]
+
+
+def _missing(row: Row) -> list[str]:
+    given = f"{row.frames} frames" if row.frames else "1 image"
+    if "text" in row.options:
+        given += f", {row.options['text']} text tokens"
+    if "batch" in row.options:
+        given += ", the largest batch"
+    if "mode" in row.options:
+        given += f", {row.options['mode']}"
+    return [str(row.shape), given, "luvc_fx", "all", "not measured", *["-"] * 4, "a GPU, bfloat16"]
+
+
+def _apart(result: dict[str, Any]) -> list[str]:
+    """What tells a result from others of its shape and input: batch, mode, and the row of the campaign."""
+    shape, row = result["rows"][0]["shape"], result.get("row")
+    found = [f"batch {shape['batch']}"] if shape["batch"] > 1 else []
+    if shape.get("mode", "default") != "default":
+        found.append(shape["mode"])
+    return [*found, *([] if row is None else [f"row {row}"])]
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    shape = result["rows"][0]["shape"]
+    (cost,) = (cost for cost in result["costs"] if cost["arm"] == "luvc_fx")
+    what = f"- {', '.join([shape['name'], shape['input'], *_apart(result)])}:"
+    if result["obstacles"]:
+        return f"{what} no speed-up is given: {'; '.join(result['obstacles'])}"
+    return (
+        f"{what} a budget of {cost['budget']:.3f} is {result['ideal']:.2f} "
+        f"times fewer FLOPs in the prefill, of which {result['realised']:.0%} became time; `luvc_fx` took "
+        f"{cost['luvc_share']:.1%} of the first run, in which everything is compiled."
+    )
+
+
+def _cells(result: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    shape, machine, interval = row["shape"], row["hardware"], row["interval"]
+    given = f"{shape['input']}, {result['visual_tokens']:,} + {shape['text']} tokens"
+    return [
+        shape["name"],
+        ", ".join([given, *_apart(result)]),
+        row["arm"],
+        row["stage"],
+        f"{row['median_ms']:,.0f} ms",
+        f"{row['spread_ms']:,.0f} ms",
+        "-" if row["speedup"] is None else f"{row['speedup']:.2f}x",
+        "-" if interval is None else f"{interval[0]:.2f} - {interval[1]:.2f}",
+        "-" if row["cpu_speedup"] is None else f"{row['cpu_speedup']:.2f}x",
+        f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads",
+    ]
+
+
+def read() -> list[dict[str, Any]]:
+    """All results of `luvc-fx bench --json`, by file name, those of a GPU behind the others."""
+    paths = sorted(RESULTS.glob("*.json"), key=lambda path: (path.name.startswith(GPU), path.name))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [result for result in found if "rows" in result]
+
+
+def written() -> list[str]:
+    """The table that stands in the README."""
+    _, _, rest = README.read_text(encoding="utf-8").partition(START)
+    text, _, _ = rest.partition(END)
+    return text.strip().splitlines()
+
+
+def main() -> None:
+    """Print the table, or write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into README.md, between its markers")
+    lines = lines_of(read())
+    if not parser.parse_args().write:
+        print("\n".join(lines))
+        return
+    before, start, rest = README.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise SystemExit(f"README.md has no {START} ... {END}")
+    README.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""One model over several processes by the tensor-parallel plan of transformers, with a token budget.
+
+    torchrun --nproc-per-node 2 tensor_parallel.py [MODEL_DIR INPUTS.pt [OUTPUTS.pt [SCHEDULE [INNER]]]]
+
+Each process holds a share of the decoder's weights and picks, from the same numbers, the same tokens.
+Run without torchrun it is one process with the whole model.
+"""
+
+import os
+import sys
+
+import torch
+from transformers import AutoModelForImageTextToText
+from transformers.distributed.configuration_utils import DistributedConfig
+
+import luvc_fx
+from luvc_fx.apps.inputs import read_schedule
+
+
+def main(model_dir, inputs_path=None, outputs_path=None, schedule="image", inner="inductor", new_tokens=8):
+    """Compile, run one forward and one generate, and write what this process got."""
+    options = {}
+    if "RANK" in os.environ:
+        options["distributed_config"] = DistributedConfig(tp_plan="auto")
+    # the model
+    model = AutoModelForImageTextToText.from_pretrained(model_dir, **options).eval()
+    luvc_fx.compile(model, read_schedule(schedule), inner=inner)
+    # end of the model
+    inputs = torch.load(inputs_path) if inputs_path else shipped_prompt(model)
+    with torch.no_grad():
+        out = model(**inputs)
+        tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    report = luvc_fx.report_of(model)
+    rank = int(os.environ.get("RANK", 0))
+    print(
+        f"process {rank}: {out.row_index.shape[1]} rows of the prompt left, answer {tokens[0].tolist()[-4:]}"
+    )
+    if rank == 0:
+        print(report)
+    if outputs_path:
+        found = {"logits": out.logits, "row_index": out.row_index, "tokens": tokens}
+        found["heads"] = [layer.keys.shape[1] for layer in out.past_key_values.layers]
+        torch.save({**found, "report": report.to_json()}, outputs_path.format(rank=rank))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def shipped_prompt(model):
+    """The first question about the image that luvc_fx ships."""
+    from luvc_fx.apps.demo import ask, load_model
+    from luvc_fx.apps.local_model import make_prompt
+
+    question = ask()
+    return make_prompt(model, load_model()[1], [question.image], question.text)
+
+
+if __name__ == "__main__":
+    from luvc_fx.apps.demo import MODEL_DIR
+
+    main(*(sys.argv[1:] or [MODEL_DIR]))

@@ -1,0 +1,106 @@
+"""What luvc_fx knows of the insides of transformers, with the versions in which it was seen to work."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+
+def encoder_output(features: Any, extra: dict[str, list[torch.Tensor]] | None = None) -> Any:
+    """Image features, `[N, dim]` each or `[images, N, dim]`, as `generate` passes them to `forward`.
+
+    Args:
+        extra: what `extra_features` found.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    output = BaseModelOutputWithPooling(pooler_output=features)
+    for name, levels in (extra or {}).items():
+        setattr(output, name, [(level,) for level in levels])
+    return output
+
+
+class InPlaceOfPixels(list[torch.Tensor]):
+    """Features for a forward that takes none (5.17): it asks for those of its pixels, and has them back."""
+
+    def __init__(self, features: Any, extra: dict[str, list[torch.Tensor]]) -> None:
+        super().__init__([features] if isinstance(features, torch.Tensor) else features)
+        self.extra = extra
+
+    def size(self, axis: int) -> int:
+        """LLaVA-NeXT wants to know whether there are any images."""
+        return len(self)
+
+
+def extra_features(output: Any) -> dict[str, list[torch.Tensor]]:
+    """Features of an encoder's output that enter the decoder later, each level ``[N, dim]``.
+
+    (deepstack, 5.17 - 5.23)
+    """
+    found = getattr(output, "deepstack_features", None)
+    return {} if found is None else {"deepstack_features": [torch.cat(list(level)) for level in found]}
+
+
+def install_output_hooks(model: torch.nn.Module) -> int:
+    """Install transformers' lazy output-capturing hooks now; returns how many modules were asked.
+
+    Without them the first traced forward of a fresh model meets a lock and falls into pieces
+    (transformers 5.17 - 5.23). A model that is not a transformers one has none.
+    """
+    try:
+        from transformers import PreTrainedModel
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+    except ImportError:
+        return 0
+    asked = 0
+    for module in model.modules():
+        models = [m for m in module.modules() if isinstance(m, PreTrainedModel)]
+        # Installing is recursive and does not look whether a part has its hooks: a second set would
+        # collect every hidden state twice. A model with such a part gets its own on demand.
+        if isinstance(module, PreTrainedModel) and not any(map(_has_output_hooks, models)):
+            maybe_install_capturing_hooks(module)
+            asked += 1
+    return asked
+
+
+def _has_output_hooks(model: torch.nn.Module) -> bool:
+    return bool(getattr(model, "_output_capturing_hooks_installed", False))
+
+
+def takes_varlen(base: Any) -> bool:
+    """Whether the vision encoder's attention wants its segments as a tensor (flash attention)."""
+    return is_flash(getattr(getattr(base, "visual", None), "config", None))
+
+
+def is_flash(config: Any) -> bool:
+    """Whether a part of a model with this config calls FlashAttention (transformers 5.17 - 5.23)."""
+    return "flash" in str(getattr(config, "_attn_implementation", ""))
+
+
+def calls_flash_attn(config: Any) -> bool:
+    """Whether a decoder with this config calls the package flash-attn 2, as operators that graphs keep.
+
+    Where it is missing, transformers (5.17 - 5.23) takes kernels of the hub; the operators came with 2.7.
+    """
+    return getattr(config, "_attn_implementation", "") == "flash_attention_2" and _has_flash_attn()
+
+
+def _has_flash_attn() -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    if not is_flash_attn_2_available():
+        return False
+    importlib.import_module("flash_attn")
+    return hasattr(torch.ops.flash_attn, "_flash_attn_varlen_forward")
+
+
+def reads_one_position() -> bool:
+    """Whether FlashAttention on one query reads if its position is one of packed rows (5.17, not 5.23).
+
+    In a batch of one row that is a wait for the device in each layer, and the end of a graph.
+    """
+    from transformers import modeling_flash_attention_utils as utils
+
+    return utils._is_packed_sequence(torch.zeros(1, 1, dtype=torch.int64), 1) is not False

@@ -1,0 +1,265 @@
+"""The vision encoder in a graph: its blocks, its token grids and what becomes of them as features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from luvc_fx.anatomy.attention import attentions
+from luvc_fx.anatomy.axes import lengths as ex
+from luvc_fx.anatomy.axes.probe import TokenAxes
+from luvc_fx.anatomy.axes.trace import trace
+from luvc_fx.anatomy.residual_stream import by_layer, chain_to, dominators, entering, last_residual
+from luvc_fx.anatomy.tiles import Packing
+from luvc_fx.anatomy.token_origins import follow
+from luvc_fx.graph import markers
+from luvc_fx.graph.nodes import ancestors, descendants, is_tensor, op_name, output_node, shape, value
+from luvc_fx.report import Reason, Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """`count` grids of equal size, one behind the other.
+
+    Attributes:
+        grid: height and width in patches; sides: what `TokenAxes` calls them.
+    """
+
+    count: int
+    grid: tuple[int, int]
+    sides: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """The vision encoder of a graph.
+
+    Attributes:
+        leaving: per block, the residual value that leaves it: ``[images, lead + height * width,
+            channels]``, or ``[patches, channels]`` of all images in a row.
+        keys: per block, the keys of each of its attention calls, ``[images, heads, rows, dim]``.
+        features: what goes on to the text, ``[N, dim]`` or ``[images, N, dim]``.
+        slots: the `markers.SLOTS` node, where the front door asked for representatives.
+        frames: the grids of patches in the order of the rows; images of one batch are frames alike.
+        unit: height and width, in patches, of the block that becomes one feature (pixel shuffle).
+        blockwise: whether the patches of such a block lie one behind the other.
+        lead: rows in front of each grid (CLS).
+        packing: how patches became features, where those are not the grids row by row.
+        last: the last block after which tokens may merge; later ones would not reach features that
+            leave the encoder early (deepstack).
+    """
+
+    leaving: tuple[fx.Node, ...]
+    keys: tuple[tuple[fx.Node, ...], ...]
+    features: fx.Node
+    slots: fx.Node | None
+    frames: tuple[Frames, ...]
+    unit: tuple[int, int]
+    blockwise: bool
+    lead: int
+    packing: Packing | None
+    last: int
+    axes: TokenAxes
+
+    @property
+    def images(self) -> int:
+        """Grids in all: images, tiles or frames of a video."""
+        return sum(frames.count for frames in self.frames)
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Height and width in patches, where all grids are alike."""
+        return self.frames[0].grid if len(self.frames) == 1 else None
+
+    @property
+    def placeholders(self) -> int:
+        """Features in all, as captured: what the prompt has placeholders for."""
+        return self.count(self.axes.counts)
+
+    def count(self, counts: ex.Counts) -> int:
+        """Features in all, where the grids have these sides."""
+        total, extents = 1, self.axes.extents[self.features]
+        for axis, size in enumerate(shape(self.features)[:-1]):
+            total *= extents[axis].length(counts) if axis in extents else size
+        return total
+
+    def blocks_of(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of `grid` in blocks."""
+        return grid[0] // self.unit[0], grid[1] // self.unit[1]
+
+
+def find_encoder(
+    graph: fx.Graph, live: set[fx.Node], features: fx.Node, slots: fx.Node | None, fusion: fx.Node | None
+) -> Encoder:
+    """The encoder above `features`.
+
+    Raises:
+        Refused: what keeps tokens from being merged, with the node that it is about.
+    """
+    above = ancestors(features)
+    calls = {call.node: call for call in attentions(graph, above)}
+    stop = {n for n in (fusion, slots) if n is not None}
+    told = [n for n in graph.nodes if n in above and markers.is_call(n, markers.PATCHES)]
+    if told:
+        first, axis, frames, unit = _told(told[0])
+        blockwise = True
+    else:
+        first, axis, frames = _seen(graph, next(iter(calls)))
+        unit, blockwise = (1, 1), False
+    if all(each.grid == unit for each in frames):
+        text = f"grid too small to merge along width or height: {unit[0]} x {unit[1]} patches, one feature"
+        raise Refused(Reason.SCHEDULE, text, first)
+    sides = {side: size for each in frames for side, size in zip(each.sides, each.grid, strict=True)}
+    rows = value(first).dim() - 1 if not told else 0
+    axes = trace(graph, {first: {rows: axis}}, sides, live & descendants(first) - descendants(*stop), stop)
+    packing = None
+    idom = dominators(graph, first, [features])
+    chain = chain_to(idom, first, [features])
+    layers = by_layer(idom, chain, [*calls]) if told else [[call] for call in calls]
+    sites = entering(idom, chain, layers)
+    leaving = (*sites[1:], last_residual(chain, sites[-1]))
+    lead = _lead(axes, leaving, axis, features)
+    if not told:
+        unit, packing = _layout(graph, axes, features, leaving[-1], frames[0], lead)
+    elif not _whole_blocks(axes, features, axis, unit):
+        raise Refused(Reason.NO_GRID, "the image features do not follow the blocks of the patches", features)
+    keys = tuple(tuple(calls[node].keys for node in layer) for layer in layers)
+    last = len(leaving) - 1 if slots is None else _last_block(graph, axes, leaving, features, slots)
+    return Encoder(leaving, keys, features, slots, frames, unit, blockwise, lead, packing, last, axes)
+
+
+def _last_block(
+    graph: fx.Graph, axes: TokenAxes, leaving: tuple[fx.Node, ...], features: fx.Node, slots: fx.Node
+) -> int:
+    """The first block whose tokens leave the graph by another way than as `features`."""
+    late = descendants(features, slots)
+    last = len(leaving) - 1
+    for node in output_node(graph).all_input_nodes:
+        if node in axes.extents and node not in late:
+            above = ancestors(node)
+            last = min(last, max((i for i, site in enumerate(leaving) if site in above), default=last))
+    return last
+
+
+def patch_convolution(graph: fx.Graph, attention: fx.Node) -> fx.Node | None:
+    """The convolution that makes a grid of patches above the first attention call, or None."""
+    above = ancestors(attention)
+    convs = [n for n in graph.nodes if n in above and op_name(n) == "conv2d" and value(n).dim() == 4]
+    return convs[-1] if convs else None
+
+
+def _seen(graph: fx.Graph, attention: fx.Node) -> tuple[fx.Node, ex.Axis, tuple[Frames, ...]]:
+    """The grid of a patch convolution."""
+    conv = patch_convolution(graph, attention)
+    if conv is None:
+        raise Refused(Reason.NO_GRID, "no patch convolution before the first encoder block", attention)
+    images, _, height, width = (int(size) for size in value(conv).shape)  # guards, where symbolic
+    frames = (Frames(images, (height, width), (ex.HEIGHT, ex.WIDTH)),)
+    return _flattened(conv), ex.of(ex.HEIGHT, ex.WIDTH), frames
+
+
+def _told(marker: fx.Node) -> tuple[fx.Node, ex.Axis, tuple[Frames, ...], tuple[int, int]]:
+    """The grids of patches in a row, which the front door named."""
+    _, numbers, unit = marker.args
+    assert isinstance(numbers, (list, tuple)) and isinstance(unit, int)
+    frames: list[Frames] = []
+    for place in range(0, len(numbers), 3):
+        count, height, width = (int(number) for number in numbers[place : place + 3])  # type: ignore[arg-type]
+        sides = (f"{ex.HEIGHT} {height}x{width}", f"{ex.WIDTH} {height}x{width}")
+        if frames and frames[-1].grid == (height, width):
+            count += frames.pop().count
+        frames.append(Frames(count, (height, width), sides))
+    blocks = [ex.blocks(each.count, each.sides, unit) for each in frames]
+    return marker, ex.row_of(blocks), tuple(frames), (unit, unit)
+
+
+def _flattened(conv: fx.Node) -> fx.Node:
+    """The value `[images, channels, height * width]` made of the patch convolution's output."""
+    images, channels, height, width = shape(conv)
+    node = conv
+    while True:
+        users = [n for n in node.users if is_tensor(n)]
+        if len(users) != 1:
+            raise Refused(Reason.NO_GRID, "the patch grid is read more than once", node)
+        node = users[0]
+        if shape(node) == (images, channels, height * width):
+            return node
+        if shape(node) != (images, channels, height, width) or op_name(node) not in ("to", "contiguous"):
+            raise Refused(Reason.NO_GRID, "the patch grid is not flattened row by row", node)
+
+
+def _lead(axes: TokenAxes, leaving: tuple[fx.Node, ...], axis: ex.Axis, features: fx.Node) -> int:
+    """Rows in front of the grid, the same at every site."""
+    leads = set()
+    for site in leaving:
+        rank = value(site).dim()
+        extent = axes.extents.get(site, {}).get(rank - 2)
+        plain = isinstance(extent, ex.Extent) and not extent.tail
+        tokens = ex.Extent(extent.factors) if plain else extent  # type: ignore[union-attr]
+        if axes.axis(site) != rank - 2 or rank not in (2, 3) or tokens != axis or extent is None:
+            raise Refused(Reason.RESIDUAL_STREAM, "no [images, tokens, channels] value here", site)
+        leads.add(extent.plus)
+    if len(leads) != 1:
+        raise Refused(Reason.RESIDUAL_STREAM, "the rows before the grid change between blocks", features)
+    return leads.pop()
+
+
+def _whole_blocks(axes: TokenAxes, features: fx.Node, axis: ex.Axis, unit: tuple[int, int]) -> bool:
+    extents = axes.extents.get(features, {})
+    return len(extents) == 1 and next(iter(extents.values())) == axis.without_inner(unit[0] * unit[1])
+
+
+def _layout(
+    graph: fx.Graph, axes: TokenAxes, features: fx.Node, last: fx.Node, frames: Frames, lead: int
+) -> tuple[tuple[int, int], Packing | None]:
+    """How many rows and columns of patches make one feature, and where it is not so simple, which."""
+    extents = axes.extents.get(features, {})
+    if not extents:
+        raise Refused(Reason.NO_GRID, "the image features do not follow the patch grid", features)
+    extent = next(iter(extents.values()))
+    sides = tuple(extent.symbols())
+    plain = len(extents) == 1 and extent.splits and sides == (ex.HEIGHT, ex.WIDTH)
+    unit = _unit(axes, extent, features) if plain and isinstance(extent, ex.Extent) else (1, 1)
+    if not plain and len(shape(features)) != 2:
+        raise Refused(Reason.NO_GRID, "the image features are not one grid, row by row", features)
+    numbers = torch.full((frames.count, shape(last)[1]), -2)
+    patches = frames.grid[0] * frames.grid[1]
+    numbers[:, lead:] = torch.arange(frames.count * patches).reshape(frames.count, patches)
+    between = descendants(last) & ancestors(features)
+    try:
+        found = tuple(follow(graph, last, features, numbers))
+    except Refused:
+        # Lengths cannot show that tokens change places; these operations do.
+        moves = next((n for n in graph.nodes if n in between and op_name(n) in _REORDERING), None)
+        if plain and moves is None:
+            return unit, None
+        raise
+    if found == tuple(range(frames.count * patches)):
+        return unit, None
+    if unit != (1, 1):
+        raise Refused(Reason.NO_GRID, "the image features are not one grid, row by row", features)
+    pooled = any(op_name(n) == "interpolate" for n in between)
+    return unit, Packing(found, frames.count, frames.grid, pooled)
+
+
+_REORDERING = {"flip", "fliplr", "flipud", "rot90", "roll", "sort", "gather", "index_select", "take", "index"}
+
+
+def _unit(axes: TokenAxes, extent: ex.Extent, features: fx.Node) -> tuple[int, int]:
+    unit = 1 / extent.scale_of(ex.HEIGHT), 1 / extent.scale_of(ex.WIDTH)
+    inside = extent.factors[-1].symbol == ex.CONSTANT
+    if inside or any(side.denominator != 1 for side in unit):
+        raise Refused(Reason.NO_GRID, "the image features are not one grid, row by row", features)
+    blocks = {
+        (1 / e.scale_of(ex.HEIGHT), 1 / e.scale_of(ex.WIDTH))
+        for found in axes.extents.values()
+        for e in found.values()
+        if isinstance(e, ex.Extent)
+    }
+    if any(unit[0] % height or unit[1] % width for height, width in blocks):
+        raise Refused(
+            Reason.NO_GRID, "the encoder reads larger blocks of the grid than features have", features
+        )
+    return int(unit[0]), int(unit[1])

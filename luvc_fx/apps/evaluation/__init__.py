@@ -1,0 +1,8 @@
+"""Accuracy against budget, for any set of methods on a local model and a local set of questions."""
+
+from luvc_fx.apps.evaluation.methods import Method, methods
+from luvc_fx.apps.evaluation.questions import Question, read_questions
+from luvc_fx.apps.evaluation.result import Result
+from luvc_fx.apps.evaluation.run import BUDGETS, Options, run
+
+__all__ = ["BUDGETS", "Method", "Options", "Question", "Result", "methods", "read_questions", "run"]

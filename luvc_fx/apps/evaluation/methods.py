@@ -1,0 +1,165 @@
+"""The methods that can be compared: each makes a schedule for a budget, or says that it cannot.
+
+**Budget** is the mean over the decoder layers of the visual tokens that enter the layer, over the original
+number. A method meets it up to one token a layer, VTW up to half a layer, a smaller image as its grid allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from luvc_fx.schedule import Merge, Prune, Schedule, presets, round_half_up
+from luvc_fx.schedule.budget import cascade
+
+DEFAULT = "default"
+SPECTRUM = "spectrum"
+RANDOM = "random"
+RANDOM_BLOCK = "random-block"
+
+SEEDED = (RANDOM, RANDOM_BLOCK)
+"""Selectors that a seed decides. One seed is one set of places, the same in every image, so that one alone
+would say much about that set."""
+
+SEEDS = 3
+"""So many are asked, and their answers counted together."""
+
+FASTV_LAYER = 2
+"""Before it FastV prunes, once (K = 2 in its paper, arXiv 2403.06764)."""
+
+PACT_LAYER = 4
+"""Before it PACT prunes, once (its paper, arXiv 2504.08966)."""
+
+MERGED_WIDTH = 0.75
+"""What OIM leaves of the width of the token grid in the method that merges, too."""
+
+Maker = Callable[[float, int], Schedule | None]
+"""``(budget, decoder layers) -> schedule``; None: the method cannot reach this budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One row of the comparison.
+
+    Attributes:
+        about: a line for the people who read the table.
+        own_budget: it has one schedule, whatever budget is asked for.
+        smaller: images are made smaller to the budget (`luvc_fx.downsample`), and the schedule does nothing.
+    """
+
+    name: str
+    make: Maker
+    about: str
+    own_budget: bool = False
+    smaller: bool = False
+
+
+def progressive(budget: float, layers: int, **options: object) -> Schedule | None:
+    """The cascade of that budget with the same options at every prune; None: it cannot be reached."""
+    places = cascade(budget, layers)
+    if places is None:
+        return None
+    return Schedule(prune=tuple(Prune(keep=keep, layer=layer, **options) for layer, keep in places))  # type: ignore[arg-type]
+
+
+def once(budget: float, layers: int, layer: int, **options: object) -> Schedule | None:
+    """One prune before `layer`, so that the mean is `budget`; None: the layers before it cost as much."""
+    keep = (budget * layers - layer) / (layers - layer) if layer < layers else 0.0
+    if not 0.0 < keep <= 1.0:
+        return None
+    return Schedule(prune=(Prune(keep=keep, layer=layer, **options),))  # type: ignore[arg-type]
+
+
+def with_selector(schedule: Schedule, selector: str, seed: int = 0) -> Schedule:
+    """The same merges, layers and counts, but the tokens picked by `selector`."""
+    prune = tuple(dataclasses.replace(p, selector=selector, seed=seed) for p in schedule.prune)
+    return dataclasses.replace(schedule, prune=prune)
+
+
+def _default(budget: float, layers: int) -> Schedule | None:
+    return presets.cascaded(budget, layers)
+
+
+def _spectrum(budget: float, layers: int) -> Schedule | None:
+    return progressive(budget, layers)
+
+
+def _luvc(budget: float, layers: int) -> Schedule | None:
+    return progressive(budget, layers, energy="lowpass", coverage="global")
+
+
+def _merged(budget: float, layers: int) -> Schedule | None:
+    rest = _default(budget / MERGED_WIDTH, layers)
+    if rest is None:
+        return None
+    return dataclasses.replace(rest, merge=(Merge(axis="width", keep=MERGED_WIDTH, depth=0.5),))
+
+
+def _control(selector: str, **options: object) -> Maker:
+    return lambda budget, layers: progressive(budget, layers, selector=selector, **options)
+
+
+def _fastv(budget: float, layers: int) -> Schedule | None:
+    return once(budget, layers, FASTV_LAYER, selector="fastv", coverage="global")
+
+
+def _vtw(budget: float, layers: int) -> Schedule | None:
+    layer = round_half_up(budget * layers)
+    return Schedule(prune=(Prune(tokens=0, layer=layer),)) if 0 < layer < layers else None
+
+
+def _pact(budget: float, layers: int) -> Schedule | None:
+    return once(budget, layers, PACT_LAYER, selector="pact", absorb=True)
+
+
+def _single(budget: float, layers: int) -> Schedule | None:
+    return once(budget, layers, 0, **presets.PICK)
+
+
+def _last(budget: float, layers: int) -> Schedule | None:
+    return Schedule(prune=(Prune(keep=0.0, layer=-1),))
+
+
+_TABLE = (
+    Method(
+        DEFAULT,
+        _default,
+        "ours, as in the presets: the cascade to zero, of each block the most distinct one, the others "
+        "averaged in",
+    ),
+    Method("default+merge", _merged, f"OIM to {MERGED_WIDTH:.0%} of the width, then the same cascade"),
+    Method(SPECTRUM, _spectrum, "the same counts, of each block the largest residual of the spectrum"),
+    Method("luvc", _luvc, "the abstract read literally: low-pass energy, the best of all"),
+    Method(RANDOM, _control(RANDOM), f"the same counts, tokens at random, mean of {SEEDS} seeds"),
+    Method(
+        RANDOM_BLOCK,
+        _control(RANDOM_BLOCK),
+        f"the same counts, one at random of each block as for the spectrum, mean of {SEEDS} seeds",
+    ),
+    Method(
+        "random+absorb",
+        _control(RANDOM, absorb=True),
+        f"random tokens into which the others are averaged, as in the default, mean of {SEEDS} seeds",
+    ),
+    Method("uniform", _control("uniform"), "the same counts, evenly spaced"),
+    Method("norm", _control("norm", coverage="global"), "the same counts, the longest tokens of all"),
+    Method("distinct", _control("distinct"), "the default without the averaging, of each block"),
+    Method(
+        "diversity",
+        _control("diversity"),
+        "the same counts, of each block the least like the pivots",
+    ),
+    Method("fastv", _fastv, f"once before layer {FASTV_LAYER}, by the last token's attention"),
+    Method("pact", _pact, f"once before layer {PACT_LAYER}: PACT's cluster centres, the others averaged in"),
+    Method("vtw", _vtw, "all tokens leave before layer K = round(p L), at budget p of L layers"),
+    Method("single-shot", _single, "as the default, but once, before layer 0"),
+    Method("downsample", lambda budget, layers: Schedule(), "a smaller image, all its tokens", smaller=True),
+    Method("last", _last, "zero at the last layer alone", own_budget=True),
+)
+
+
+def methods() -> Mapping[str, Method]:
+    """All methods by name, in the order of the table."""
+    return MappingProxyType({method.name: method for method in _TABLE})

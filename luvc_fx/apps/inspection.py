@@ -1,0 +1,191 @@
+"""What luvc_fx recognises in a model, and what a schedule would do to it: from one forward."""
+
+from __future__ import annotations
+
+import inspect as signatures
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import luvc_fx
+from luvc_fx.apps.environment import hardware, versions
+from luvc_fx.apps.inputs import InputError, brief, one_line, read_image
+from luvc_fx.apps.local_model import load, make_prompt, synthetic_image
+from luvc_fx.generate.model_check import check_supported
+from luvc_fx.report import GraphReport, Report
+from luvc_fx.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PROMPT = "Describe the image."
+
+PATCHES = "patches"
+TOKENS = "visual tokens"
+
+_NUMBERS = re.compile(r"(\S+) (\d+) -> (\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One insertion.
+
+    Attributes:
+        graph: number of the graph in the report, from 0.
+        where: "after encoder block 2", "before decoder layer 6".
+        what: "merge width 16 -> 12", "prune by spectrum".
+        before, after: tokens on both sides of it, as `of` says; None where the report does not tell.
+        of: "patches" (of one image or tile) or "visual tokens" (of one row).
+    """
+
+    graph: int
+    where: str
+    what: str
+    before: int | None
+    after: int | None
+    of: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """One model, one prompt, one schedule.
+
+    Attributes:
+        images: files, or one line about the synthetic image.
+        image_size: height and width of the first image.
+        prompt_rows: text and visual tokens of the prompt; `visual_tokens` of them are visual.
+        budget: mean over decoder layers of the visual tokens entering the layer, over `visual_tokens`;
+            None where no graph has a decoder behind a fusion.
+    """
+
+    directory: str
+    model: str
+    processor: str
+    images: list[str]
+    synthetic: bool
+    image_size: tuple[int, int]
+    prompt: str
+    prompt_rows: int
+    visual_tokens: int
+    schedule: Schedule
+    plan: list[Site]
+    tokens_per_layer: list[int]
+    budget: float | None
+    report: Report
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            **{item.name: getattr(self, item.name) for item in fields(self)},
+            "schedule": json.loads(self.schedule.to_json()),
+            "plan": [asdict(site) for site in self.plan],
+            "report": self.report.to_dict(),
+        }
+
+
+def inspect(
+    directory: Path,
+    schedule: Schedule,
+    images: Sequence[Path] = (),
+    prompt: str = DEFAULT_PROMPT,
+    say: Callable[[str], None] = lambda _: None,
+) -> Inspection:
+    """Load a model, run it once through `luvc_fx.compile` without a compiler, and read the report.
+
+    Args:
+        images: files; none for one synthetic image.
+        say: told what happens next, for people who wait.
+
+    Raises:
+        InputError: a directory, an image, a prompt or a schedule that cannot be used, or a model that
+            luvc_fx cannot wire or that fails in its forward.
+    """
+    pictures = [read_image(path) for path in images]
+    say("loading the model")
+    model, processor = load(directory)
+    try:
+        check_supported(model)
+    except ValueError as error:
+        raise InputError(one_line(error)) from None
+    synthetic = not pictures
+    if synthetic:
+        pictures = [synthetic_image(model, processor)]
+    inputs = make_prompt(model, processor, pictures, prompt)
+    say("running it once, without a compiler")
+    report = run_once(model, inputs, schedule)
+    ids = inputs["input_ids"]
+    visual = int((ids[0] == model.config.image_token_id).sum())
+    tokens = report.tokens_per_layer()
+    height, width = pictures[0].height, pictures[0].width
+    return Inspection(
+        directory=str(directory),
+        model=type(model).__name__,
+        processor=type(processor).__name__,
+        images=["synthetic test image"] if synthetic else [str(path) for path in images],
+        synthetic=synthetic,
+        image_size=(height, width),
+        prompt=prompt,
+        prompt_rows=ids.shape[1],
+        visual_tokens=visual,
+        schedule=schedule,
+        plan=[site for number, graph in enumerate(report.graphs) for site in sites(number, graph)],
+        tokens_per_layer=tokens,
+        budget=report.budget(visual) if tokens else None,
+        report=report,
+        hardware=hardware(model),
+        versions=versions(),
+    )
+
+
+def run_once(model: Any, inputs: dict[str, Any], schedule: Schedule) -> Report:
+    """The report of one forward with a schedule; the model is as it was afterwards.
+
+    Raises:
+        InputError: a schedule that the model cannot follow, or a forward that fails.
+    """
+    once = dict(inputs)
+    if "logits_to_keep" in signatures.signature(model.forward).parameters:
+        once["logits_to_keep"] = 1  # as generate asks for it: the head is not run on every row
+    try:
+        luvc_fx.compile(model, schedule, inner="eager", on_no_match="ignore")
+    except ValueError as error:
+        raise InputError(f"the schedule does not fit the model: {one_line(error)}") from None
+    try:
+        with torch.no_grad():
+            model(**once)
+        return luvc_fx.report_of(model)
+    except Exception as error:
+        log.debug("the forward failed", exc_info=error)
+        what = f"{type(model).__name__} failed in its forward under luvc_fx"
+        raise InputError(f"{what}: {brief(error)}") from error
+    finally:
+        luvc_fx.restore(model)
+
+
+def sites(number: int, graph: GraphReport) -> list[Site]:
+    """The insertions of graph `number`, read from their names in its report."""
+    found = []
+    axes = dict(zip(("height", "width"), graph.grid or (), strict=False))
+    for name in graph.inserted:
+        place, _, what = name.partition(": ")
+        verb, _, where = place.partition(" ")
+        changes = [(word, int(before), int(after)) for word, before, after in _NUMBERS.findall(what)]
+        if verb == "merge":
+            before = math.prod(axes.values()) if axes else None
+            axes |= {axis: after for axis, _, after in changes if axis in axes}
+            after = math.prod(axes.values()) if axes else None
+            found.append(Site(number, where, f"merge {what}", before, after, PATCHES))
+        elif len(changes) == 1:
+            selector, before, after = changes[0]
+            found.append(Site(number, where, f"{verb} by {selector}", before, after, TOKENS))
+        else:
+            found.append(Site(number, where, f"{verb} {what}", None, None, TOKENS))
+    return found

@@ -1,0 +1,140 @@
+"""`transformers serve`, with every model that it loads compiled by luvc_fx."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from luvc_fx.apps.inputs import InputError, brief
+from luvc_fx.apps.local_model import make_prompt, synthetic_image
+from luvc_fx.generate.frontdoor import compile, report_of
+from luvc_fx.generate.sizes.warming import warmup
+from luvc_fx.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+REPORT_PATH = "/luvc_fx/report"
+"""Where the server tells, as JSON, what happened to each model's graphs."""
+
+
+def serve(
+    model: str,
+    schedule: Schedule,
+    inner: str = "inductor",
+    options: Sequence[str] = (),
+    show: bool = True,
+    warm_up: bool = False,
+) -> None:
+    """Run the server of `transformers serve`, pinned to one model, until it is told to stop.
+
+    The server loads its models in one public method and builds its routes in one public function (the
+    same from transformers 5.17 to 5.23); both are wrapped while it runs, and nothing else is touched.
+
+    Args:
+        model: a directory, or a name that `from_pretrained` takes.
+        inner: as of `luvc_fx.compile`.
+        options: further arguments of `transformers serve`, as one types them.
+        show: log every compiled graph's report on stderr.
+        warm_up: compile the graphs for one image of the size that the processor expects before listening.
+
+    Raises:
+        InputError: a model that cannot be loaded or wired, or no server installed.
+    """
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise InputError("the server is not installed; pip install 'luvc-fx[serve]'")
+    _check_directory(model)
+    import typer
+    from transformers.cli import serve as command
+    from transformers.cli.serving import model_manager, server
+
+    if show:
+        _log_reports()
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(command.Serve)
+    manager = _compiling(model_manager.ModelManager, schedule, inner, warm_up)
+    with (
+        _replaced(model_manager, "ModelManager", manager),
+        _replaced(server, "build_server", _telling(server.build_server)),
+    ):
+        app([model, *options], prog_name="luvc-fx serve", standalone_mode=False)
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _check_directory(model: str) -> None:
+    path = Path(model)
+    if path.is_file():
+        raise InputError(f"model directory '{model}' is a file")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"'{model}' holds no model: there is no config.json")
+    if model.startswith((".", "/", "~")) and not path.exists():
+        raise InputError(f"model directory '{model}' does not exist")
+
+
+def _compiling(base: Any, schedule: Schedule, inner: str, warm_up: bool) -> type:
+    class CompilingManager(base):
+        """The server's model manager; what it hands out is compiled."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._luvc_lock = threading.Lock()
+            try:
+                super().__init__(*args, **kwargs)
+            except InputError:
+                raise
+            except Exception as error:
+                raise InputError(f"the model cannot be served: {brief(error)}") from error
+
+        def load_model_and_processor(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            model, processor = super().load_model_and_processor(*args, **kwargs)
+            with self._luvc_lock:  # requests load from threads of their own
+                compile(model, schedule, inner=inner)
+                if warm_up and not report_of(model).graphs:
+                    log.info("%s", warmup(model, inputs=[_request(model, processor)]))
+            return model, processor
+
+    return CompilingManager
+
+
+def _request(model: Any, processor: Any) -> dict[str, Any]:
+    """What a request with one image calls `generate` with: pixels in float32, and the server's tokenizer."""
+    inputs = make_prompt(model, processor, [synthetic_image(model, processor)], "Describe the image.")
+    inputs = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+    return {**inputs, "tokenizer": processor}
+
+
+def _telling(build: Callable[..., Any]) -> Callable[..., Any]:
+    def build_server(model_manager: Any, *args: Any, **kwargs: Any) -> Any:
+        app = build(model_manager, *args, **kwargs)
+
+        def report() -> dict[str, Any]:
+            loaded = {name: timed.model for name, timed in list(model_manager.loaded_models.items())}
+            return {name: report_of(model).to_dict() for name, model in loaded.items()}
+
+        app.get(REPORT_PATH)(report)
+        return app
+
+    return build_server
+
+
+def _log_reports() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("luvc_fx: %(message)s"))
+    logger = logging.getLogger("luvc_fx")
+    logger.addHandler(handler)
+    if logger.getEffectiveLevel() > logging.INFO:
+        logger.setLevel(logging.INFO)

@@ -1,0 +1,256 @@
+"""The TorchDynamo backend: have each graph rewritten, and hand it on to the inner compiler."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from luvc_fx import _compat
+from luvc_fx.dynamo.fingerprint import depends_on_us, fingerprint
+from luvc_fx.dynamo.generate_warning import warn_of_compile_config, warn_when_generating
+from luvc_fx.dynamo.rewrite import rewrite
+from luvc_fx.report import LuvcWarning, NotRewritten, Reason, Refusal, Report, telemetry
+from luvc_fx.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+INNERS = ("inductor", "aot_eager", "eager")
+ON_NO_MATCH = ("warn", "raise", "ignore")
+
+_given_up: weakref.WeakSet[Any] = weakref.WeakSet()
+"""What Dynamo compiles no more: classes of models, and code of functions."""
+
+
+class LuvcBackend:
+    """A callable that Dynamo hands its graphs to; made by `backend`.
+
+    Two backends are equal when they would compile alike, so Dynamo does not recompile for a second one.
+
+    Attributes:
+        report: what happened to every graph so far.
+        front_door: whether `luvc_fx.compile` made it.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        inner: str | Callable[..., Any],
+        mode: str | None,
+        options: dict[str, Any] | None,
+        on_no_match: str,
+        strict: bool,
+    ) -> None:
+        self.schedule = schedule
+        self.inner = inner
+        self.mode = mode
+        self.options = dict(options or {})
+        self.on_no_match = on_no_match
+        self.strict = strict
+        self.report = Report()
+        self.identity_sites = False
+        self.front_door = False
+        self._wrapped: Any = None
+
+    def _key(self) -> tuple[Any, ...]:
+        options = tuple(sorted((name, repr(option)) for name, option in self.options.items()))
+        flags = (self.on_no_match, self.strict, self.identity_sites)
+        return (self.schedule, self.inner, self.mode, options, *flags)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LuvcBackend) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    @property
+    def __name__(self) -> str:
+        # torch.compile asks for the name while it wraps a model: the only moment at which a backend
+        # can see that model, and so the only one to arrange that generate() warns.
+        wrapped = _compat.being_compiled()
+        if wrapped is not None:
+            self._wrapping(wrapped)
+        return "luvc_fx"
+
+    def __repr__(self) -> str:
+        return f"luvc_fx.backend({self.schedule!r}, inner={self.inner!r})"
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: list[Any],
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> Callable[..., Any]:
+        """Rewrite `gm` in place and compile it; the inner compiler's result is returned unwrapped."""
+        _refuse_caching_precompile()
+        options = {**self.options, **(options or {})}
+        _check_options(None, options)
+        telemetry.log_graph("captured graph", gm)
+        graph_report = rewrite(gm, self.schedule, self.strict, self.front_door, self.identity_sites)
+        self.report.graphs.append(graph_report)
+        telemetry.tell(gm, graph_report)
+        self._complain(graph_report.refusals)
+        started, hits = time.perf_counter(), _compat.cache_hits()
+        compiled = self._compile(gm, example_inputs, mode or self.mode, options)
+        graph_report.compile_seconds = time.perf_counter() - started
+        graph_report.cached = _compat.cache_hits() > hits
+        log.info("compiled in %.1f s%s", graph_report.compile_seconds, " from caches" * graph_report.cached)
+        return compiled
+
+    def _compile(
+        self, gm: fx.GraphModule, example_inputs: list[Any], mode: str | None, options: dict[str, Any]
+    ) -> Callable[..., Any]:
+        if callable(self.inner):
+            return self.inner(gm, example_inputs)
+        if self.inner == "inductor":
+            key = fingerprint(self.schedule) if depends_on_us(gm.graph) else ""
+            return _compat.compile_inductor(gm, example_inputs, mode, options, key)
+        if self.inner == "aot_eager":
+            return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+        return gm.forward
+
+    def reset(self) -> None:
+        """What `torch._dynamo.reset` calls: Dynamo compiles everything afresh."""
+        _given_up.clear()
+
+    def _wrapping(self, wrapped: Any) -> None:
+        """Note what `torch.compile` puts this backend on."""
+        is_module = isinstance(wrapped, torch.nn.Module)
+        if not self.front_door and is_module:
+            warn_when_generating(wrapped)
+        before, self._wrapped = (
+            self._wrapped,
+            type(wrapped) if is_module else getattr(wrapped, "__code__", None),
+        )
+        if not self.front_door and self._wrapped is not before:
+            warn_of_compile_config(wrapped)
+        if self._wrapped is not None and self._wrapped in _given_up:
+            self.give_up(getattr(self._wrapped, "__name__", None) or self._wrapped.co_name)
+
+    def give_up(self, function: str) -> None:
+        """Say that Dynamo compiles nothing new of `function`, and runs it eagerly without a word."""
+        text = (
+            f"Dynamo has compiled {function} as often as torch._dynamo.config.recompile_limit allows, and "
+            "runs it eagerly, with all visual tokens, for every further schedule and shape; raise that "
+            "limit, or call torch._dynamo.reset() between schedules"
+        )
+        refusal = Refusal(Reason.RECOMPILE_LIMIT, text)
+        new = self.report.refuse(refusal)
+        if new:
+            telemetry.count_refusals([refusal])
+        if new or self._raises:
+            self._complain([refusal])
+        if self._wrapped is not None:
+            _given_up.add(self._wrapped)
+
+    @property
+    def _raises(self) -> bool:
+        return self.strict or self.on_no_match == "raise"
+
+    def _complain(self, refusals: list[Refusal]) -> None:
+        if not refusals:
+            return
+        text = "luvc_fx left this alone: " + "; ".join(map(str, refusals))
+        if self._raises:
+            raise NotRewritten(text)
+        if self.on_no_match == "warn":
+            warnings.warn(text, LuvcWarning, stacklevel=2)
+
+
+def backend(
+    schedule: Schedule | str = "image",
+    inner: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    on_no_match: str = "warn",
+    strict: bool = False,
+    capture_scalars: bool = True,
+    recompile_limit: int | None = _compat.RECOMPILE_LIMIT,
+) -> LuvcBackend:
+    """A backend for ``torch.compile(model, backend=luvc_fx.backend(schedule))``.
+
+    For forward calls; `generate` does not go through `torch.compile` (see `luvc_fx.compile`). In a
+    decode loop of your own over the cache of a merged prompt pass `position_ids`: the cache is then
+    shorter than the prompt. Captured logits and hidden states have the surviving rows.
+
+    Args:
+        schedule: what to merge and prune, or the name of a preset.
+        inner: ``"inductor"``, ``"aot_eager"``, ``"eager"`` or a Dynamo backend of your own.
+        mode, options: as of `torch.compile`, for Inductor; here they may both be given.
+        on_no_match: ``"warn"``, ``"raise"`` or ``"ignore"`` what the schedule asks for and a graph
+            does not allow. Such a graph compiles as if luvc_fx were not there.
+        strict: raise on every refusal, and let an error in a pass of ours through.
+        capture_scalars: switch on ``torch._dynamo.config.capture_scalar_outputs``. Without it Dynamo ends
+            the graph at the model's check of the image tokens, and tokens can be pruned but not merged.
+        recompile_limit: raise ``torch._dynamo.config.recompile_limit`` to at least this; None leaves it.
+            Dynamo counts the compilations of a function (each schedule, each shape that is not dynamic)
+            and runs it eagerly beyond that limit; should it come to that, `on_no_match` says what happens.
+
+    Dynamo's settings hold **for the whole process**, from torch 2.13 on for the calling thread.
+
+    Raises:
+        ValueError: for an argument that is not allowed.
+        RuntimeError: while ``caching_precompile`` is on; it would hand out graphs of other schedules.
+    """
+    parsed = Schedule.of(schedule)
+    if not callable(inner) and inner not in INNERS:
+        raise ValueError(f"inner is {inner!r}; allowed: {', '.join(map(repr, INNERS))} or a callable")
+    if on_no_match not in ON_NO_MATCH:
+        raise ValueError(f"on_no_match is {on_no_match!r}; allowed: {', '.join(map(repr, ON_NO_MATCH))}")
+    if (mode is not None or options) and inner != "inductor":
+        raise ValueError(f"mode and options are Inductor's; inner is {inner!r}")
+    _check_options(mode, options)
+    _refuse_caching_precompile()
+    _compat.watch_recompile_limit(_give_up)
+    if capture_scalars:
+        _compat.enable_scalar_capture()
+    if recompile_limit is not None:
+        _compat.allow_recompiles(recompile_limit)
+    return LuvcBackend(parsed, inner, mode, options, on_no_match, strict)
+
+
+def prepare(model: torch.nn.Module) -> torch.nn.Module:
+    """Make a fresh transformers model capture as one graph; returns it.
+
+    Its output hooks are otherwise installed inside the first traced forward, which then falls into
+    pieces. One eager forward does the same.
+    """
+    _compat.install_output_hooks(model)
+    return model
+
+
+def _check_options(mode: str | None, options: dict[str, Any] | None) -> None:
+    """Raise `ValueError` for what Inductor does not know, whichever the inner compiler is."""
+    for key in options or {}:
+        if key.startswith("luvc."):
+            raise ValueError(
+                f"{key!r} is an option of backend='luvc_fx' (the name); here it is an argument of "
+                "luvc_fx.backend(...)"
+            )
+    if mode is not None or options:
+        _compat.inductor_options(mode, options)
+
+
+def _give_up(compiler_fn: Any, function: str, limit: int) -> None:
+    """Dynamo has reached its limit for a function while it compiled for `compiler_fn`."""
+    found = getattr(compiler_fn, "compiler_fn", compiler_fn)  # torch.compile wraps a backend
+    if hasattr(found, "from_options"):  # ours by its name
+        found = found.from_options(None, compiler_fn.kwargs.get("options"))
+    if isinstance(found, LuvcBackend):
+        found.give_up(f"{function}, {limit} times,")
+
+
+def _refuse_caching_precompile() -> None:
+    if _compat.caching_precompile():
+        raise RuntimeError(
+            "torch._dynamo.config.caching_precompile is on. Its cache does not know about backends and "
+            "would return a graph compiled for another schedule; switch it off to use luvc_fx"
+        )

@@ -1,0 +1,131 @@
+"""`luvc_fx.compile` and what goes with it: one model instance, for `generate` and `forward`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from luvc_fx.dynamo.backend import backend, prepare
+from luvc_fx.dynamo.generate_warning import take_generate_warning_off
+from luvc_fx.generate.model_check import check_schedule, check_supported
+from luvc_fx.generate.wiring import FrontDoor
+from luvc_fx.report import Report
+from luvc_fx.schedule import Schedule
+
+_STATE = "_luvc_fx"
+
+
+def compile(
+    model: Any,
+    schedule: Schedule | str = "image",
+    inner: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    on_no_match: str = "warn",
+    strict: bool = False,
+    dynamic: bool | None = None,
+) -> Any:
+    """Compile `generate` and `forward` of one model instance with a schedule; returns that instance.
+
+    The instance is changed in place, and only it: `restore` takes everything off again. Calling it
+    twice with the same arguments changes nothing; with others, the later ones hold. A forward with
+    `pixel_values` returns logits of the surviving rows and their original numbers in
+    ``output.row_index`` ``[batch, rows]``.
+
+    Args:
+        model: a vision-language model of transformers that encodes its images by `get_image_features`
+            (the README has a table of the families that tests cover), or a PEFT model around one.
+        schedule, inner, mode, options, on_no_match, strict: as of `luvc_fx.dynamo.backend`.
+        dynamic: as of `torch.compile`, for the text; each number and shape of images is a graph.
+
+    Raises:
+        ValueError: an argument that is not allowed, or a schedule that this model cannot follow.
+
+    >>> model = luvc_fx.compile(model, "image")  # doctest: +SKIP
+    >>> model.generate(**processor(images=image, text=prompt, return_tensors="pt"))  # doctest: +SKIP
+    """
+    parsed = Schedule.of(schedule)
+    given, model = model, _wired(model)
+    check_supported(model)
+    check_schedule(model, parsed)
+    settings: dict[str, Any] = {
+        "schedule": parsed,
+        "inner": inner,
+        "mode": mode,
+        "options": options,
+        "on_no_match": on_no_match,
+        "strict": strict,
+    }
+    # Made for nothing, so that a wrong argument raises before anything changes.
+    backend(**settings, capture_scalars=False, recompile_limit=None)
+    door: FrontDoor | None = vars(model).get(_STATE)
+    if door is not None and (door.settings, door.dynamic) == (settings, dynamic):
+        return given
+    restore(model)
+    for instance in (given, model):
+        take_generate_warning_off(instance)
+    prepare(model)
+    door = FrontDoor(model, settings, dynamic)
+    door.install()
+    vars(model)[_STATE] = door
+    return given
+
+
+def _wired(model: Any) -> Any:
+    """The instance that gets the hooks: a PEFT model passes all calls on to the one it adapts."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def restore(model: Any) -> Any:
+    """Take `compile` off a model instance; returns it. Without effect on one that was not compiled."""
+    door: FrontDoor | None = vars(_wired(model)).pop(_STATE, None)
+    if door is not None:
+        door.remove()
+    return model
+
+
+@contextlib.contextmanager
+def applied(model: Any, schedule: Schedule | str = "image", **settings: Any) -> Iterator[Any]:
+    """`compile` for the length of a ``with`` block; what held before holds again afterwards."""
+    state = vars(_wired(model))
+    before: FrontDoor | None = state.get(_STATE)
+    compile(model, schedule, **settings)
+    try:
+        yield model
+    finally:
+        if state.get(_STATE) is not before:
+            restore(model)
+            if before is not None:
+                put_on(model, before)
+
+
+def take_off(model: Any) -> FrontDoor | None:
+    """`restore`, keeping what was compiled: `put_on` brings it back."""
+    door: FrontDoor | None = vars(_wired(model)).get(_STATE)
+    restore(model)
+    return door
+
+
+def put_on(model: Any, door: FrontDoor) -> None:
+    """Bring back what `take_off` took off this model; whatever is on it now goes."""
+    restore(model)
+    door.install()
+    vars(_wired(model))[_STATE] = door
+
+
+def report_of(model: Any) -> Report:
+    """The report of a compiled model.
+
+    Raises:
+        ValueError: the model is not compiled by luvc_fx.
+    """
+    return door_of(model).report
+
+
+def door_of(model: Any) -> FrontDoor:
+    """The hooks on a compiled model. Raises `ValueError` as `report_of`."""
+    door: FrontDoor | None = vars(_wired(model)).get(_STATE)
+    if door is None:
+        raise ValueError("this model is not compiled by luvc_fx; call luvc_fx.compile(model) first")
+    return door

@@ -1,0 +1,238 @@
+"""What the front door may do with one call: shorten it, merge, or leave it alone, with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, StaticCache
+
+from luvc_fx import _compat
+from luvc_fx.generate.cache import PrunedCache, PrunedRows, is_empty, unsupported
+from luvc_fx.generate.compiled_encoder import modalities
+from luvc_fx.report import Reason, Refusal
+
+PLAIN = (
+    ("prefill_chunk_size", (None,)),
+    ("assistant_model", (None,)),
+    ("prompt_lookup_num_tokens", (None,)),
+    ("cache_implementation", (None, "dynamic", "static")),
+    ("use_cache", (None, True)),
+)
+"""Options of `generate`, and the values with which tokens may go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What one call may do, with a prompt of `rows` rows that have images.
+
+    Attributes:
+        textual: the other rows, whose left padding has room for as many tokens as the images have.
+        decode_mode: the Inductor mode that transformers would compile the decoding of this call with.
+    """
+
+    merge: bool
+    shorten: bool
+    rows: int = 1
+    textual: tuple[int, ...] = ()
+    decode_mode: str | None = None
+
+
+ALL = Allowed(merge=True, shorten=True)
+UNMERGED = Allowed(merge=False, shorten=True)
+NOTHING = Allowed(merge=False, shorten=False)
+
+Note = Callable[[Refusal], None]
+"""Where limits are noted; it may raise."""
+
+
+def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
+    """What this `generate` call may do; each limit is noted."""
+    config = kwargs.get("generation_config") or model.generation_config
+
+    def option(name: str) -> Any:
+        return kwargs[name] if name in kwargs else getattr(config, name, None)
+
+    for name, plain_values in PLAIN:
+        if option(name) not in plain_values:
+            given = option(name)
+            shown = type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
+            note(Refusal(Reason.INPUTS, f"{name}={shown}: all visual tokens stay"))
+            return NOTHING
+    refused = _refusal_of_attention(model)
+    if refused is None and _is_static(option):
+        refused = _refusal_of_static(model)
+    if refused is not None:
+        note(refused)
+        return NOTHING
+    allowed = for_images(model, kwargs, note)
+    if allowed.shorten and ((option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1):
+        if allowed.textual:
+            text = "num_beams or num_return_sequences above 1 beside rows without images"
+            note(Refusal(Reason.UNEVEN_BATCH, f"{text}: all visual tokens stay"))
+            return NOTHING
+        text = "num_beams or num_return_sequences above 1: transformers expands unmerged features only"
+        note(Refusal(Reason.INPUTS, text + "; pruned, but not merged"))
+        return UNMERGED
+    return dataclasses.replace(allowed, decode_mode=_decode_mode(model, option))
+
+
+def _is_static(option: Callable[[str], Any]) -> bool:
+    return option("cache_implementation") == "static" or isinstance(option("past_key_values"), StaticCache)
+
+
+def _refusal_of_static(model: Any) -> Refusal | None:
+    """Why visual tokens must stay over a static cache, or None."""
+    if not _compat.is_flash(model.config.get_text_config()):
+        return None
+    text = "a static cache under FlashAttention, which would read its empty rows; use a DynamicCache"
+    return Refusal(Reason.CACHE, f"{text}: all visual tokens stay")
+
+
+def _refusal_of_attention(model: Any) -> Refusal | None:
+    """Why the rows of this decoder's FlashAttention cannot be followed, or None."""
+    config = model.config.get_text_config()
+    if not _compat.is_flash(config):
+        return None
+    name = config._attn_implementation
+    if not _compat.calls_flash_attn(config):
+        text = f"attn_implementation={name!r} is not a call of the package flash-attn (2.7 or later)"
+    elif _has_windows(config):
+        text = "sliding windows under FlashAttention, which count rows"
+    else:
+        return None
+    return Refusal(Reason.NO_ATTENTION, f"{text}: all visual tokens stay")
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether a decoder layer sees a window only."""
+    everywhere = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return bool(everywhere) or "sliding_attention" in (getattr(config, "layer_types", None) or ())
+
+
+def _decode_mode(model: Any, option: Callable[[str], Any]) -> str | None:
+    """Over a static cache transformers compiles decoding itself: on a GPU, or with a `CompileConfig`."""
+    config = option("compile_config")
+    if (
+        not _is_static(option)
+        or option("disable_compile")
+        or (config is None and model.device.type != "cuda")
+    ):
+        return None
+    mode = (CompileConfig() if config is None else config).mode
+    return None if mode == "default" else mode
+
+
+def pixels_in(kwargs: dict[str, Any]) -> list[str]:
+    """The arguments that bring images or videos."""
+    return [name for name, given in kwargs.items() if name.startswith("pixel_values") and given is not None]
+
+
+def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
+    """Whether each row has the same number of visual tokens, and a prompt that can be cut."""
+    ids, mask = kwargs.get("input_ids", kwargs.get("inputs")), kwargs.get("attention_mask")
+    if ids is None:
+        note(Refusal(Reason.INPUTS, "inputs_embeds without input_ids: all visual tokens stay"))
+        return NOTHING
+    kinds = modalities(model)
+    for name in pixels_in(kwargs):
+        if name not in {kind.pixels for kind in kinds}:
+            # Encoded in the text graph, out of sight of what counts its tokens and adopts its cache.
+            note(Refusal(Reason.INPUTS, f"{name} has no known encoder in this model: all visual tokens stay"))
+            return NOTHING
+    if not pixels_in(kwargs):
+        return dataclasses.replace(ALL, rows=ids.shape[0])
+    counts = torch.stack(
+        [(ids == getattr(model.config, kind.token)).sum(1) for kind in kinds], dim=1
+    ).tolist()
+    textual = tuple(row for row, count in enumerate(counts) if not any(count))
+    uneven = _why_uneven(kwargs, counts, textual)
+    if uneven:
+        note(Refusal(Reason.UNEVEN_BATCH, f"{uneven}: all visual tokens stay"))
+        return NOTHING
+    later = refusal_of_later_images(model, kwargs)
+    if later is not None:
+        note(later)
+        return dataclasses.replace(UNMERGED, rows=ids.shape[0])
+    if mask is not None and mask.dim() != 2:
+        note(Refusal(Reason.INPUTS, "an attention_mask that is not 2-D: pruned, but not merged"))
+        return dataclasses.replace(UNMERGED, rows=ids.shape[0])
+    if mask is not None and _compat.is_flash(model.config.get_text_config()):
+        seen = mask != 0
+        if bool((seen[:, 1:] < seen[:, :-1]).any()):
+            text = (
+                "an attention_mask with more than left padding, under FlashAttention: all visual tokens stay"
+            )
+            note(Refusal(Reason.INPUTS, text))
+            return NOTHING
+    return dataclasses.replace(ALL, rows=ids.shape[0] - len(textual), textual=textual)
+
+
+def _why_uneven(kwargs: dict[str, Any], counts: list[list[int]], textual: tuple[int, ...]) -> str:
+    """Why the rows of a batch cannot get shorter by the same number of rows, or nothing.
+
+    Args:
+        counts: per row the visual tokens of each modality; `textual`: the rows without any.
+    """
+    if any(count != max(counts) for row, count in enumerate(counts) if row not in textual):
+        return "rows with different numbers of visual tokens"
+    if not textual or len(textual) == len(counts):
+        return ""
+    mask = kwargs.get("attention_mask")
+    if not is_empty(kwargs.get("past_key_values")) or (mask is not None and mask.dim() != 2):
+        return "rows without images beside others, over a cache or under a mask that is not 2-D"
+    padding = 0 if mask is None else int((mask[list(textual)].cumsum(1) == 0).sum(1).min())
+    tokens = sum(max(counts))
+    if padding < tokens:
+        return (
+            f"a row without images, with left padding of {padding} where the images of other rows have "
+            f"{tokens} tokens (padding goes where they go)"
+        )
+    return ""
+
+
+def makes_own_masks(model: Any) -> bool:
+    """Whether masks are made outside of the decoder, before it has a cache (Gemma 3, PaliGemma, Molmo2)."""
+    return hasattr(type(model), "create_masks_for_generate")
+
+
+def refusal_of_later_images(model: Any, kwargs: dict[str, Any]) -> Refusal | None:
+    """Why images of a later turn keep all their tokens, or None.
+
+    Raises:
+        NotImplementedError: the cache misses rows already, and the mask that the model would make over it
+            is not the causal one (Gemma 3 and PaliGemma let an image's tokens see each other).
+    """
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if is_empty(cache):
+        return None
+    own_masks = makes_own_masks(model)
+    if own_masks and isinstance(cache, PrunedRows):
+        raise NotImplementedError(
+            f"luvc_fx: {type(model).__name__} makes attention masks of its own, and an image of a later turn "
+            "would need one over a cache with dropped visual tokens"
+        )
+    if isinstance(cache, StaticCache):
+        what = "a static cache"
+    elif own_masks:
+        what = "attention masks of the model's own and a cache"
+    elif not isinstance(cache, PrunedCache) and isinstance(mask, Tensor) and mask.dim() != 2:
+        what = f"a {mask.dim()}-D attention_mask and a cache"
+    else:
+        return None
+    text = f"images of a later turn, over {what} that holds rows already: all their tokens stay"
+    return Refusal(Reason.PAST_NOT_EMPTY, text)
+
+
+def refusal_of_forward(model: Any, cache: object) -> Refusal | None:
+    """Why a forward must leave all visual tokens alone, or None."""
+    refused = unsupported(cache) or _refusal_of_attention(model)
+    if refused is None and isinstance(cache, StaticCache):
+        refused = _refusal_of_static(model)
+    if refused is None and model.training:
+        return Refusal(Reason.TRAINING, "the model is in training mode; call model.eval()")
+    return refused

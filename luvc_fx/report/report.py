@@ -1,0 +1,214 @@
+"""What happened to each graph: recognised, rewritten, refused and why."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class LuvcWarning(UserWarning):
+    """Something the schedule asked for was left alone; the text says what and why."""
+
+
+class NotRewritten(RuntimeError):
+    """Raised in place of a `LuvcWarning` with ``on_no_match="raise"`` or ``strict=True``."""
+
+
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """Inside, `NotRewritten` comes as itself: what a backend raises, Dynamo wraps."""
+    try:
+        yield
+    except Exception as error:
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, NotRewritten):
+            raise inner from error
+        raise
+
+
+class Reason(enum.StrEnum):
+    """Why something was left as it was."""
+
+    NO_FUSION = "no-fusion"
+    CAPTURE_ENDED_BEFORE_FUSION = "capture-ended-before-fusion"
+    NO_ATTENTION = "no-attention"
+    NO_GRID = "no-grid"
+    RESIDUAL_STREAM = "residual-stream"
+    UNEVEN_BATCH = "uneven-batch"
+    PAST_NOT_EMPTY = "past-not-empty"
+    TOKEN_AXIS = "token-axis"
+    SCHEDULE = "schedule"
+    TRAINING = "training"
+    INPUTS = "inputs"
+    CACHE = "cache"
+    PASS_FAILED = "pass-failed"
+    RECOMPILE_LIMIT = "recompile-limit"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One thing left alone: the reason, a sentence for people, and the graph node it is about."""
+
+    reason: Reason
+    text: str
+    node: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason.value}: {self.text}" + (f" [{self.node}]" if self.node else "")
+
+
+class Refused(Exception):
+    """Raised inside recognition, plan and passes; the backend turns it into a `Refusal`."""
+
+    def __init__(self, reason: Reason, text: str, node: object = "") -> None:
+        super().__init__(text)
+        self.refusal = Refusal(reason, text, str(node))
+
+
+@dataclass(slots=True)
+class GraphReport:
+    """One captured graph.
+
+    Attributes:
+        kind: "whole" (vision, fusion and decoder), "vision", "prefill" (with the fusion), "decode" (one
+            query, or more over a shortened cache), "text" (attention, but no image) or "other".
+        compile_id: Dynamo's numbers of the function and of its compilation, ``"3/1"``.
+        recompile_reason: why this function was compiled again, in Dynamo's words (what its newest
+            compilation did not allow); empty the first time.
+        encoder_blocks, decoder_layers: how many of each were recognised.
+        images: images in the batch, where the graph holds their encoder; `batch`: rows of the prompt.
+        lead: rows in front of the grid inside the encoder (CLS).
+        grid: height and width of the visual token grid that leaves the encoder, before any merge.
+        inserted: names of the inserted sites, as "merge after block 2: width 16 -> 12".
+        tokens_per_layer: visual tokens of one row that enter each decoder layer.
+        fused: visual tokens of one row at the fusion; before merging, `original`.
+        flops_before, flops_after: see `luvc_fx.anatomy.costs.flops`.
+        kv_bytes_before, kv_bytes_after: of each decoder layer, see `luvc_fx.anatomy.costs.kv_bytes`.
+        refusals: what was left as it was, and why.
+        notes: what a reader should know although nothing was refused.
+        milliseconds: time in recognition, each pass and the counting of costs.
+        compile_seconds: time of the compiler behind us, once it is through; `cached`: whether it found the
+            graph in its caches on disk.
+    """
+
+    kind: str = "other"
+    compile_id: str = ""
+    recompile_reason: str = ""
+    nodes_before: int = 0
+    nodes_after: int = 0
+    encoder_blocks: int = 0
+    decoder_layers: int = 0
+    batch: int | None = None
+    images: int | None = None
+    lead: int | None = None
+    grid: tuple[int, int] | None = None
+    merged_grid: tuple[int, int] | None = None
+    inserted: list[str] = field(default_factory=list)
+    original: int | None = None
+    fused: int | None = None
+    tokens_per_layer: list[int] = field(default_factory=list)
+    masks_rebuilt: int = 0
+    flops_before: int = 0
+    flops_after: int = 0
+    kv_bytes_before: list[int] = field(default_factory=list)
+    kv_bytes_after: list[int] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    compile_seconds: float | None = None
+    cached: bool = False
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether this graph differs from what the inner compiler would have got without us."""
+        return bool(self.inserted) or self.masks_rebuilt > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {**asdict(self), "rewritten": self.rewritten}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.kind} graph, {self.nodes_before} -> {self.nodes_after} nodes: "
+            f"{self.encoder_blocks} encoder blocks, {self.decoder_layers} decoder layers"
+            + (f", grid {self.grid[0]} x {self.grid[1]}" if self.grid else "")
+        ]
+        lines += [f"  {site}" for site in self.inserted]
+        if self.masks_rebuilt:
+            lines.append(f"  masks rebuilt in {self.masks_rebuilt} layers")
+        if self.tokens_per_layer:
+            lines.append(f"  visual tokens entering each layer: {self.tokens_per_layer}")
+        if self.flops_before:
+            lines.append(f"  {_change(self.flops_before, self.flops_after, 1e6, 'MFLOPs')}")
+        if self.kv_bytes_before:
+            before, after = sum(self.kv_bytes_before), sum(self.kv_bytes_after)
+            lines.append(f"  {_change(before, after, 1024, 'KiB')} of keys and values")
+        lines += [f"  refused {refusal}" for refusal in self.refusals]
+        lines += [f"  note: {note}" for note in self.notes]
+        if self.recompile_reason:
+            lines.append(f"  compiled again ({self.compile_id}) because of {self.recompile_reason}")
+        total = sum(self.milliseconds.values())
+        lines.append(f"  luvc_fx took {total:.0f} ms")
+        if self.compile_seconds is not None:
+            lines[-1] += f", the compiler behind it {self.compile_seconds:.1f} s"
+            lines[-1] += ", from its caches" if self.cached else ""
+        return "\n".join(lines)
+
+
+def _change(before: int, after: int, unit: float, name: str) -> str:
+    numbers = f"{before / unit:,.1f}" + (f" -> {after / unit:,.1f}" if after != before else "")
+    return f"{numbers} {name}"
+
+
+@dataclass(slots=True, eq=False)
+class Report:
+    """All graphs that went through one backend, in the order of their compilation; itself and no copy.
+
+    `refusals` are those that belong to a call rather than to a graph (the front door's).
+    """
+
+    graphs: list[GraphReport] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def refuse(self, refusal: Refusal) -> bool:
+        """Note a refusal of the front door once; returns whether it is new."""
+        if refusal in self.refusals:
+            return False
+        self.refusals.append(refusal)
+        return True
+
+    def of_kind(self, kind: str) -> list[GraphReport]:
+        """The graphs of one kind."""
+        return [graph for graph in self.graphs if graph.kind == kind]
+
+    def tokens_per_layer(self) -> list[int]:
+        """Visual tokens entering each decoder layer, in the newest graph that has a fusion."""
+        for graph in reversed(self.graphs):
+            if graph.tokens_per_layer:
+                return graph.tokens_per_layer
+        return []
+
+    def budget(self, original: int) -> float:
+        """Mean over decoder layers of the visual tokens entering the layer, over `original`."""
+        tokens = self.tokens_per_layer()
+        return sum(tokens) / (len(tokens) * original) if tokens else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "graphs": [graph.to_dict() for graph in self.graphs],
+            "refusals": [asdict(refusal) for refusal in self.refusals],
+        }
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(self.to_dict())
+
+    def __str__(self) -> str:
+        lines = [str(graph) for graph in self.graphs]
+        lines += [f"refused {refusal}" for refusal in self.refusals]
+        return "\n".join(lines) if lines else "nothing compiled yet"

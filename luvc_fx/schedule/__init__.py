@@ -1,0 +1,35 @@
+"""What to do at which site, as data: schedules, presets, budgets."""
+
+from luvc_fx.ops.lowpass import REALIZATIONS
+from luvc_fx.ops.oim import AXES, PAIRINGS
+from luvc_fx.ops.rounding import round_half_up
+from luvc_fx.ops.spu import ENERGIES, NORMALIZATIONS
+from luvc_fx.schedule.schedule import (
+    COVERAGES,
+    FEATURES,
+    JSON_VERSION,
+    KINDS,
+    METHODS,
+    SELECTORS,
+    Merge,
+    Prune,
+    Schedule,
+)
+
+__all__ = [
+    "AXES",
+    "COVERAGES",
+    "ENERGIES",
+    "FEATURES",
+    "JSON_VERSION",
+    "KINDS",
+    "METHODS",
+    "NORMALIZATIONS",
+    "PAIRINGS",
+    "REALIZATIONS",
+    "SELECTORS",
+    "Merge",
+    "Prune",
+    "Schedule",
+    "round_half_up",
+]

@@ -1,0 +1,165 @@
+"""The queries and keys of a decoder layer before they exist: its norm and projections, computed once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from luvc_fx.anatomy.axes.lengths import TOKENS
+from luvc_fx.anatomy.axes.probe import EXPANDING, SIZED, TokenAxes
+from luvc_fx.anatomy.recognise import Decoder
+from luvc_fx.anatomy.residual_stream import chain_to, dominators
+from luvc_fx.graph.nodes import (
+    ancestors,
+    descendants,
+    is_tensor,
+    op_name,
+    order,
+    reach,
+    run,
+    shape,
+    writes,
+)
+from luvc_fx.ops import gather_rows
+from luvc_fx.passes.support.last_query import constant_scale, last_mask, visible
+from luvc_fx.plan import PruneSite
+from luvc_fx.report import Reason, Refused
+
+Looks = Callable[..., tuple[Tensor, Tensor]]
+
+
+def site_keys(graph: fx.Graph, decoder: Decoder, site: PruneSite) -> tuple[list[fx.Node], Looks]:
+    """The inputs of `Site.attended` and `Site.keys`, and the function that computes them.
+
+    Queries and keys without rotary positions are the last values of the layer that are made of its input
+    and of weights alone; rotary tables are values that go with the tokens.
+
+    Returns:
+        Nodes, and a function of the residual value ``[B, S, D]``, an int64 ``[B, N]`` of rows in it and
+        the values of the nodes, which gives float32 ``[B, N]`` and ``[B, N, heads * dim]``.
+
+    Raises:
+        Refused: the layer's queries or keys are not found, or cannot be computed ahead of it.
+    """
+    call, before = decoder.calls[site.layer], decoder.calls[site.layer - 1]
+    scale = constant_scale(call)
+    query = _unturned(graph, decoder.axes, site.node, call.queries)
+    key = _unturned(graph, decoder.axes, site.node, call.keys)
+    turned = _turned(graph, decoder.axes, site.node, call.keys, key)
+    steps, given = _replay(graph, site.node, (query, key, turned))
+    masks, over_cache = last_mask(before)  # of the same rows, and there already
+    swapped = [decoder.axes.axis(node) == 1 for node in (query, key, turned)]
+
+    def looks(x: Tensor, places: Tensor, earlier: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.shape[1]
+        known = dict(zip(given, values, strict=False)) | {site.node: x}
+        for step in steps:
+            known[step] = _again(step, known, decoder.axes, rows)
+        queries, keys, rotated = (
+            known[node].transpose(1, 2) if swap else known[node]
+            for node, swap in zip((query, key, turned), swapped, strict=True)
+        )
+        among = torch.arange(rows, device=x.device) <= places.amax(1, keepdim=True)
+        if masks:
+            among = among & visible(values[-1], over_cache, earlier.shape[2], rows)
+        attended = _attended(queries, keys, among, scale).gather(1, places)
+        return attended, gather_rows(rotated, places, 2).transpose(1, 2).flatten(2)
+
+    return [before.keys, *given, *masks], looks
+
+
+def _attended(queries: Tensor, keys: Tensor, among: Tensor, scale: float) -> Tensor:
+    """What the mean query pays to each key, mean over the heads.
+
+    Args:
+        queries: ``[B, H, S, d]``; keys: ``[B, G, S, d]``, of H / G heads each.
+        among: bool ``[B, S]``, the rows that take part, as queries and as keys.
+
+    Returns:
+        float32 ``[B, S]``, 0 for the others.
+    """
+    share = among.to(torch.float32)[:, None, :, None]
+    mean = (queries.float() * share).sum(2) / share.sum(2)
+    query = mean.unflatten(1, (keys.shape[1], -1)) * scale
+    scores = (query.unsqueeze(3) * keys.float().unsqueeze(2)).sum(-1)
+    scores = scores.masked_fill(among.logical_not()[:, None, None], -torch.inf)
+    return scores.softmax(-1).flatten(1, 2).mean(1)
+
+
+def _chain(graph: fx.Graph, source: fx.Node, sink: fx.Node) -> list[fx.Node]:
+    """The values that every path from the layer's input to `sink` runs through."""
+    idom = dominators(graph, source, [sink])
+    if sink not in idom:
+        raise Refused(Reason.NO_ATTENTION, "keys of a layer are not made of its input", sink)
+    return chain_to(idom, source, [sink])
+
+
+def _unturned(graph: fx.Graph, axes: TokenAxes, source: fx.Node, sink: fx.Node) -> fx.Node:
+    """The last value ``[B, heads, S, d]`` or ``[B, S, heads, d]`` before anything meets the tokens."""
+    below, meets = descendants(source), {join.consumer for join in axes.joins}
+    found = None
+    for node in _chain(graph, source, sink)[1:]:
+        if below & ancestors(node) & meets:
+            break
+        if is_tensor(node) and _by_heads(node, sink, axes):
+            found = node
+    if found is None:
+        text = "queries or keys of a layer are not found ahead of rotary positions and of what else is added"
+        raise Refused(Reason.NO_ATTENTION, text, sink)
+    return found
+
+
+def _by_heads(node: fx.Node, sink: fx.Node, axes: TokenAxes) -> bool:
+    sizes, axis = shape(node), axes.axis(node)
+    return len(sizes) == 4 and axis in (1, 2) and sizes[3] == shape(sink)[3]
+
+
+def _turned(graph: fx.Graph, axes: TokenAxes, source: fx.Node, sink: fx.Node, key: fx.Node) -> fx.Node:
+    """The last value that holds one key for each of `key`, before those of a cache (even an empty one)."""
+    batch, *middle, dim = shape(key)
+    heads, rows = middle if axes.axis(key) == 2 else middle[::-1]
+    for node in reversed(_chain(graph, source, sink)):
+        if is_tensor(node) and shape(node) == (batch, heads, rows, dim):
+            steps, _ = _replay(graph, source, (node,))
+            if all(step.all_input_nodes for step in steps):
+                return node
+    return key
+
+
+def _replay(
+    graph: fx.Graph, source: fx.Node, targets: tuple[fx.Node, ...]
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The nodes behind `source` that `targets` are computed by, in order, and what those read beside it."""
+    place = order(graph)
+
+    def inputs(node: fx.Node) -> list[fx.Node]:
+        if place[node] <= place[source]:
+            return []
+        return node.all_input_nodes[:1] if op_name(node) in SIZED else node.all_input_nodes
+
+    needed = reach(targets, inputs)
+    steps = [node for node in graph.nodes if node in needed and place[node] > place[source]]
+    given = [n for n in graph.nodes if n in needed and place[n] <= place[source] and n is not source]
+    for node in (*steps, *given):
+        if not is_tensor(node) and node in given:
+            raise Refused(Reason.NO_ATTENTION, "keys of a layer are made of a number", node)
+        if node in steps and (writes(node) or op_name(node) in _IN_PLACE):
+            raise Refused(Reason.NO_ATTENTION, "keys of a layer are made by writing in place", node)
+    return steps, given
+
+
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv"}
+
+
+def _again(step: fx.Node, known: dict[fx.Node, Tensor], axes: TokenAxes, rows: int | torch.SymInt) -> Tensor:
+    """Call what `step` calls; where it names the sizes, those of the tokens are what they are now."""
+    if op_name(step) not in SIZED or step not in axes.extents:
+        result: Tensor = run(step, known.__getitem__)
+        return result
+    sizes: list[int | torch.SymInt] = list(shape(step))
+    for axis, extent in axes.extents[step].items():
+        sizes[axis] = extent.length({TOKENS: rows})
+    source = known[step.all_input_nodes[0]]
+    return source.expand(sizes) if op_name(step) in EXPANDING else source.reshape(sizes)

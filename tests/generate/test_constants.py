@@ -1,0 +1,229 @@
+"""Sizes of images as text and stand-ins: what models make of them, and how often Dynamo compiles."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import luvc_fx
+from luvc_fx.generate import constants as controls
+from luvc_fx.generate.constants import Grids, Lengths
+from luvc_fx.schedule import Merge, Schedule
+from tests.support.models_anyres import anyres_inputs, tiny_llava_next, tiny_onevision
+from tests.support.models_qwen import qwen_inputs, tiny_qwen2_5_vl, tiny_qwen2_vl, tiny_qwen3_vl
+from tests.support.replay import Recorder
+
+ROWS = st.integers(1, 4).flatmap(
+    lambda width: st.lists(
+        st.lists(st.integers(0, 10**6), min_size=width, max_size=width), min_size=1, max_size=5
+    )
+)
+
+
+@given(ROWS)
+def test_rows_come_back_from_text(rows: list[list[int]]) -> None:
+    text = controls.as_text(torch.tensor(rows))
+    assert controls.rows_of(text) == rows
+    assert controls.as_text(rows) == controls.as_text([tuple(row) for row in rows]) == text
+    assert controls.as_text([torch.tensor(row) for row in rows]) == text
+    assert controls.from_text("image_sizes", text) == rows
+    assert controls.from_text("image_grid_thw", text).tolist() == rows
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=5))
+def test_vectors_come_back_from_text(numbers: list[int]) -> None:
+    text = controls.as_text(torch.tensor(numbers))
+    assert text == controls.as_text(numbers) == ";".join(map(str, numbers))
+    assert controls.from_text("batch_num_images", text) == numbers
+    lengths = controls.from_text("image_cu_seqlens", ",".join(map(str, numbers)))
+    assert isinstance(lengths, Lengths) and lengths.tolist() == numbers
+
+
+def test_text_as_it_is_written() -> None:
+    assert controls.as_text(torch.tensor([[1, 8, 8], [1, 4, 12]])) == "1,8,8;1,4,12"
+    assert controls.as_text([3, 1]) == "3;1"
+
+
+@given(st.lists(st.lists(st.integers(1, 40), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_stand_ins_do_what_the_tensor_does(rows: list[list[int]]) -> None:
+    tensor, grids = torch.tensor(rows), Grids(rows)
+    assert len(grids) == len(tensor) and grids.tolist() == tensor.tolist()
+    for dim in (-1, 1):
+        assert (grids.prod(dim) // 4).tolist() == (tensor.prod(dim) // 4).tolist()
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), tensor.prod(-1).cumsum(0)])
+    lengths = Lengths(ends.tolist())
+    assert (lengths[1:] - lengths[:-1]).tolist() == (ends[1:] - ends[:-1]).tolist()
+
+
+def test_lists_that_are_given_out_are_copies() -> None:
+    grids, lengths = Grids([[1, 2, 3]]), Lengths([1, 2])
+    grids.tolist()[0].append(4)
+    lengths.tolist().append(3)
+    assert (grids.tolist(), lengths.tolist()) == ([[1, 2, 3]], [1, 2])
+
+
+QWEN: dict[str, Callable[..., nn.Module]] = {
+    f.__name__: f for f in (tiny_qwen2_vl, tiny_qwen2_5_vl, tiny_qwen3_vl)
+}
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("make", QWEN)
+@torch.no_grad()
+def test_an_encoder_takes_stand_ins_for_its_grid(make: str, kind: str) -> None:
+    """With the tables that are computed for it, the model's own encoder gives what it gives for a tensor."""
+    model = QWEN[make](decoder_layers=1)
+    items = [("image", 4, 8), ("image", 8, 6)] if kind == "image" else [("video", 2, 4, 8)]
+    batch = qwen_inputs(model, [[2, *items, 1]])  # type: ignore[list-item]
+    pixels, grid = batch["pixel_values" + "_videos" * (kind == "video")], batch[f"{kind}_grid_thw"]
+    encode = getattr(model.base_model, f"get_{kind}_features")
+    plain, text = controls.constants(model.base_model, kind, {f"{kind}_grid_thw": grid})
+    assert f"{kind}_grid_thw" in text and f"{kind}_grid_thw" not in plain
+    assert all(isinstance(table, Tensor) for table in plain.values())
+    given_ = {**plain, **{name: controls.from_text(name, found) for name, found in text.items()}}
+    assert isinstance(given_[f"{kind}_grid_thw"], Grids)
+    got = encode(pixels, return_dict=True, **given_)
+    want = encode(pixels, grid, return_dict=True)
+    assert torch.equal(torch.cat(list(got.pooler_output)), torch.cat(list(want.pooler_output)))
+    for mine, theirs in zip(
+        getattr(got, "deepstack_features", None) or [],
+        getattr(want, "deepstack_features", None) or [],
+        strict=True,
+    ):
+        assert torch.equal(torch.cat(list(mine)), torch.cat(list(theirs)))
+
+
+def test_tables_that_the_caller_gives_stay() -> None:
+    model = tiny_qwen2_vl(decoder_layers=1)
+    options = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "image_position_ids": torch.zeros(16, 2)}
+    plain, text = controls.constants(model.base_model, "image", options)
+    assert plain["image_position_ids"] is options["image_position_ids"]
+    assert text == {"image_grid_thw": "1,4,4", "image_cu_seqlens": "0,16"}
+
+
+def test_other_options_stay_as_they_are() -> None:
+    model = tiny_llava_next(decoder_layers=1)
+    options = {"image_sizes": torch.tensor([[30, 40]]), "vision_feature_layer": -2}
+    plain, text = controls.constants(model.base_model, "image", options)
+    assert (plain, text) == ({"vision_feature_layer": -2}, {"image_sizes": "30,40"})
+
+
+# ------------------------------------------------------------------------------------ recompilation
+
+
+def symbolic(recorder: Recorder) -> list[str]:
+    return [
+        str(example)
+        for graph in recorder.graphs
+        for example in graph.example_inputs
+        if isinstance(example, torch.SymInt)
+        or (isinstance(example, Tensor) and any(isinstance(s, torch.SymInt) for s in example.shape))
+    ]
+
+
+class Vision(Recorder):
+    """Keeps the graphs of the vision encoder only; others run as they are."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def __call__(self, gm: Any, example_inputs: Any, **more: Any) -> Any:
+        if luvc_fx.report_of(self.model).graphs[-1].kind == "vision":
+            return super().__call__(gm, example_inputs, **more)
+        return gm.forward
+
+
+@torch.no_grad()
+def test_each_new_grid_is_one_compilation_without_symbols() -> None:
+    model: Any = tiny_qwen2_vl(decoder_layers=1, encoder_layers=2)
+    seen = Vision(model)
+    luvc_fx.compile(model, Schedule(merge=Merge("width", keep=0.5, layer=0)), inner=seen, strict=True)
+    counts = []
+    for height, width in ((4, 4), (4, 4), (4, 8), (4, 4), (8, 4), (4, 8), (12, 8)):
+        batch = qwen_inputs(model, [[2, ("image", height, width), 1]], seed=height + width)
+        model(**batch)
+        counts.append(len(seen.graphs))
+    assert counts == [1, 1, 2, 2, 3, 3, 4], "the third and later sizes must not be symbolic, either"
+    assert symbolic(seen) == []
+
+
+@torch.no_grad()
+def test_another_size_with_the_same_tiles_is_one_compilation() -> None:
+    model: Any = tiny_llava_next(decoder_layers=1, encoder_layers=2)
+    seen = Vision(model)
+    luvc_fx.compile(model, Schedule(merge=Merge("width", keep=0.5, layer=0)), inner=seen, strict=True)
+    counts = []
+    for height, width in ((20, 40), (20, 40), (24, 40), (20, 40)):
+        model(**anyres_inputs(model, [[2, ("image", height, width), 1]]))
+        counts.append(len(seen.graphs))
+    assert counts == [1, 1, 2, 2]
+    assert symbolic(seen) == []
+
+
+# ----------------------------------------------------------------------------------------- numpy
+
+
+def test_a_method_without_numpy_beside_the_class() -> None:
+    model = tiny_llava_next(decoder_layers=1)
+    base = model.base_model
+    kind, module = type(base), sys.modules[type(base).__module__]
+    before = (kind.pack_image_features, kind.pack_image_features.__globals__["np"], dict(vars(base)))
+    found = controls.numpy_free(base)
+    assert list(found) == ["pack_image_features"]
+    own = found["pack_image_features"]
+    assert own.func.__globals__["np"] is not numpy  # type: ignore[attr-defined]
+    assert kind.pack_image_features is before[0] and before[0].__globals__["np"] is before[1] is numpy
+    assert module.np is numpy and dict(vars(base)) == before[2]
+    generator = torch.Generator().manual_seed(1)
+    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    features = [torch.randn(3, side * side, 48, generator=generator)]
+    arguments = (features, [(24, 40)], "default")
+    for mine, theirs in zip(
+        own(*arguments, image_newline=base.image_newline),
+        base.pack_image_features(*arguments, image_newline=base.image_newline),
+        strict=True,
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("make", [tiny_onevision, tiny_qwen2_vl], ids=lambda f: f.__name__)
+def test_models_that_ask_numpy_for_nothing_keep_their_methods(make: Callable[..., Any]) -> None:
+    base = make(decoder_layers=1).base_model
+    for name, method in controls.numpy_free(base).items():
+        assert method.func.__globals__["np"] is not numpy  # type: ignore[attr-defined]
+        assert getattr(type(base), name).__globals__["np"] is numpy
+
+
+def test_restore_takes_the_method_off() -> None:
+    model: Any = luvc_fx.prepare(tiny_llava_next(decoder_layers=1))
+    before = dict(vars(model.base_model))
+    luvc_fx.compile(model, Schedule(), inner="eager")
+    assert "pack_image_features" in vars(model.base_model)
+    assert "pack_image_features" not in before
+    luvc_fx.restore(model)
+    assert vars(model.base_model).keys() == before.keys()
+    assert model.base_model.pack_image_features.__func__ is type(model.base_model).pack_image_features
+
+
+def test_a_method_of_the_instances_own_stays() -> None:
+    """What a user put in the place of the class's method is what runs, during and after."""
+    model: Any = tiny_llava_next(decoder_layers=1)
+
+    def mine(*_: Any, **__: Any) -> None:
+        raise AssertionError("not called here")
+
+    model.base_model.pack_image_features = mine
+    assert controls.numpy_free(model.base_model) == {}
+    luvc_fx.compile(model, Schedule(), inner="eager")
+    assert model.base_model.pack_image_features is mine
+    luvc_fx.restore(model)
+    assert model.base_model.pack_image_features is mine

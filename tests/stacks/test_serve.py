@@ -1,0 +1,168 @@
+"""`luvc-fx serve`: a real server in a process of its own, asked by OpenAI's client over HTTP."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import luvc_fx
+from luvc_fx import Prune, Schedule
+from luvc_fx.apps.demo import MODEL_DIR
+from luvc_fx.cli.main import main as cli
+from tests.support.paths import EXAMPLES
+
+CLIENT = runpy.run_path(str(EXAMPLES / "serve_client.py"))
+IMAGE = MODEL_DIR / "objects.png"
+QUESTIONS = ("where is the ring ?", "what color is the star ?", "how many objects are there ?")
+WORDS = 6
+
+
+@dataclass
+class Server:
+    """A running server and what it wrote on stderr."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    log: Path
+
+    def ask(self, question: str, stream: bool) -> str:
+        return CLIENT["ask"](self.address, str(MODEL_DIR), IMAGE, question, stream, WORDS)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "stderr"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = ["serve", str(MODEL_DIR), "--inner", "eager", "--warm-up"]
+    arguments += ["--host", "127.0.0.1", "--port", port]
+    with log.open("wb") as file:
+        process = subprocess.Popen([sys.executable, "-m", "luvc_fx.cli.main", *arguments], stderr=file)
+    found = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        for _ in range(240):
+            try:
+                with urllib.request.urlopen(f"{found.address}/health", timeout=5):
+                    break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.5)
+        else:
+            raise AssertionError(log.read_text())
+        yield found
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, str]:
+    """What `generate` of a compiled model answers, loaded as the server loads it."""
+    model = AutoModelForImageTextToText.from_pretrained(MODEL_DIR, dtype="auto").eval()
+    processor = AutoProcessor.from_pretrained(MODEL_DIR)
+    luvc_fx.compile(model, "image", inner="eager", strict=True)
+    found = {}
+    for question in QUESTIONS:
+        content = [{"type": "image", "url": str(IMAGE)}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=WORDS, do_sample=False)
+        words = output[0, inputs["input_ids"].shape[1] :]
+        found[question] = processor.decode(words, skip_special_tokens=True)
+    assert len(set(found.values())) == len(QUESTIONS)
+    return found
+
+
+@pytest.mark.slow
+def test_answers_in_one_piece_and_streamed_equal_generate(server: Server, answers: dict[str, str]) -> None:
+    question = QUESTIONS[0]
+    for stream in (False, True):
+        assert server.ask(question, stream).strip() == answers[question].strip()
+
+
+@pytest.mark.slow
+def test_two_clients_at_once(server: Server, answers: dict[str, str]) -> None:
+    asked = [QUESTIONS[1], QUESTIONS[2]] * 2
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(server.ask, asked, (False, True, True, False)))
+    assert [answer.strip() for answer in got] == [answers[question].strip() for question in asked]
+
+
+@pytest.mark.slow
+def test_pruning_is_seen_from_outside(server: Server, answers: dict[str, str]) -> None:
+    (before,) = CLIENT["report"](server.address).values()
+    server.ask(QUESTIONS[0], False)
+    (report,) = CLIENT["report"](server.address).values()
+    assert report == before, "all was compiled before the server listened"
+    kinds = {graph["kind"]: graph for graph in report["graphs"]}
+    assert kinds["vision"]["inserted"] == ["merge after encoder block 2: width 16 -> 12"]
+    assert kinds["prefill"]["tokens_per_layer"][-1] == 0
+    assert not report["refusals"]
+    assert not any(graph["refusals"] for graph in report["graphs"])
+    log = server.log.read_text()
+    assert "luvc_fx: vision graph" in log
+    assert "prune before decoder layer 15: spectrum 48 -> 0" in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--schedule", "imgae"), "schedule 'imgae' is neither a preset (image, video, document) nor a file"),
+        (("--prot", "80"), "--prot"),
+        (("--port", "eighty"), "--port"),
+        (("--device", "gpu9"), "the model cannot be served"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    capfd: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str
+) -> None:
+    assert says in _refused(capfd, str(MODEL_DIR), *arguments)
+
+
+def test_a_model_that_cannot_be_served_is_one_line(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "does not exist" in _refused(capfd, str(tmp_path / "none"))
+    assert "no config.json" in _refused(capfd, str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    assert "the model cannot be served" in _refused(capfd, str(tmp_path))
+    deep = tmp_path / "deep.json"
+    deep.write_text(Schedule(prune=Prune(keep=0.5, layer=99)).to_json())
+    assert "Prune.layer is 99" in _refused(capfd, str(MODEL_DIR), "--schedule", str(deep))
+
+
+def test_a_missing_server_is_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    assert "pip install 'luvc-fx[serve]'" in _refused(capfd, str(MODEL_DIR))
+
+
+def _refused(capfd: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    assert cli.main(["serve", *arguments]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    # What transformers itself says while it loads comes before.
+    theirs = ("[transformers]", "Loading weights", "\r")
+    ours = [line for line in lines if line and not line.startswith(theirs)]
+    assert len(ours) == 1
+    assert ours[0].startswith("luvc-fx: ")
+    return ours[0]
