@@ -4,7 +4,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-TYPED := build/typed
 
 # Inductor's C++ compiles dominate the tests: one process a core, one thread each.
 WORKERS ?= 2
@@ -18,14 +17,11 @@ demo: $(READY)
 test: lint
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# mypy cannot see luvc_fx.passes in the source tree (it lives in passes/), so it reads an installed copy.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(TYPED) .
-	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
-		--cache-dir $(CURDIR)/.mypy_cache -p luvc_fx
+	$(BIN)/lint-imports
+	$(BIN)/mypy -p luvc_fx
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -23,7 +23,7 @@ def package(model, inputs, schedule, path):
 def main(path, inputs_path):
     """Package the model that luvc_fx ships, and save a prompt for it."""
     from luvc_fx.apps.demo import ask, load_model
-    from luvc_fx.apps.local_model import make_prompt
+    from luvc_fx.generate.chat_prompt import make_prompt
 
     model, processor = load_model()
     question = ask()

@@ -48,7 +48,7 @@ def main(model_dir, inputs_path=None, outputs_path=None, schedule="image", inner
 def shipped_prompt(model):
     """The first question about the image that luvc_fx ships."""
     from luvc_fx.apps.demo import ask, load_model
-    from luvc_fx.apps.local_model import make_prompt
+    from luvc_fx.generate.chat_prompt import make_prompt
 
     question = ask()
     return make_prompt(model, load_model()[1], [question.image], question.text)

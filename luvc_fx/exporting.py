@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from luvc_fx import _compat
-from luvc_fx.apps.inputs import brief
 from luvc_fx.dynamo.backend import backend, prepare
 from luvc_fx.generate import constants as controls
 from luvc_fx.generate.model_check import check_schedule, check_supported
@@ -19,6 +18,7 @@ from luvc_fx.graph import markers
 from luvc_fx.graph.emit import emit
 from luvc_fx.graph.nodes import output_node, value
 from luvc_fx.report import Report
+from luvc_fx.report.errors import brief
 from luvc_fx.schedule import Schedule
 
 TEXT = ("input_ids", "attention_mask", "position_ids")

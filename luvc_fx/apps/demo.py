@@ -19,8 +19,9 @@ import torch
 
 import luvc_fx
 from luvc_fx.apps.environment import hardware, versions
-from luvc_fx.apps.inputs import InputError, read_image
+from luvc_fx.apps.inputs import read_image
 from luvc_fx.report import Reason, Refusal, Report
+from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Schedule
 
 if TYPE_CHECKING:

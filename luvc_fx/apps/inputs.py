@@ -6,14 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luvc_fx.report.errors import InputError, one_line
 from luvc_fx.schedule import KINDS, Schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-class InputError(ValueError):
-    """Something that the caller can mend; the text is one line and says what and how."""
 
 
 def read_schedule(value: str) -> Schedule:
@@ -53,16 +50,3 @@ def read_image(path: Path) -> Image:
         raise InputError(f"image '{path}' cannot be read: {error.strerror or one_line(error)}") from None
     except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"image '{path}' cannot be decoded: {one_line(error)}") from None
-
-
-def one_line(error: Exception) -> str:
-    """An error's text without its line ends."""
-    return " ".join(str(error).split())
-
-
-def brief(error: Exception, most: int = 300) -> str:
-    """One line about an error that is not ours: its type and the first paragraph of its text."""
-    paragraph = " ".join(str(error).strip().partition("\n\n")[0].split())
-    if len(paragraph) > most:
-        paragraph = paragraph[: most - 3] + "..."
-    return f"{type(error).__name__}: {paragraph}" if paragraph else type(error).__name__

@@ -16,10 +16,13 @@ import torch
 
 import luvc_fx
 from luvc_fx.apps.environment import hardware, versions
-from luvc_fx.apps.inputs import InputError, brief, one_line, read_image
-from luvc_fx.apps.local_model import load, make_prompt, synthetic_image
+from luvc_fx.apps.inputs import read_image
+from luvc_fx.apps.local_model import load
+from luvc_fx.generate.chat_prompt import make_prompt
 from luvc_fx.generate.model_check import check_supported
+from luvc_fx.generate.sizes.synthetic_image import synthetic_image
 from luvc_fx.report import GraphReport, Report
+from luvc_fx.report.errors import InputError, brief, one_line
 from luvc_fx.schedule import Schedule
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from luvc_fx.apps.inputs import InputError, brief
-from luvc_fx.apps.local_model import make_prompt, synthetic_image
+from luvc_fx.generate.chat_prompt import make_prompt
 from luvc_fx.generate.frontdoor import compile, report_of
+from luvc_fx.generate.sizes.synthetic_image import synthetic_image
 from luvc_fx.generate.sizes.warming import warmup
+from luvc_fx.report.errors import InputError, brief
 from luvc_fx.schedule import Schedule
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from luvc_fx.apps.inputs import InputError
+from luvc_fx.report.errors import InputError
 
 EXTRAS = ("typer", "rich", "transformers", "PIL", "safetensors", "jinja2")
 

@@ -13,15 +13,30 @@ from pathlib import Path
 
 from torch import fx
 
-from luvc_fx import passes
 from luvc_fx.graph import markers
 from luvc_fx.graph.emit import inserted
 from luvc_fx.registry import selector_fingerprint
 from luvc_fx.schedule import Schedule
 
+_PACKAGE = Path(__file__).parents[1]
+
+COMPILE_TIME = (
+    "_compat",
+    "anatomy",
+    "dynamo",
+    "graph",
+    "ops",
+    "passes",
+    "plan.py",
+    "registry.py",
+    "schedule",
+    "selectors",
+)
+"""What shapes a graph. Other rooms call, measure or print: editing those keeps what was compiled."""
+
 
 def fingerprint(schedule: Schedule) -> str:
-    """A key of this package's files and version, of `schedule`, and of the selectors it names."""
+    """A key of our version, of the files that shape a graph, of `schedule` and of the selectors it names."""
     hasher = hashlib.sha256(_sources().encode())
     hasher.update(schedule.to_json().encode())
     for name in sorted({prune.selector for prune in schedule.prune}):
@@ -38,16 +53,27 @@ def depends_on_us(graph: fx.Graph) -> bool:
     return any(inserted(node) or markers.is_ours(node) for node in graph.nodes)
 
 
-@cache
-def _sources() -> str:
-    """Hash of every Python file of the package; `passes` lies elsewhere in a source tree."""
-    hasher = hashlib.sha256(_version().encode())
-    for module in (markers, passes):
-        root = Path(str(module.__file__)).parent
-        for path in sorted(root.rglob("*.py")):
-            hasher.update(f"{path.relative_to(root).as_posix()}:{path.stat().st_size}\n".encode())
+def hash_of_sources(*places: str) -> str:
+    """A hash of the Python files in those rooms of the package (or of those files): paths and bytes.
+
+    Args:
+        places: relative to the package, ``"ops"`` or ``"plan.py"``.
+    """
+    hasher = hashlib.sha256()
+    for place in places:
+        for path in _python_files(_PACKAGE / place):
+            hasher.update(f"{path.relative_to(_PACKAGE).as_posix()}:{path.stat().st_size}\n".encode())
             hasher.update(path.read_bytes())
     return hasher.hexdigest()
+
+
+def _python_files(place: Path) -> list[Path]:
+    return [place] if place.suffix == ".py" else sorted(place.rglob("*.py"))
+
+
+@cache
+def _sources() -> str:
+    return f"{_version()} {hash_of_sources(*COMPILE_TIME)}"
 
 
 def _version() -> str:

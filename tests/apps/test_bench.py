@@ -18,8 +18,8 @@ from luvc_fx.apps.bench.result import Cost, Result, Row
 from luvc_fx.apps.bench.running import attention_of
 from luvc_fx.apps.bench.shapes import Visual, smaller
 from luvc_fx.apps.bench.timing import PREFILL, Clock, Stages, ratio_interval, spread
-from luvc_fx.apps.inputs import InputError
 from luvc_fx.report import GraphReport, Reason, Refusal, Report
+from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Merge, Prune, Schedule
 
 PARAMETERS = {

@@ -28,9 +28,9 @@ from luvc_fx.apps.evaluation.prompts import Prompts, Row, batches, collate
 from luvc_fx.apps.evaluation.questions import read_frames, read_questions, with_wrong_images
 from luvc_fx.apps.evaluation.result import Result, WrongImage
 from luvc_fx.apps.evaluation.store import Answers
-from luvc_fx.apps.inputs import InputError
 from luvc_fx.apps.local_model import load
 from luvc_fx.cli.main import main
+from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Prune, Schedule
 
 running = importlib.import_module("luvc_fx.apps.evaluation.run")

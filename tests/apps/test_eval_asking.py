@@ -29,9 +29,9 @@ from luvc_fx.apps.evaluation.result import Cell
 from luvc_fx.apps.evaluation.scoring import score
 from luvc_fx.apps.evaluation.statistics import sign_flip
 from luvc_fx.apps.evaluation.store import Answers
-from luvc_fx.apps.inputs import InputError
 from luvc_fx.cli.commands import eval as command
 from luvc_fx.downsample import downsample_all
+from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Prune, Schedule
 from tests.support.models import inputs, tiny_llava
 from tests.support.paths import EXAMPLES

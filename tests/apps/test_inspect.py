@@ -21,6 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from luvc_fx.apps import inspection, local_model
 from luvc_fx.apps.demo import MODEL_DIR
 from luvc_fx.cli.main import main as cli
+from luvc_fx.generate.sizes.synthetic_image import preferred_size
 from luvc_fx.schedule import Merge, Prune, Schedule
 from tests.support.models import inputs, tiny_internvl, tiny_llava, visual_tokens
 
@@ -329,4 +330,4 @@ def test_the_size_of_the_synthetic_image(
     image_processor: dict[str, Any], vision: dict[str, Any], size: tuple[int, int]
 ) -> None:
     config = SimpleNamespace(vision_config=SimpleNamespace(**vision))
-    assert local_model.preferred_size(SimpleNamespace(**image_processor), config) == size
+    assert preferred_size(SimpleNamespace(**image_processor), config) == size

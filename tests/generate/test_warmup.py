@@ -15,7 +15,7 @@ from PIL import Image
 import luvc_fx
 from examples.research.mixed_sizes.qwen2_vl import build_processor
 from luvc_fx import LuvcWarning, SizeBuckets, _compat
-from luvc_fx.apps.local_model import make_prompt
+from luvc_fx.generate.chat_prompt import make_prompt
 from luvc_fx.generate.sizes import warming
 from luvc_fx.schedule import Merge, Prune, Schedule
 from tests.support.models import PAD, inputs, tiny_llava

@@ -82,6 +82,12 @@ def copy_of_the_package(folder: Path) -> Path:
     return folder
 
 
+def edit(package: Path, name: str) -> None:
+    """Change one file of the package, not what it does."""
+    with (package / "luvc_fx" / name).open("a") as file:
+        file.write("# edited\n")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_second_process_hits_and_an_edit_or_another_schedule_misses(tmp_path: Path) -> None:
@@ -89,12 +95,12 @@ def test_a_second_process_hits_and_an_edit_or_another_schedule_misses(tmp_path: 
     caches.mkdir()
     first = compiled(PRUNE, caches, package)
     assert outcome(first) == MISS
+    edit(package, "apps/demo.py")  # which shapes no graph
     second = compiled(PRUNE, caches, package)
     assert outcome(second) == HIT
     assert second["sum"] == first["sum"]
     assert outcome(compiled(OTHER, caches, package)) == MISS
-    with (package / "luvc_fx" / "ops" / "spu.py").open("a") as file:
-        file.write("# edited\n")
+    edit(package, "ops/spu.py")
     edited = compiled(PRUNE, caches, package)
     assert outcome(edited) == MISS
     assert edited["sum"] == first["sum"]
@@ -116,10 +122,13 @@ def test_a_fingerprint_is_of_the_schedule() -> None:
     assert len({fingerprint(schedule) for schedule in (PRUNE, OTHER, merged, Schedule())}) == 4
 
 
-def test_a_fingerprint_is_of_every_file(tmp_path: Path) -> None:
-    """Of op, pass and marker files alike, wherever `passes` lies."""
+def test_a_fingerprint_is_of_every_file_that_shapes_a_graph(tmp_path: Path) -> None:
+    """Of op, pass and marker files alike; not of what calls, measures or prints."""
     package = copy_of_the_package(tmp_path)
-    program = "from luvc_fx import Schedule; from luvc_fx.dynamo import fingerprint as f; print(f.fingerprint(Schedule()))"
+    program = (
+        "from luvc_fx import Schedule; from luvc_fx.dynamo.fingerprint import fingerprint; "
+        "print(fingerprint(Schedule()))"
+    )
 
     def now() -> str:
         command = [sys.executable, "-c", program]
@@ -127,11 +136,13 @@ def test_a_fingerprint_is_of_every_file(tmp_path: Path) -> None:
 
     seen = {now()}
     assert now() in seen
-    for name in ("ops/oim.py", "passes/emit.py"):
-        with (package / "luvc_fx" / name).open("a") as file:
-            file.write("# edited\n")
+    for name in ("ops/oim.py", "graph/emit.py", "passes/support/retarget.py", "plan.py"):
+        edit(package, name)
+        assert now() not in seen
         seen.add(now())
-    assert len(seen) == 3
+    for name in ("apps/demo.py", "cli/main.py", "generate/sizes/warming.py"):
+        edit(package, name)
+        assert now() in seen
 
 
 def test_a_fingerprint_is_of_the_source_of_a_foreign_selector() -> None:

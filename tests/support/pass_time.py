@@ -1,6 +1,6 @@
 """What our passes cost on graphs of several depths: measured, and written down.
 
-``python -m tests.support.pass_time`` prints it, ``--write`` puts it into examples/research/benchmarks/results.
+``python -m tests.support.pass_time`` prints it, ``--write`` puts it into research/benchmarks/results.
 """
 
 from __future__ import annotations

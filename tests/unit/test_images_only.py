@@ -10,7 +10,9 @@ from transformers import LlavaProcessor, Qwen2VLProcessor
 from examples.research.mixed_sizes.qwen2_vl import build_model, build_processor
 from luvc_fx.apps import local_model
 from luvc_fx.apps.images_only import images_only, load_images_only
-from luvc_fx.apps.inputs import InputError
+from luvc_fx.generate.chat_prompt import make_prompt
+from luvc_fx.generate.sizes.synthetic_image import synthetic_image
+from luvc_fx.report.errors import InputError
 
 
 @pytest.fixture
@@ -25,8 +27,8 @@ def test_loads_without_the_part_for_videos(directory: Path) -> None:
     model, processor = local_model.load(directory)
     assert isinstance(processor, Qwen2VLProcessor)
     assert processor.video_processor is None
-    image = local_model.synthetic_image(model, processor, (56, 84))
-    prompt = local_model.make_prompt(model, processor, [image], "Describe the image")
+    image = synthetic_image(model, processor, (56, 84))
+    prompt = make_prompt(model, processor, [image], "Describe the image")
     assert prompt["image_grid_thw"].tolist() == [[1, 4, 6]]
     assert int((prompt["input_ids"] == model.config.image_token_id).sum()) == 6
 

@@ -62,7 +62,7 @@ def sets_table(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def counts(score: dict[str, Any], wrong: dict[str, Any] | None) -> bool:
-    """The rule of `luvc_fx.apps.evaluation.markdown.is_evidence`; without a wrong image a task is no evidence."""
+    """The rule of `evaluation.markdown.is_evidence`; without a wrong image a task is no evidence."""
     if wrong is None:
         return False
     return score["accuracy"] >= EVIDENCE[0] and wrong["right_image"] - wrong["accuracy"] >= EVIDENCE[1]

@@ -1,6 +1,6 @@
 """The tuner against the presets: the same speed, on questions that took no part in the search.
 
-    python -m examples.research.evidence.tuned      # twenty minutes of a CPU core; writes results/tuned.json, .md
+    python -m examples.research.evidence.tuned  # twenty minutes of a CPU core; writes results/tuned.json, .md
 
 `luvc_fx.tune` sees prompts of the ``tune`` split without answers, and is asked for the speed of the preset.
 Both then answer questions of the ``dev`` split, beside the same counts of random tokens. Answers are kept in

@@ -1,6 +1,7 @@
 """A task for lmms-eval that needs no network: questions about drawn scenes, for the model of luvc_fx.
 
-`python -m examples.research.lmms_eval.local_task OUT` writes it; the harness finds it with `--include_path OUT`.
+`python -m examples.research.lmms_eval.local_task OUT` writes it; the harness
+finds it with `--include_path OUT`.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ from torch._dynamo.callback import on_compile_end, on_compile_start
 import luvc_fx
 from examples.research.mixed_sizes.qwen2_vl import WORDS, build_model, build_processor
 from luvc_fx.apps.environment import hardware, versions
-from luvc_fx.apps.local_model import make_prompt
 from luvc_fx.cli.output import make_console, make_table
+from luvc_fx.generate.chat_prompt import make_prompt
 
 ARMS = ("eager", "luvc_fx", "buckets")
 MAX_PIXELS = 392 * 392

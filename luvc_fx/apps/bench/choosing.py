@@ -13,7 +13,7 @@ from torch import Tensor
 from luvc_fx.apps.bench.arms import BASELINE, EAGER, Arm
 from luvc_fx.apps.bench.running import Compiled, Stock
 from luvc_fx.apps.bench.timing import FIRST_TOKEN
-from luvc_fx.apps.inputs import InputError
+from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Schedule
 
 BEST, AUTO = "best", "auto"

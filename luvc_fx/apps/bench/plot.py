@@ -6,7 +6,7 @@ from pathlib import Path
 
 from luvc_fx.apps.bench.result import Result
 from luvc_fx.apps.bench.timing import DECODE, PREFILL, PROJECTOR, VISION
-from luvc_fx.apps.inputs import InputError
+from luvc_fx.report.errors import InputError
 
 
 def draw(result: Result, path: Path) -> None:

@@ -9,14 +9,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import luvc_fx
-from luvc_fx import passes
+from luvc_fx.dynamo.fingerprint import COMPILE_TIME, hash_of_sources
 from luvc_fx.registry import selector_fingerprint
 from luvc_fx.schedule import Schedule
 
 # What draws, counts or prints has no part in an answer.
-_FOLDERS = ("", "ops", "selectors")
-_FILES = ("asking.py", "features.py", "prompts.py", "questions.py", "together.py")
+_PLACES = (
+    "generate",
+    "downsample.py",
+    "apps/images_only.py",
+    "apps/inputs.py",
+    "apps/local_model.py",
+    *(f"apps/evaluation/{name}.py" for name in ("asking", "features", "prompts", "questions", "together")),
+)
 # Processors read and resize images by the first three, where those are installed.
 _PACKAGES = ("pillow", "torchvision", "numpy", "tokenizers", "torch", "transformers")
 _CHUNK = 1 << 24
@@ -55,13 +60,7 @@ def code_key() -> str:
     """A hash of the files of luvc_fx that can change an answer, and of the versions below it."""
     versions = [f"{name}={_version(name)}" for name in _PACKAGES]
     hasher = hashlib.sha256(" ".join(versions).encode())
-    root = Path(str(luvc_fx.__file__)).parent
-    files = [path for folder in _FOLDERS for path in (root / folder).glob("*.py")]
-    files += [root / "evaluation" / name for name in _FILES]
-    files += Path(str(passes.__file__)).parent.rglob("*.py")  # lies elsewhere in a source tree
-    for path in sorted(files):
-        hasher.update(f"{path.parent.name}/{path.name}:{path.stat().st_size}\n".encode())
-        hasher.update(path.read_bytes())
+    hasher.update(hash_of_sources(*COMPILE_TIME, *_PLACES).encode())
     return hasher.hexdigest()[:24]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from luvc_fx.apps.evaluation.questions import ALL_TASKS
 from luvc_fx.apps.evaluation.result import Result, Row
-from luvc_fx.apps.inputs import InputError
+from luvc_fx.report.errors import InputError
 
 
 def draw(result: Result, path: Path) -> None:

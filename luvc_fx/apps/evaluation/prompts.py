@@ -13,10 +13,10 @@ from torch import Tensor
 
 from luvc_fx.apps.evaluation.questions import Question, read_frames
 from luvc_fx.apps.images_only import VIDEO
-from luvc_fx.apps.inputs import InputError, brief
-from luvc_fx.apps.local_model import image_token
 from luvc_fx.downsample import Downsampled, downsample_all
+from luvc_fx.generate.chat_prompt import image_token
 from luvc_fx.generate.compiled_encoder import modalities, placeholders
+from luvc_fx.report.errors import InputError, brief
 
 PIXEL_BYTES = 2 << 30
 """Processed images that are kept in memory; those beyond are processed again each time."""

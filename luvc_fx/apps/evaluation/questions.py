@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luvc_fx.apps.inputs import InputError, read_image
+from luvc_fx.apps.inputs import read_image
+from luvc_fx.report.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

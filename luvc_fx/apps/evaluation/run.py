@@ -31,10 +31,11 @@ from luvc_fx.apps.evaluation.scoring import score, tasks_of
 from luvc_fx.apps.evaluation.store import Answers
 from luvc_fx.apps.evaluation.timing import time_prefills
 from luvc_fx.apps.images_only import VIDEO
-from luvc_fx.apps.inputs import InputError, one_line, read_schedule
+from luvc_fx.apps.inputs import read_schedule
 from luvc_fx.apps.local_model import load
 from luvc_fx.registry import registered
 from luvc_fx.report import NotRewritten
+from luvc_fx.report.errors import InputError, one_line
 from luvc_fx.schedule import Schedule
 
 BUDGETS = (0.75, 0.5, 0.33, 0.25, 0.125)

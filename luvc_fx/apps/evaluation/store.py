@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from luvc_fx.apps.inputs import InputError
+from luvc_fx.report.errors import InputError
 
 
 class Answers:

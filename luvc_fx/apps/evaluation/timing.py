@@ -12,7 +12,7 @@ from torch import Tensor
 from luvc_fx.apps.bench.arms import Arm
 from luvc_fx.apps.bench.running import Compiled
 from luvc_fx.apps.bench.timing import FIRST_TOKEN, spread
-from luvc_fx.apps.inputs import InputError
+from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Schedule
 
 WARM_UP = 2

@@ -15,8 +15,9 @@ from luvc_fx.apps.bench.choosing import AUTO
 from luvc_fx.apps.bench.result import Result
 from luvc_fx.apps.bench.run import Options, run
 from luvc_fx.apps.bench.shapes import SHAPES, Visual
-from luvc_fx.apps.inputs import InputError, read_schedule
+from luvc_fx.apps.inputs import read_schedule
 from luvc_fx.cli.output import make_console, make_table, note
+from luvc_fx.report.errors import InputError
 
 
 def bench(

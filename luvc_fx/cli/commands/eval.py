@@ -19,9 +19,9 @@ from luvc_fx.apps.evaluation.plot import draw
 from luvc_fx.apps.evaluation.questions import ALL_TASKS
 from luvc_fx.apps.evaluation.result import Result, Row
 from luvc_fx.apps.evaluation.run import BUDGETS, Options, Watch, run
-from luvc_fx.apps.inputs import InputError
 from luvc_fx.cli.commands.demo import Inner
 from luvc_fx.cli.output import make_console, make_table, note
+from luvc_fx.report.errors import InputError
 
 NAMES = ", ".join(known_methods())
 COLUMNS = ",".join(f"{budget:g}" for budget in BUDGETS)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from luvc_fx import _compat
-from luvc_fx.apps.local_model import make_prompt, synthetic_image
 from luvc_fx.generate import constants as controls
+from luvc_fx.generate.chat_prompt import make_prompt
 from luvc_fx.generate.compiled_encoder import modalities
 from luvc_fx.generate.frontdoor import report_of
 from luvc_fx.generate.sizes.buckets import SizeBuckets, checked_sizes
+from luvc_fx.generate.sizes.synthetic_image import synthetic_image
 from luvc_fx.report import GraphReport, LuvcWarning, Reason, Report
 
 LENGTHS = (0, 3, 7, 12)
