@@ -2,10 +2,10 @@
 
     python -m examples.research.evidence.choices    # half an hour of a CPU core; writes results/choices.*
 
-Rankings have the same cascade (`luvc_fx.schedule.budget`), so the same counts at the same layers; merges stand
-in front of the prunes of the ``image`` preset; places are those of each preset without its merges, beside others
-of the same mean budget, and a cascade beside less of one. Answers are kept in ``runs/choices``: a run that
-was stopped goes on.
+Rankings have the same cascade (`luvc_fx.schedule.budget`), so the same counts at the same layers; merges
+stand in front of the prunes of the ``image`` preset; places are those of each preset without its merges,
+beside others of the same mean budget, and a cascade beside less of one. Answers are kept in
+``runs/choices``: a run that was stopped goes on.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ def described(kept: dict[str, Numbers]) -> str:
     parts = [
         "# Figures",
         "Made by `python -m examples.research.figures.figures`. Where no other model is named, they are of "
-        "the shipped one (`luvc_fx/apps/demo_model`: LLaVA, CLIP with 16 x 16 tokens, a 1-D projector, 16 decoder "
-        "layers). Every number comes from [figures.json](figures.json), which the command computes.",
+        "the shipped one (`luvc_fx/apps/demo_model`: LLaVA, CLIP with 16 x 16 tokens, a 1-D projector, 16 "
+        "decoder layers). Every number comes from [figures.json](figures.json), which the command computes.",
         "Intervals are 95 %, by bootstrap over scenes. A difference in points has its p value behind it "
         f"where it is significant: p is below {LEVEL:g}, by exact sign flips over scenes with Holm's "
         "correction over all rows of one model that are compared with the same kind of other (single types "
