@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: $(READY)
 	$(BIN)/luvc-fx demo
@@ -22,8 +22,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy -p luvc_fx
+	$(BIN)/python -m docs.generated --check
+
+# The pages of docs/ as HTML, in docs/_build/html.
+docs: $(READY)
+	$(BIN)/python -m sphinx -W -n --keep-going -q docs docs/_build/html
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,docs]"
 	touch $@

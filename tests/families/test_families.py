@@ -1,4 +1,4 @@
-"""The matrix of model families against the oracle, and the README's table against the matrix."""
+"""The matrix of model families against the oracle, and the table of families against the matrix."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.family_matrix import (
     prompt_of,
     run,
 )
-from tests.support.family_table import COLUMNS, readme_rows, reasons_of, row_of, tokens_of
+from tests.support.family_table import COLUMNS, measured_rows, reasons_of, row_of, tokens_of
 from tests.support.oracle import encoder_blocks, oracle_forward, schedules, tile_counts
 from tests.support.replay import assert_close, examples
 
@@ -59,7 +59,7 @@ FAST = tuple(cell for cell in CELLS if cell[0] in ("llava", "internvl", "qwen2")
 
 
 @pytest.mark.parametrize(("family", "name"), _slow_unless(CELLS, FAST))
-def test_a_cell_is_the_oracle_and_the_readme(family: str, name: str) -> None:
+def test_a_cell_is_the_oracle_and_the_table(family: str, name: str) -> None:
     given, batch = cell(family, name), prompt_of(family, name)
     told = run(family, name)
     assert told.differences == []
@@ -75,18 +75,18 @@ def test_a_cell_is_the_oracle_and_the_readme(family: str, name: str) -> None:
     # Whoever does not read the report is warned, with its words.
     assert all(any(refusal.text in text for text in told.warned) for refusal in told.refusals)
     assert bool(told.warned) == bool(given.reasons)
-    written = readme_rows()[family, name]
+    written = measured_rows()[family, name]
     made = row_of(family, name, told)
     tried = {column: made[column] for column in COLUMNS if made[column] is not None}
     assert {column: written[column] for column in tried} == tried, (
-        "run python -m tests.support.family_table --write"
+        "run python -m tests.support.family_table --measure --write"
     )
 
 
-def test_the_readme_has_the_rows_of_the_matrix() -> None:
+def test_the_table_has_the_rows_of_the_matrix() -> None:
     """And says of each what the matrix says; the other columns are measured, above."""
-    rows = readme_rows()
-    assert list(rows) == CELLS, "run python -m tests.support.family_table --write"
+    rows = measured_rows()
+    assert list(rows) == CELLS, "run python -m tests.support.family_table --measure --write"
     for (family, name), row in rows.items():
         assert row["family"] == FAMILIES[family].title
         assert row["visual tokens"] == tokens_of(family, name)
@@ -100,12 +100,12 @@ def test_the_readme_has_the_rows_of_the_matrix() -> None:
     ),
 )
 def test_new_shapes(family: str, name: str) -> None:
-    """More text and another image: the oracle's answers, and as many recompiles as the README says."""
+    """More text and another image: the oracle's answers, and as many recompiles as the table says."""
     told = run(family, name, longer=True, other=True)
     assert told.differences == []
     assert told.gap >= GAP
-    assert row_of(family, name, told) == readme_rows()[family, name], (
-        "run python -m tests.support.family_table --write"
+    assert row_of(family, name, told) == measured_rows()[family, name], (
+        "run python -m tests.support.family_table --measure --write"
     )
 
 

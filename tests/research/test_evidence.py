@@ -1,4 +1,4 @@
-"""The README's table of the evidence is made from the committed results."""
+"""What the documentation says of the evidence is in the committed results."""
 
 from __future__ import annotations
 
@@ -15,13 +15,9 @@ from luvc_fx.apps.tuning.candidates import shares
 from luvc_fx.apps.tuning.flops import DecoderCost
 from luvc_fx.schedule.budget import cascade
 from luvc_fx.schedule.presets import PRESETS
+from tests.support.paths import ROOT
 
-
-def test_the_readme_has_the_results() -> None:
-    results = table.load("test")
-    assert results
-    written = table.README.read_text(encoding="utf-8").split(table.START)[1].split(table.END)[0]
-    assert written.strip() == table.whole(results), "run examples/research/evidence/table.py --write"
+SAID = ROOT / "README.md"
 
 
 def test_every_reported_cell_has_enough_questions() -> None:
@@ -69,6 +65,20 @@ def test_the_short_table_is_read_off_the_long_one(method: str) -> None:
     assert mark not in table.short_table({name: result})[-1]
 
 
+def test_the_table_of_presets_has_the_best_and_the_worst_set_of_each() -> None:
+    results = table.load("test")
+    worst = results["llava_seed2-objects"]
+    assert "95.3 % (LLaVA of a third seed, objects) | 97.0 %" in table.presets_table(results)[2]
+    changed = copy.deepcopy(worst)
+    row = next(row for row in changed["rows"] if row["method"] == "image")
+    row["scores"]["all"]["retention"] = 0.123
+    made = table.presets_table({**results, "llava_seed2-objects": changed})[2]
+    assert "12.3 % (LLaVA of a third seed, objects)" in made
+    row["scores"]["all"]["retention"] = 1.234
+    made = table.presets_table({**results, "llava_seed2-objects": changed})[2]
+    assert "123.4 % (LLaVA of a third seed, objects) | 95.6 % (LLaVA of another seed, objects)" in made
+
+
 def test_no_published_method_and_no_control_is_above_the_default() -> None:
     """What is significantly above it prunes with the same pick: once, or behind a merge."""
     results = table.load("test")
@@ -95,7 +105,7 @@ def test_the_tuners_table_has_the_committed_numbers() -> None:
     results = json.loads((tuned.RESULTS / "tuned.json").read_text())
     assert (tuned.RESULTS / "tuned.md").read_text() == tuned.table(results)
     best = results["llava_seed1, objects"]["rows"]
-    text = " ".join(table.README.read_text(encoding="utf-8").split())
+    text = " ".join(SAID.read_text(encoding="utf-8").split())
     for name in ("tuned", tuned.PRESET):
         assert f"{100 * best[name]['retention']:.1f} %" in text
     assert best["tuned"]["speedup"] > best[tuned.PRESET]["speedup"]
@@ -112,12 +122,12 @@ def test_what_half_of_the_tokens_keep_is_in_the_readme() -> None:
     ]
     assert len(kept) >= 5 and min(kept) >= 99.0
     assert f"{min(kept):.1f} to {max(kept):.1f} % of the right answers stay" in " ".join(
-        table.README.read_text(encoding="utf-8").split()
+        SAID.read_text(encoding="utf-8").split()
     )
 
 
 def test_what_the_prose_says_of_presets_and_controls_is_in_the_results() -> None:
-    results, text = table.load("test"), " ".join(table.README.read_text(encoding="utf-8").split())
+    results, text = table.load("test"), " ".join(SAID.read_text(encoding="utf-8").split())
 
     def kept(name: str, method: str, budget: float | None = None) -> str:
         rows = results[name]["rows"]
@@ -147,4 +157,4 @@ def test_half_of_the_tokens_is_the_speed_up_that_the_readme_says() -> None:
         keep = places.get(layer, keep)
         rows.append(text + round(keep * visual))
     found = cost.speedup(text + visual, rows)
-    assert f"{found:.1f} times fewer" in table.README.read_text(encoding="utf-8")
+    assert f"{found:.1f} times fewer" in SAID.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The figures of the mask: written only if asked for, and the README's."""
+"""The figures of the mask are written only if asked for."""
 
 from __future__ import annotations
 
@@ -28,15 +28,3 @@ def test_the_committed_figures_are_kept(
         assert (tmp_path / "mask.json").exists()
     finally:
         mask.torch.set_num_threads(threads)
-
-
-def test_the_readme_says_them() -> None:
-    found = json.loads((mask.RESULTS / "mask.json").read_text(encoding="utf-8"))
-    text = (Path(mask.__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    _, _, text = text.partition("The mask by itself")
-    text = " ".join(text[:900].split())
-    whole, left = (found["layer"][str(rows)] for rows in (mask.ROWS, mask.LEFT))
-    assert f"takes {whole['prefill_causal_ms']:.0f} ms instead of {whole['prefill_masked_ms']:.0f}" in text
-    assert f"takes {left['step_plain_ms']:.3f} ms instead of {left['step_masked_ms']:.3f}" in text
-    assert f"({whole['step_plain_ms']:.2f} instead of {whole['step_masked_ms']:.2f} over all 1,549)" in text
-    assert f"in {found['mask']['made_anew_ms']:.2f} ms, where cutting it out took" in text

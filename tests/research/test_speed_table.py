@@ -1,4 +1,4 @@
-"""The README's table of speed says what the committed results say, and those are whole."""
+"""The table of speed says what the committed results say, and those are whole."""
 
 from __future__ import annotations
 
@@ -18,10 +18,6 @@ def test_there_are_results() -> None:
     assert RESULTS
 
 
-def test_the_readme_has_the_table_of_the_results() -> None:
-    assert table.written() == table.lines_of(RESULTS)
-
-
 @pytest.mark.parametrize("result", RESULTS, ids=lambda result: result["rows"][0]["shape"]["input"])
 def test_a_result_went_through_the_gate(result: dict[str, Any]) -> None:
     assert result["obstacles"] == []
@@ -38,7 +34,27 @@ def test_a_changed_number_is_seen() -> None:
     result = {**RESULTS[0], "rows": [{**RESULTS[0]["rows"][0], "median_ms": 123456.0}]}
     lines = table.lines_of([result])
     assert "123,456 ms" in lines[2]
-    assert lines[2] not in table.written()
+    assert lines[2] not in table.pages()["speed"]
+
+
+def test_the_summary_has_the_numbers_of_the_result() -> None:
+    """And none of a GPU before there is one."""
+    result = RESULTS[0]
+    rows = [{**row, "speedup": 7.25} if row["stage"] == "prefill" else row for row in result["rows"]]
+    changed = {**result, "rows": rows}
+    assert "prefill 7.25x" in table.summary([changed]) and "prefill 7.25x" not in table.summary([result])
+    assert "On a GPU none of the 9 planned rows" in table.summary([result])
+    assert "On a GPU 1 of the 9 planned rows" in table.summary([result, {**result, "row": "some"}])
+
+
+def test_the_table_of_the_mask_has_its_figures() -> None:
+    took = {"prefill_masked_ms": 7.0, "prefill_causal_ms": 5.0, "step_masked_ms": 0.5, "step_plain_ms": 0.25}
+    found = {"layer": {"1549": took, "24": took}, "mask": {"made_anew_ms": 0.5, "two_gathers_ms": 3.0}}
+    lines = table.mask_table(found)
+    assert lines[3] == "| 24 | 7.0 ms | 5.0 ms | 0.500 ms | 0.250 ms |"
+    assert lines[-1].endswith(
+        "the mask of 24 rows is made in 0.50 ms; cutting it out of the long one took 3.00."
+    )
 
 
 def test_results_of_one_shape_are_told_apart() -> None:

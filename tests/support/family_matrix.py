@@ -1,8 +1,8 @@
 """The model families as data: inputs, what is expected of each, and one function that runs a cell.
 
 A cell is a family, one of its inputs and a wiring: `luvc_fx.compile` (forward and `generate`) or
-`torch.compile(model, backend=luvc_fx.backend(...))` (forward alone). Rows of the README's table are made
-from what `run` returns, and tests compare it with what the cell declares. A new family is one entry of
+`torch.compile(model, backend=luvc_fx.backend(...))` (forward alone). Rows of the table of families are
+made from what `run` returns, and tests compare it with what the cell declares. A new family is one entry of
 `FAMILIES`.
 """
 

@@ -1,23 +1,24 @@
-"""The README's table of model families, made by running the matrix.
+"""The table of model families: measured by running the matrix, kept as data, shown as Markdown.
 
-``.venv/bin/python tests/family_table.py`` prints it, ``--write`` puts it into README.md. The tests of
-`test_families` compare what they measure with what stands there.
+``python -m tests.support.family_table --measure`` runs the matrix (minutes) and writes `OUTCOMES`. The tests
+of `test_families` compare what they measure with it. `pages` makes the tables of the documentation of it,
+without running anything (see docs/generated.py for ``--write`` and ``--check``).
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 
+from docs import generated
 from luvc_fx.report import Reason
 from tests.support.family_matrix import BACKEND, CELLS, FAMILIES, Outcome, cell, run
-from tests.support.paths import ROOT
 
-README = ROOT / "README.md"
-START, END = "<!-- families: by tests/family_table.py -->", "<!-- /families -->"
+OUTCOMES = Path(__file__).with_name("family_outcomes.json")
 COLUMNS = (
     "family",
     "input",
@@ -89,36 +90,51 @@ def lines_of(rows: list[Row]) -> list[str]:
     return lines
 
 
-def readme_rows() -> dict[tuple[str, str], Row]:
-    """What stands in the README, by family (its key in the matrix) and input."""
-    keys = {family.title: key for key, family in FAMILIES.items()}
-    _, _, rest = README.read_text().partition(START)
-    text, _, _ = rest.partition(END)
-    rows: dict[tuple[str, str], Row] = {}
-    title = ""
-    for line in text.strip().splitlines()[2:]:
-        parts = [part.strip() for part in line.strip().strip("|").split("|")]
-        title = parts[0] or title
-        row: Row = dict(zip(COLUMNS, [title, *parts[1:]], strict=True))
-        rows[keys.get(title, title), str(row["input"])] = row
-    return rows
+def summary_lines(rows: list[Row]) -> list[str]:
+    """Of each family under `luvc_fx.compile`: on how many inputs tokens merge and are pruned; where not."""
+    lines = ["| family | merged | pruned | note |", "| --- | --- | --- | --- |"]
+    for title in dict.fromkeys(row["family"] for row in rows):
+        own = [row for row in rows if row["family"] == title and row["input"] != BACKEND]
+        done = {str(row["input"]): str(row["visual tokens"]).split(" and ") for row in own}
+        merged, pruned = (
+            [name for name, words in done.items() if word in words] for word in ("merged", "pruned")
+        )
+        neither = [name for name in done if name not in merged and name not in pruned]
+        without = [
+            f"{what}: {', '.join(name for name in done if name not in having and name not in neither)}"
+            for what, having in (("not merged", merged), ("not pruned", pruned))
+            if having and set(done) - set(having) - set(neither)
+        ]
+        if not merged:
+            reasons = dict.fromkeys(str(row["refused"]) for row in own)
+            without.append(f"not merged: {', '.join(reasons)}")
+        if neither:
+            without.append(f"left alone: {', '.join(neither)}")
+        lines.append(f"| {title} | {_share(merged, done)} | {_share(pruned, done)} | {'; '.join(without)} |")
+    return lines
 
 
-def write(lines: list[str]) -> None:
-    """Put the table between its two comments."""
-    text = README.read_text()
-    head, start, rest = text.partition(START)
-    _, end, tail = rest.partition(END)
-    if not start or not end:
-        raise SystemExit(f"README.md has no {START} ... {END}")
-    README.write_text("\n".join([head + START, *lines, END + tail]))
+def _share(having: list[str], of: dict[str, list[str]]) -> str:
+    """Yes, no, or on how many of the inputs."""
+    if not having:
+        return "no"
+    return "yes" if len(having) == len(of) else f"{len(having)} of {len(of)} inputs"
 
 
-def main() -> int:
+def pages() -> generated.Pages:
+    """The tables of the documentation."""
+    rows = list(measured_rows().values())
+    return {"families": "\n".join(lines_of(rows)), "families_summary": "\n".join(summary_lines(rows))}
+
+
+def measured_rows() -> dict[tuple[str, str], Row]:
+    """The committed rows, by family (its key in the matrix) and input."""
+    found = json.loads(OUTCOMES.read_text(encoding="utf-8"))
+    return {(row["key"], row["input"]): {column: row[column] for column in COLUMNS} for row in found}
+
+
+def measure() -> int:
     """Run every cell; with a difference from the oracle nothing is written."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into README.md")
-    arguments = parser.parse_args()
     rows, wrong = [], []
     for family, name in CELLS:
         torch._dynamo.reset()
@@ -127,18 +143,23 @@ def main() -> int:
         wrong += [f"{family}, {name}: {difference}" for difference in told.differences]
         if told.reasons != cell(family, name).reasons:
             wrong.append(f"{family}, {name}: refused {told.refusals}, expected {cell(family, name).reasons}")
-        rows.append(row_of(family, name, told))
+        rows.append(json.dumps({"key": family, **row_of(family, name, told)}))
         print(f"{family}, {name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     for line in wrong:
         print(line, file=sys.stderr)
-    if wrong:
+    if not wrong:
+        OUTCOMES.write_text("[\n " + ",\n ".join(rows) + "\n]\n", encoding="utf-8")
+    return bool(wrong)
+
+
+def main() -> int:
+    """Measure, or show what was measured."""
+    parser = generated.parser(__doc__)
+    parser.add_argument("--measure", action="store_true", help="run the matrix first")
+    arguments = parser.parse_args()
+    if arguments.measure and measure():
         return 1
-    lines = lines_of(rows)
-    if arguments.write:
-        write(lines)
-    else:
-        print("\n".join(lines))
-    return 0
+    return generated.run(pages, arguments)
 
 
 if __name__ == "__main__":

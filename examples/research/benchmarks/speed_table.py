@@ -1,23 +1,21 @@
-"""The README's table of speed, made from the JSON files in results/. README.md there documents their keys.
+"""The table of speed, made from the JSON files in results/. README.md there documents their keys.
 
-Rows of `campaign.py` that have no result say "not measured".
-
-``python -m examples.research.benchmarks.speed_table`` prints it, ``--write`` puts it into README.md.
+Rows of `campaign.py` that have no result say "not measured". ``python -m
+examples.research.benchmarks.speed_table`` prints it; docs/generated.py has ``--write`` and ``--check``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from docs import generated
 from examples.research.benchmarks.campaign import GPU, ROWS, Row
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-README = HERE.parents[2] / "README.md"
-START, END = "<!-- speed: by examples/research/benchmarks/speed_table.py -->", "<!-- /speed -->"
 COLUMNS = (
     "shape",
     "input",
@@ -102,27 +100,59 @@ def read() -> list[dict[str, Any]]:
     return [result for result in found if "rows" in result]
 
 
-def written() -> list[str]:
-    """The table that stands in the README."""
-    _, _, rest = README.read_text(encoding="utf-8").partition(START)
-    text, _, _ = rest.partition(END)
-    return text.strip().splitlines()
+def summary(results: list[dict[str, Any]]) -> str:
+    """Two lines: what the first result is, and how much faster each stage became."""
+    result = results[0]
+    machine = result["rows"][0]["hardware"]
+    ours = {row["stage"]: row for row in result["rows"] if row["arm"] == "luvc_fx"}
+    plain = {row["stage"]: row for row in result["rows"] if row["arm"] == "inductor"}
+    (cost,) = (cost for cost in result["costs"] if cost["arm"] == "luvc_fx")
+    told = [
+        f"{stage} {ours[stage]['speedup']:.2f}x ({plain[stage]['median_ms'] / 1e3:.2f} s to "
+        f"{ours[stage]['median_ms'] / 1e3:.2f} s)"
+        for stage in ("prefill", "first token", "decode")
+    ]
+    rows = sum(row.shape is not None for row in ROWS)
+    measured = sum(result.get("row") is not None for result in results)
+    return (
+        f"Against plain Inductor on one CPU thread ({machine['device']}, {machine['dtype']}), "
+        f"{result['rows'][0]['shape']['name']} with one image at a budget of {cost['budget']:.1%}: "
+        f"{', '.join(told)}.\n"
+        f"On a GPU {measured or 'none'} of the {rows} planned rows are measured so far."
+    )
 
 
-def main() -> None:
-    """Print the table, or write it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into README.md, between its markers")
-    lines = lines_of(read())
-    if not parser.parse_args().write:
-        print("\n".join(lines))
-        return
-    before, start, rest = README.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise SystemExit(f"README.md has no {START} ... {END}")
-    README.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
+def mask_table(found: dict[str, Any]) -> list[str]:
+    """What attention takes with a mask and without, from results/mask.json."""
+    lines = [
+        "| rows | prompt with a mask | without | decode step with a mask | without |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for length, took in found["layer"].items():
+        cells = [took[f"{stage}_ms"] for stage in ("prefill_masked", "prefill_causal")]
+        steps = [took[f"{stage}_ms"] for stage in ("step_masked", "step_plain")]
+        shown = [*(f"{cell:.1f} ms" for cell in cells), *(f"{step:.3f} ms" for step in steps)]
+        lines.append(f"| {int(length):,} | " + " | ".join(shown) + " |")
+    made = found["mask"]
+    rows = min(map(int, found["layer"]))
+    return [
+        *lines,
+        "",
+        f"Under padding, the mask of {rows} rows is made in {made['made_anew_ms']:.2f} ms; cutting it out "
+        f"of the long one took {made['two_gathers_ms']:.2f}.",
+    ]
+
+
+def pages() -> generated.Pages:
+    """The tables of the documentation."""
+    results = read()
+    mask = json.loads((RESULTS / "mask.json").read_text(encoding="utf-8"))
+    return {
+        "speed": "\n".join(lines_of(results)),
+        "speed_summary": summary(results),
+        "mask": "\n".join(mask_table(mask)),
+    }
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(generated.run(pages, generated.parser(__doc__).parse_args()))

@@ -1,19 +1,20 @@
 """The tables of the evidence, made from ``results/<split>/*.json``.
 
-``python -m examples.research.evidence.table`` prints the README's, ``--write`` puts it there.
+``python -m examples.research.evidence.table`` prints those of the documentation; docs/generated.py has
+``--write`` and ``--check``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from docs import generated
 from luvc_fx.apps.evaluation.markdown import EVIDENCE, MARKS, SIGNIFICANT, misses
 
 HERE = Path(__file__).parent
-README = HERE.parents[2] / "README.md"
 SIGNS = (*MARKS, ("default", "d-", "d+", "our default at the same budget"))
 LEGEND = (
     "Numbers are % of the unpruned accuracy with 95 % intervals. Where p < 0.05 after Holm's correction, "
@@ -27,10 +28,27 @@ LEGEND = (
 )
 SHORT = (
     "Mean visual tokens a decoder layer, and what is left of the unpruned accuracy in %: **our default** / "
-    "random tokens at the same layers and counts / the best other row of the table below, with its name:"
+    "random tokens at the same layers and counts / the best other row of the long table, with its name:"
 )
-SUMMARY = "<summary>All methods, with intervals and tests</summary>"
-START, END = "<!-- evidence: by examples/research/evidence/table.py -->", "<!-- /evidence -->"
+TITLES = {
+    "internvl-objects": "InternVL, objects",
+    "internvl-video4": "InternVL, films of 4 frames",
+    "llava-chart": "shipped LLaVA, bar charts",
+    "llava-objects": "shipped LLaVA, objects",
+    "llava_depth24-objects": "LLaVA of 24 layers, objects",
+    "llava_seed1-objects": "LLaVA of another seed, objects",
+    "llava_seed2-objects": "LLaVA of a third seed, objects",
+    "qwen2_vl-easy": "Qwen2-VL, easy-VQA",
+    "qwen2_vl-page": "Qwen2-VL, sheets of numbers",
+}
+"""What the sets are, in words."""
+PRESET_ROWS = (
+    ("image", "`image`", "image:random", None),
+    ("video", "`video`", "video:random", None),
+    ("document", "`document`", "document:random", None),
+    *(("default", f"`Schedule.at_budget({budget})`", "random", budget) for budget in (0.5, 0.25, 0.125)),
+)
+"""Rows of the table of presets: the method, its name there, random tokens in its place, and the budget."""
 
 
 def load(split: str) -> dict[str, dict[str, Any]]:
@@ -160,26 +178,46 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f"{100 * score['retention']:.1f} ({100 * low:.1f} - {100 * high:.1f}){marks}{at}"
 
 
-def whole(results: dict[str, dict[str, Any]]) -> str:
-    """What stands in the README."""
-    parts = [*sets_table(results), "", SHORT, "", *short_table(results), "", *told_above(results), ""]
-    parts += ["<details>", SUMMARY, ""]
-    return "\n".join([*parts, *methods_table(results), "", LEGEND, "", "</details>"])
+def presets_table(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Of each preset its budget, and what it keeps in the set where it is best and where it is worst."""
+    lines = [
+        "| schedule | budget | best set | worst set | random tokens there |",
+        "| --- | ---: | --- | --- | ---: |",
+    ]
+    for method, name, control, budget in PRESET_ROWS:
+        kept, chance, budgets = {}, {}, []
+        for title, result in results.items():
+            for row in result["rows"][1:]:
+                if row["budget"] == budget and row["method"] == method:
+                    kept[title] = row["scores"]["all"]["retention"]
+                    budgets.append(row["measured_budget"])
+                elif row["budget"] == budget and row["method"] == control:
+                    chance[title] = row["scores"]["all"]["retention"]
+        best, worst = max(kept, key=lambda title: kept[title]), min(kept, key=lambda title: kept[title])
+        shown = [f"{100 * kept[title]:.1f} % ({TITLES[title]})" for title in (best, worst)]
+        if len(kept) == 1:
+            shown[1] = "only that set"
+        share = f"{100 * sum(budgets) / len(budgets):.0f} %"
+        lines.append(f"| {name} | {share} | {shown[0]} | {shown[1]} | {100 * chance[worst]:.1f} % |")
+    return lines
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=("tune", "dev", "test"), default="test")
-    parser.add_argument("--write", action="store_true", help="put it into README.md")
-    args = parser.parse_args()
-    results = load(args.split)
-    text = whole(results)
-    print(text)
-    if args.write:
-        before, rest = README.read_text().split(START)
-        README.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}")
+def short(results: dict[str, dict[str, Any]]) -> str:
+    """The sets, the default among others in brief, and what is above it."""
+    return "\n".join([*sets_table(results), "", SHORT, "", *short_table(results), "", *told_above(results)])
+
+
+def long(results: dict[str, dict[str, Any]]) -> str:
+    """All methods, with intervals and tests."""
+    return "\n".join([LEGEND, "", *methods_table(results)])
+
+
+def pages() -> generated.Pages:
+    """The tables of the documentation."""
+    results = load("test")
+    presets = "\n".join(presets_table(results))
+    return {"evidence": short(results), "evidence_all": long(results), "presets": presets}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(generated.run(pages, generated.parser(__doc__).parse_args()))
