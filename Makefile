@@ -8,14 +8,25 @@ READY := $(VENV)/.ready
 # Inductor's C++ compiles dominate the tests: one process a core, one thread each.
 WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint docs
+.PHONY: demo test test-all test-slow-share lint docs
 
 demo: $(READY)
 	$(BIN)/luvc-fx demo
 
+# What a change can break, in under 15 minutes: all but the tests marked slow, and the docstrings' examples.
 test: lint
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) -m ""
+
+# For CI: the slow tests that are a commit's turn. tests/support/slow_share.py says how they are dealt out.
+MINUTES ?= 25
+COMMIT ?= $(shell git rev-parse HEAD)
+test-slow-share: $(READY)
+	$(PYTEST) -p tests.support.slow_share -m slow --commit $(COMMIT) --minutes $(MINUTES)
 
 lint: $(READY)
 	$(BIN)/ruff check .

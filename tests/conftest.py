@@ -33,7 +33,6 @@ def fresh() -> Iterator[None]:
         caching_precompile=torch._dynamo.config.caching_precompile,
     ):
         yield
-    torch._dynamo.reset()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,6 +1,6 @@
 """Any transformer graph under any schedule: rewritten as the oracle says, or left alone for a known reason.
 
-`LUVC_HYPOTHESIS=thorough` draws more; `python tests/random_graphs_campaign.py` draws as many as asked for.
+`LUVC_HYPOTHESIS=thorough` draws more; `python -m tests.support.random_graphs_campaign` as many as asked for.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class ReadsTheStream(RandomVLM):
 @pytest.mark.parametrize("mask", ["causal", "bool", "flag"])
 def test_positions_made_of_a_length_that_was_read_late(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is merged or dropped, the rows that are left keep the numbers of the whole prompt."""
-    monkeypatch.setattr("random_vlm.RandomVLM", ReadsTheStream)
+    monkeypatch.setattr("tests.support.random_vlm.RandomVLM", ReadsTheStream)
     session = Session(Spec(mask=mask, extras=("hidden",)), dynamic=True)
     session.dynamic = False  # there is no other length
     reads = [n for n in session.captured.gm.graph.nodes if settled_size(n) is not None]

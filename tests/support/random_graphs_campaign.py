@@ -1,6 +1,6 @@
 """Many random graphs under many random schedules, in one process that may be stopped and started again.
 
-    python tests/random_graphs_campaign.py --examples 10000 --seed 1 --out random_graphs.json
+    python -m tests.support.random_graphs_campaign --examples 10000 --seed 1 --out random_graphs.json
 
 An example is one schedule on one captured graph (see `random_graphs.check_schedule`). They come in chunks;
 the file is written after each, and a run with the same seed goes on behind the chunks that it holds. A
