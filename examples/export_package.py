@@ -1,8 +1,8 @@
 """Export the prefill of a model with a token budget inside, and compile it into a package of its own.
 
-    python package.py vlm.pt2 inputs.pt
+    python examples/export_package.py vlm.pt2 inputs.pt
 
-The package needs torch alone (see run.py): no luvc_fx, no transformers, no Python model.
+The package needs torch alone (see run_package.py): no luvc_fx, no transformers, no Python model.
 """
 
 import sys
@@ -10,6 +10,7 @@ import sys
 import torch
 
 import luvc_fx
+from luvc_fx.apps.demo import ask, load_model
 
 
 def package(model, inputs, schedule, path):
@@ -22,12 +23,16 @@ def package(model, inputs, schedule, path):
 
 def main(path, inputs_path):
     """Package the model that luvc_fx ships, and save a prompt for it."""
-    from luvc_fx.apps.demo import ask, load_model
-    from luvc_fx.generate.chat_prompt import make_prompt
-
     model, processor = load_model()
     question = ask()
-    inputs = make_prompt(model, processor, [question.image], question.text)
+    content = [{"type": "image", "image": question.image}, {"type": "text", "text": question.text}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device, model.dtype)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     package(model, inputs, "image", path)
     torch.save(inputs, inputs_path)

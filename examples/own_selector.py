@@ -1,4 +1,7 @@
-"""A selector of your own, at work in `generate` on the model and the image that luvc_fx ships."""
+"""A selector of your own, at work in `generate` on the model and the image that luvc_fx ships.
+
+python examples/own_selector.py
+"""
 
 import json
 

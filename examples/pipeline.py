@@ -1,4 +1,7 @@
-"""The `image-text-to-text` pipeline of transformers over a compiled model: a batch of chats."""
+"""The `image-text-to-text` pipeline of transformers over a compiled model: a batch of chats.
+
+python examples/pipeline.py
+"""
 
 import json
 

@@ -1,4 +1,7 @@
-"""The README's three lines, on the model and the image that luvc_fx ships. Prints the answer."""
+"""The README's three lines, on the model and the image that luvc_fx ships. Prints the answer.
+
+python examples/quickstart.py
+"""
 
 import json
 

@@ -1,6 +1,6 @@
-"""Run a package that `package.py` made: torch is all that is needed.
+"""Run a package that `export_package.py` made: torch is all that is needed.
 
-python run.py vlm.pt2 inputs.pt [outputs.pt]
+python examples/run_package.py vlm.pt2 inputs.pt [outputs.pt]
 """
 
 import sys

@@ -1,7 +1,9 @@
 """Ask a server that runs with a token budget, by OpenAI's client, and see what it did to its graphs.
 
-luvc-fx serve MODEL_DIR --schedule image --port 8000
-python client.py http://localhost:8000 MODEL_DIR photo.png "where is the ring ?"
+    luvc-fx serve MODEL_DIR --schedule image --port 8000
+    python examples/serve_client.py http://localhost:8000 MODEL_DIR photo.png "where is the ring ?"
+
+``luvc_fx/apps/demo_model`` is such a MODEL_DIR, and has ``objects.png`` in it.
 """
 
 import base64

@@ -1,7 +1,10 @@
 """One model over several processes by the tensor-parallel plan of transformers, with a token budget.
 
-    torchrun --nproc-per-node 2 tensor_parallel.py [MODEL_DIR INPUTS.pt [OUTPUTS.pt [SCHEDULE [INNER]]]]
+    torchrun --nproc-per-node 2 examples/tensor_parallel.py \\
+        [MODEL_DIR INPUTS.pt [OUTPUTS.pt [SCHEDULE [INNER]]]]
 
+SCHEDULE is a preset or a JSON file; INPUTS.pt a prompt saved by `torch.save`. Without arguments the model
+that luvc_fx ships is asked about its image.
 Each process holds a share of the decoder's weights and picks, from the same numbers, the same tokens.
 Run without torchrun it is one process with the whole model.
 """
@@ -14,7 +17,8 @@ from transformers import AutoModelForImageTextToText
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import luvc_fx
-from luvc_fx.apps.inputs import read_schedule
+from luvc_fx import Schedule
+from luvc_fx.apps.demo import MODEL_DIR, ask, load_model
 
 
 def main(model_dir, inputs_path=None, outputs_path=None, schedule="image", inner="inductor", new_tokens=8):
@@ -22,9 +26,11 @@ def main(model_dir, inputs_path=None, outputs_path=None, schedule="image", inner
     options = {}
     if "RANK" in os.environ:
         options["distributed_config"] = DistributedConfig(tp_plan="auto")
+    if schedule.endswith(".json"):
+        schedule = Schedule.load(schedule)
     # the model
     model = AutoModelForImageTextToText.from_pretrained(model_dir, **options).eval()
-    luvc_fx.compile(model, read_schedule(schedule), inner=inner)
+    luvc_fx.compile(model, schedule, inner=inner)
     # end of the model
     inputs = torch.load(inputs_path) if inputs_path else shipped_prompt(model)
     with torch.no_grad():
@@ -47,14 +53,16 @@ def main(model_dir, inputs_path=None, outputs_path=None, schedule="image", inner
 
 def shipped_prompt(model):
     """The first question about the image that luvc_fx ships."""
-    from luvc_fx.apps.demo import ask, load_model
-    from luvc_fx.generate.chat_prompt import make_prompt
-
-    question = ask()
-    return make_prompt(model, load_model()[1], [question.image], question.text)
+    question, processor = ask(), load_model()[1]
+    content = [{"type": "image", "image": question.image}, {"type": "text", "text": question.text}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device, model.dtype)
 
 
 if __name__ == "__main__":
-    from luvc_fx.apps.demo import MODEL_DIR
-
     main(*(sys.argv[1:] or [MODEL_DIR]))

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from examples.research.benchmarks import realisations
 from luvc_fx.ops.lowpass import chosen
 
-CPU = json.loads((realisations.HERE / "results" / "realisations-cpu.json").read_text(encoding="utf-8"))
+CPU = json.loads((realisations.RESULTS / "realisations-cpu.json").read_text(encoding="utf-8"))
 SIZES = {
     key: list(rows)
     for key, rows in groupby(CPU["times"], lambda row: (row["tokens"], row["dim"], row["cutoff"]))

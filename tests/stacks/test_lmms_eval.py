@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 import luvc_fx
+from examples.research.lmms_eval import local_task
 from luvc_fx.apps.demo import MODEL_DIR
 from tests.support.paths import RESEARCH
 
 PLACE = RESEARCH / "lmms_eval"
-TASK = runpy.run_path(str(PLACE / "local_task.py"))
 
 needs_harness = pytest.mark.skipif(
     find_spec("lmms_eval") is None or find_spec("evaluate") is None,
@@ -30,6 +30,7 @@ needs_harness = pytest.mark.skipif(
 
 @pytest.fixture
 def luvc_hf(monkeypatch: pytest.MonkeyPatch) -> Any:
+    # As `pip install examples/research/lmms_eval` does: the harness imports both by these names.
     monkeypatch.syspath_prepend(str(PLACE))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return importlib.import_module("luvc_hf")
@@ -50,16 +51,18 @@ def ask(model: Any, *asked: tuple[list[Any], str]) -> list[str]:
 
 
 def test_the_task_has_questions_with_answers_and_images(tmp_path: Path) -> None:
-    assert TASK["write"](tmp_path, scenes=3, per_scene=2) == 6
+    assert local_task.write(tmp_path, scenes=3, per_scene=2) == 6
     docs = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     assert len(docs) == 6
+    functions = runpy.run_path(str(tmp_path / "scene_functions.py"))
     for doc in docs:
-        (image,) = TASK["visuals"](doc)
+        (image,) = functions["visuals"](doc)
         assert (image.size, image.mode) == ((128, 128), "RGB")
-        assert TASK["score"](doc, [f" {doc['answer']}"]) == {"exact_match": 1.0}
-        assert TASK["score"](doc, ["no"]) == {"exact_match": 0.0}
+        assert functions["score"](doc, [f" {doc['answer']}"]) == {"exact_match": 1.0}
+        assert functions["score"](doc, ["no"]) == {"exact_match": 0.0}
     assert str(tmp_path / "questions.jsonl") in (tmp_path / "luvc_scenes.yaml").read_text()
-    assert (tmp_path / "local_task.py").exists()
+    named = re.findall(r"!function scene_functions\.(\w+)", (tmp_path / "luvc_scenes.yaml").read_text())
+    assert len(named) == 3 and set(named) <= set(functions)
 
 
 def test_the_commands_of_the_readme_take_arguments_that_exist() -> None:
@@ -105,7 +108,7 @@ def test_the_harness_counts_what_was_answered_and_the_report_is_of_the_pruned_mo
 
     entry = importlib.import_module("luvc_hf_entry")
     MODEL_REGISTRY_V2.register_manifest(entry.manifest(), overwrite=True)
-    TASK["write"](tmp_path / "task", scenes=4, per_scene=2)
+    local_task.write(tmp_path / "task", scenes=4, per_scene=2)
     report = tmp_path / "out" / "report.json"
     results = simple_evaluate(
         model="luvc_hf",

@@ -25,8 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+from examples.research.paths import ROOT
+
+RESULTS = Path(__file__).parent / "results"
+CAMPAIGN, REALISATIONS = (f"examples.research.benchmarks.{name}" for name in ("campaign", "realisations"))
+"""Modules, which every row runs from the checkout's root."""
 GPU = "gpu-"
 """What the names of these rows' files begin with."""
 _PASSED = re.compile(r"\b[1-9]\d* passed\b")
@@ -42,7 +45,7 @@ class Row:
         options: further ones of `luvc_fx.apps.bench.Options`, without the schedule's default.
         frames: of a video; 0: one image.
         minutes: it may take, were there no other rows.
-        script: arguments of a Python process; ``{out}`` is the folder of results.
+        script: arguments of a Python process in the checkout's root; ``{out}`` is the folder of results.
         held: its minutes are kept free for it by the rows before.
     """
 
@@ -76,7 +79,7 @@ ROWS = (
     Row("qwen2-vl-7b-video", "qwen2-vl-7b", 32, {"new_tokens": 1, "rounds": 5}),
     Row("llava-ov-0.5b-image-all-arms", "llava-ov-0.5b", 0, {"arms": "all", "new_tokens": 2}, minutes=6),
     Row("llava-ov-7b-video-cuda-graphs", "llava-ov-7b", 32, {"mode": "reduce-overhead", "new_tokens": 2}),
-    Row("realisations", minutes=4, script=("realisations.py", "--write", "--dim", "3584", "--out", "{out}")),
+    Row("realisations", minutes=4, script=("-m", REALISATIONS, "--write", "--dim", "3584", "--out", "{out}")),
     Row("qwen2-vl-2b-video", "qwen2-vl-2b", 32, {"new_tokens": 1, "rounds": 5}, minutes=3),
     Row("internvl2.5-2b-video", "internvl2.5-2b", 32, {"new_tokens": 1, "rounds": 5}, minutes=3),
     Row(
@@ -93,7 +96,7 @@ ROWS = (
         {"batch": None, "new_tokens": 1, "rounds": 3},
         minutes=3,
     ),
-    Row("gpu-tests", minutes=3, script=("-m", "pytest", "-q", "-m", "gpu", "{tests}"), held=True),
+    Row("gpu-tests", minutes=3, script=("-m", "pytest", "-q", "-m", "gpu", "tests"), held=True),
 )
 
 
@@ -183,16 +186,16 @@ def _in_a_process(row: Row, path: Path, seconds: float, small: bool) -> dict[str
     """The row's result, or ``error`` with the end of what it printed; it and its children end in time."""
     made = path.with_suffix(".part")
     if row.shape is None:
-        command = [sys.executable, *(_filled(part, path.parent) for part in row.script)]
-        if small and row.script[0] == "realisations.py":
+        command = [sys.executable, *(part.format(out=path.parent) for part in row.script)]
+        if small and REALISATIONS in row.script:
             command += ["--largest", "256", "--images", "1", "--runs", "1"]
     else:
-        command = [sys.executable, __file__, "--row", row.name, "--out", str(made)]
+        command = [sys.executable, "-m", CAMPAIGN, "--row", row.name, "--out", str(made)]
         command += ["--small"] if small else []
     log = path.with_suffix(".log")
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            command, cwd=HERE, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code: int | None = process.wait(seconds)
@@ -215,12 +218,6 @@ def _in_a_process(row: Row, path: Path, seconds: float, small: bool) -> dict[str
     result: dict[str, Any] = json.loads(made.read_text(encoding="utf-8"))
     made.unlink()
     return result
-
-
-def _filled(part: str, out: Path) -> str:
-    if part == "realisations.py":
-        return str(HERE / part)
-    return part.format(out=out.resolve(), tests=HERE.parents[2] / "tests")
 
 
 def _has_gpu() -> bool:
@@ -251,7 +248,7 @@ def main() -> int:
         given.out.write_text(text, encoding="utf-8")
         return 0
     rows = tuple(row for row in ROWS if not given.only or row.name in given.only)
-    out = given.out or RESULTS
+    out = (given.out or RESULTS).resolve()
     out.mkdir(parents=True, exist_ok=True)
     missing = campaign(rows, out, given.minutes, given.small, lambda text: print(text, flush=True))
     return 1 if missing else 0

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from examples.research.tinyvlm.scenes import sample
 from luvc_fx.apps.bench.timing import Clock, Span, spread
 from luvc_fx.apps.demo import load_model
 from luvc_fx.apps.environment import hardware, versions
@@ -35,9 +36,7 @@ from luvc_fx.ops.lowpass import passing_bins, products
 from luvc_fx.ops.select import keep_blocks, keep_global
 from luvc_fx.schedule import ENERGIES
 
-HERE = Path(__file__).parent
-from examples.research.tinyvlm.scenes import sample  # noqa: E402
-
+RESULTS = Path(__file__).parent / "results"
 TOKENS, DIMS, CUTOFFS = (256, 1024, 4096, 16384), (896, 4096), (0.05, 0.25)
 REALISATIONS = ("fft", "basis", "fir")
 LAYERS = (2, 6, 10, 15)
@@ -254,7 +253,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, nargs="*", default=DIMS, help="channels")
     parser.add_argument("--images", type=int, default=IMAGES, help="for the agreement")
     parser.add_argument("--write", action="store_true", help="into results/")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     device = torch.device(given.device)
     sizes = tuple(tokens for tokens in TOKENS if tokens <= given.largest)

@@ -1,21 +1,19 @@
 """The table of speed, made from the JSON files in results/. README.md there documents their keys.
 
-Rows of `campaign.py` that have no result say "not measured". ``python -m
-examples.research.benchmarks.speed_table`` prints it; docs/generated.py has ``--write`` and ``--check``.
+Rows of `campaign.py` that have no result say "not measured".
+``python -m examples.research.benchmarks.speed_table`` prints it; docs/generated.py has ``--write`` and
+``--check``.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from docs import generated
-from examples.research.benchmarks.campaign import GPU, ROWS, Row
+from examples.research.benchmarks.campaign import GPU, RESULTS, ROWS, Row
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 COLUMNS = (
     "shape",
     "input",

@@ -10,12 +10,14 @@ beside others of the same mean budget, and a cascade beside less of one. Answers
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from statistics import mean
 from typing import Any
 
-from examples.research.evidence.evidence import MODELS, RESULTS, ROOT
+from examples.research.evidence.evidence import MODELS, RESULTS
+from examples.research.paths import RUNS
 from examples.research.tinyvlm.questions import export
 from luvc_fx.apps.evaluation.methods import once, progressive
 from luvc_fx.apps.evaluation.run import Options, run
@@ -23,7 +25,7 @@ from luvc_fx.apps.tuning.candidates import shares
 from luvc_fx.schedule import Merge, Prune, Schedule
 from luvc_fx.schedule.presets import PICK, PRESETS
 
-WORK = ROOT / "runs" / "choices"
+WORK = RUNS / "choices"
 BUDGETS = (0.25, 0.125)
 SETS = (
     ("llava", "objects", 100),
@@ -176,6 +178,9 @@ def _shown(cell: dict[str, Any]) -> str:
 
 def main() -> None:
     """All sets, then the files."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     results = {f"{model} {kind}": ask(model, kind, scenes) for model, kind, scenes in SETS}
     (RESULTS / "choices.json").write_text(json.dumps(results, indent=1) + "\n")
     (RESULTS / "choices.md").write_text(tables(results))
@@ -183,6 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    WORK.mkdir(parents=True, exist_ok=True)
-    RESULTS.mkdir(exist_ok=True)
     main()

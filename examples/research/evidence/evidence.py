@@ -14,15 +14,14 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
+from examples.research.paths import RUNS, TRAINED
+from examples.research.tinyvlm.questions import export
+from luvc_fx.apps.demo import MODEL_DIR
+from luvc_fx.apps.evaluation.markdown import markdown
+from luvc_fx.apps.evaluation.run import BUDGETS, Options, run
 
-from examples.research.tinyvlm.questions import export  # noqa: E402
-from luvc_fx.apps.evaluation.markdown import markdown  # noqa: E402
-from luvc_fx.apps.evaluation.run import BUDGETS, Options, run  # noqa: E402
-
-TRAINED = ROOT / "examples" / "research" / "models"
 MODELS = {
-    "llava": ROOT / "luvc_fx" / "apps" / "demo_model",
+    "llava": MODEL_DIR,
     "llava_seed1": TRAINED / "llava_seed1",
     "llava_seed2": TRAINED / "llava_seed2",
     "llava_depth8": TRAINED / "llava_depth8",
@@ -86,7 +85,7 @@ SETS = (
 
 def ask(chosen: Set, split: str, scenes: int, methods: tuple[str, ...], budgets: tuple[float, ...]) -> None:
     """Answers, result and table of one set."""
-    work = ROOT / "runs" / "evidence"
+    work = RUNS / "evidence"
     folder = work / "questions" / f"{split}-{chosen.kind}{chosen.frames or ''}-{scenes}"
     if chosen.first:
         folder = folder.with_name(f"{folder.name}-from-{chosen.first}")

@@ -14,7 +14,7 @@ from typing import Any
 from docs import generated
 from luvc_fx.apps.evaluation.markdown import EVIDENCE, MARKS, SIGNIFICANT, misses
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parent / "results"
 SIGNS = (*MARKS, ("default", "d-", "d+", "our default at the same budget"))
 LEGEND = (
     "Numbers are % of the unpruned accuracy with 95 % intervals. Where p < 0.05 after Holm's correction, "
@@ -53,9 +53,7 @@ PRESET_ROWS = (
 
 def load(split: str) -> dict[str, dict[str, Any]]:
     """Results by the name of their set."""
-    return {
-        path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results" / split).glob("*.json"))
-    }
+    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / split).glob("*.json"))}
 
 
 def sets_table(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -9,12 +9,14 @@ Both then answer questions of the ``dev`` split, beside the same counts of rando
 
 from __future__ import annotations
 
+import argparse
 import json
 from statistics import mean
 from typing import Any
 
 import luvc_fx
-from examples.research.evidence.evidence import MODELS, RESULTS, ROOT
+from examples.research.evidence.evidence import MODELS, RESULTS
+from examples.research.paths import RUNS
 from examples.research.tinyvlm.questions import export
 from luvc_fx.apps.evaluation.prompts import Prompts, collate
 from luvc_fx.apps.evaluation.questions import ALL_TASKS, Question, read_questions
@@ -29,7 +31,7 @@ from luvc_fx.apps.tuning.divergence import sizes
 from luvc_fx.apps.tuning.flops import DecoderCost
 from luvc_fx.schedule import Schedule
 
-WORK = ROOT / "runs" / "tuned"
+WORK = RUNS / "tuned"
 CASES = (("llava_seed1", "objects", 300), ("internvl", "objects", 300), ("qwen2_vl", "page", 580))
 """Model, kind of scene, and how many scenes of the dev split hold 2,500 questions."""
 
@@ -144,6 +146,8 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """All cases, then the files."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "tuned.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for model, kind, scenes in CASES:
@@ -154,5 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    WORK.mkdir(parents=True, exist_ok=True)
     main()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from examples.research.figures.figure_kit import ROOT, Bench, Numbers, listed
+from examples.research.evidence.evidence import RESULTS
+from examples.research.figures.figure_kit import Bench, Numbers, listed
 from luvc_fx.apps.evaluation.markdown import EVIDENCE
 from luvc_fx.apps.evaluation.questions import ALL_TASKS
 
 NAME, TITLE = "architectures", "Retention against budget, by architecture and task"
-RESULTS = ROOT / "examples" / "research" / "evidence" / "results" / "test"
+TESTED = RESULTS / "test"
 STYLES = {
     "default": ("C0", "o"),
     "default+merge": ("C0", "d"),
@@ -33,7 +34,7 @@ COLUMNS = 4
 def data(bench: Bench) -> Numbers:
     """What `examples/research/evidence/evidence.py` found on the test split."""
     found: dict[str, Any] = {}
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(TESTED.glob("*.json")):
         result = json.loads(path.read_text())
         lines: dict[str, list[Numbers]] = {}
         for row in result["rows"]:

@@ -10,21 +10,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[3]
-TRAINED = ROOT / "examples" / "research" / "models"
-
-from examples.research.tinyvlm.scenes import TASKS, Scene, sample  # noqa: E402
-from luvc_fx.apps.demo import MODEL_DIR  # noqa: E402
-from luvc_fx.apps.evaluation.methods import SEEDED, SEEDS  # noqa: E402
-from luvc_fx.apps.evaluation.prompts import Prompts  # noqa: E402
-from luvc_fx.apps.evaluation.questions import ALL_TASKS, Question  # noqa: E402
-from luvc_fx.apps.evaluation.result import UNPRUNED, Cell  # noqa: E402
-from luvc_fx.apps.evaluation.run import Asker, Options, Watch  # noqa: E402
-from luvc_fx.apps.evaluation.scoring import score  # noqa: E402
-from luvc_fx.apps.evaluation.store import Answers  # noqa: E402
-from luvc_fx.apps.local_model import load  # noqa: E402
-from luvc_fx.apps.tuning.flops import DecoderCost  # noqa: E402
-from luvc_fx.schedule import Schedule  # noqa: E402
+from examples.research.tinyvlm.scenes import TASKS, Scene, sample
+from luvc_fx.apps.demo import MODEL_DIR
+from luvc_fx.apps.evaluation.methods import SEEDED, SEEDS
+from luvc_fx.apps.evaluation.prompts import Prompts
+from luvc_fx.apps.evaluation.questions import ALL_TASKS, Question
+from luvc_fx.apps.evaluation.result import UNPRUNED, Cell
+from luvc_fx.apps.evaluation.run import Asker, Options, Watch
+from luvc_fx.apps.evaluation.scoring import score
+from luvc_fx.apps.evaluation.store import Answers
+from luvc_fx.apps.local_model import load
+from luvc_fx.apps.tuning.flops import DecoderCost
+from luvc_fx.schedule import Schedule
 
 SPLIT = "dev"
 TYPES = {

@@ -25,7 +25,8 @@ from examples.research.figures import (
     sensitivity,
     smoothing,
 )
-from examples.research.figures.figure_kit import LEVEL, ROOT, TRAINED, Bench, Numbers, Size
+from examples.research.figures.figure_kit import LEVEL, Bench, Numbers, Size
+from examples.research.paths import RUNS, TRAINED
 from luvc_fx.apps.demo import MODEL_DIR
 from luvc_fx.apps.environment import versions
 from luvc_fx.apps.evaluation.keys import code_key, model_key
@@ -44,7 +45,7 @@ MODELS = {
 """Each figure, in order, with the models that it asks."""
 
 FIGURES = tuple(MODELS)
-KEPT = ROOT / "runs" / "figures"
+KEPT = RUNS / "figures"
 QUICK = Size(questions=4, images=6)
 
 

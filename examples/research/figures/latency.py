@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from examples.research.figures.figure_kit import SPLIT, TRAINED, Bench, Numbers, listed
+from examples.research.figures.figure_kit import SPLIT, Bench, Numbers, listed
+from examples.research.paths import TRAINED
 from examples.research.tinyvlm.questions import export
 from luvc_fx.apps.evaluation.markdown import EVIDENCE
 from luvc_fx.apps.evaluation.questions import ALL_TASKS

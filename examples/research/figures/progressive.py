@@ -6,7 +6,6 @@ from typing import Any
 
 from examples.research.figures.figure_kit import (
     OTHER,
-    TRAINED,
     UNPRUNED,
     Bench,
     Numbers,
@@ -16,6 +15,7 @@ from examples.research.figures.figure_kit import (
     listed,
     told,
 )
+from examples.research.paths import TRAINED
 from luvc_fx.apps.evaluation.methods import once, progressive
 from luvc_fx.schedule import Schedule
 from luvc_fx.schedule.presets import PICK
@@ -123,7 +123,7 @@ def caption(numbers: Numbers) -> str:
         )
     return (
         "Budget is the mean over the layers of the visual tokens that enter one. The cascade halves the "
-        "tokens stage by stage, and none enters the last layer (`luvc_fx/cascade.py`); tokens "
+        "tokens stage by stage, and none enters the last layer (`luvc_fx/schedule/budget.py`); tokens "
         "are picked as by the presets in all arms. The models of 8 and 24 layers were made of that of 16 by "
         "dropping layers, and by adding ones that change nothing at first, and trained on "
         "([examples/research/models](../models/README.md)), so they are no independent draws.\n\n"

@@ -6,7 +6,6 @@ from typing import Any
 
 from examples.research.figures.figure_kit import (
     OTHER,
-    TRAINED,
     TYPES,
     UNPRUNED,
     Bench,
@@ -16,6 +15,7 @@ from examples.research.figures.figure_kit import (
     arms,
     told,
 )
+from examples.research.paths import TRAINED
 from luvc_fx.apps.evaluation.questions import ALL_TASKS
 from luvc_fx.schedule import Merge, Schedule
 

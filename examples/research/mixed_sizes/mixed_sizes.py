@@ -48,10 +48,12 @@ from torch._dynamo.callback import on_compile_end, on_compile_start
 
 import luvc_fx
 from examples.research.mixed_sizes.qwen2_vl import WORDS, build_model, build_processor
+from examples.research.paths import ROOT
 from luvc_fx.apps.environment import hardware, versions
 from luvc_fx.cli.output import make_console, make_table
 from luvc_fx.generate.chat_prompt import make_prompt
 
+MODULE = "examples.research.mixed_sizes.mixed_sizes"
 ARMS = ("eager", "luvc_fx", "buckets")
 MAX_PIXELS = 392 * 392
 """Most pixels that the model sees: 196 tokens before anything is merged."""
@@ -309,7 +311,8 @@ def run_all(together: bool) -> dict[str, Any]:
             # One thread, and no pool of compilers, whose processor time would not be seen.
             threads = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"} if together else {}
             running[arm] = subprocess.Popen(
-                [sys.executable, __file__, *sys.argv[1:], "--arm", arm],
+                [sys.executable, "-m", MODULE, *sys.argv[1:], "--arm", arm],
+                cwd=ROOT,
                 env={**os.environ, **threads, "TORCHINDUCTOR_CACHE_DIR": str(Path(caches, arm))},
                 stdout=subprocess.PIPE,
                 text=True,

@@ -1,7 +1,11 @@
-"""Assert that packed training equals the stock one-conversation forward, in every family, pixels included."""
+"""Assert that packed training equals the stock one-conversation forward, in every family, pixels included.
+
+python -m examples.research.tinyvlm.check
+"""
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import numpy as np
@@ -59,6 +63,7 @@ def check(kind: Family, model: nn.Module, scenes: list[Scene] | list[Video]) -> 
 
 def main() -> None:
     """Every family on images, InternVL on a video, too."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     for name in ("llava", "internvl", "qwen2_vl"):
         torch.manual_seed(0)
         kind = family(name)

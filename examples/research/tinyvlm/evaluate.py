@@ -2,6 +2,8 @@
 
 The control asks the same question about another test image of the same scene type, so it shows
 how much of the accuracy comes from the words alone.
+
+    python -m examples.research.tinyvlm.evaluate --checkpoint runs/tinyvlm/checkpoint.pt --out OUT
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Export a training checkpoint as a ``from_pretrained`` folder (fp16 safetensors) with examples."""
+"""Export a training checkpoint as a ``from_pretrained`` folder (fp16 safetensors) with examples.
+
+python -m examples.research.tinyvlm.export --checkpoint runs/tinyvlm/checkpoint.pt --out OUT
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Write questions about held-out scenes or videos for `luvc-fx eval`, and their images."""
+"""Write questions about held-out scenes or videos for `luvc-fx eval`, and their images.
+
+python -m examples.research.tinyvlm.questions OUT --split dev --scenes 400
+"""
 
 from __future__ import annotations
 

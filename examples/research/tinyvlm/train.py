@@ -11,6 +11,8 @@ which the checkpoint keeps, and on how much of the time is over.  fp32 throughou
 ``--start`` goes on from an exported model of the family (the optimizers begin anew), or begins with the
 decoder and, as far as it fits, the vision tower of a trained LLaVA.
 ``--video-minutes`` adds a third phase, in which half of the batches are videos of 4 to 16 frames.
+
+    python -m examples.research.tinyvlm.train --minutes 97    # the checkpoint is in runs/tinyvlm
 """
 
 from __future__ import annotations
