@@ -31,11 +31,6 @@ class Step:
     runs: tuple[tuple[int, int], ...] | None = None
     shortest: int | None = None
 
-    def __str__(self) -> str:
-        changes = dict.fromkeys(zip(self.before, self.after, strict=True))
-        name = self.merge.axis if self.merge.method == "oim" else f"{self.merge.method}, {self.merge.axis}"
-        return f"{name} " + ", ".join(f"{before} -> {after}" for before, after in changes)
-
 
 @dataclass(frozen=True, slots=True)
 class MergeSite:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from luvc_fx.passes.support.context import Context
 from luvc_fx.passes.support.merge_angles import find_angles, turn_followers
 from luvc_fx.passes.support.place_features import answer_slots, place_features
 from luvc_fx.plan import Grid, MergeSite, Step, side_counts
+from luvc_fx.report import Insertion, MergeStep
 
 
 def merge_tokens(context: Context) -> None:
@@ -26,7 +28,8 @@ def merge_tokens(context: Context) -> None:
     leaving = encoder.leaving[-1]
     for site in context.plan.merges:
         context.retarget.advance(site.node)
-        name = f"merge after encoder block {site.block}"
+        insertion = _insertion(site)
+        name = insertion.name
         angles = find_angles(context, site)
         extra = () if angles is None else (angles,)
         keys = site.keys if _by_keys(site) else ()
@@ -40,7 +43,7 @@ def merge_tokens(context: Context) -> None:
         slots = state[len(encoder.frames) :]
         context.retarget.replace(site.node, merged, side_counts(encoder, site.merged))
         leaving = merged if site.node is leaving else leaving
-        context.report.inserted.append(f"{name}: {'; '.join(map(str, site.steps))}")
+        context.report.inserted.append(insertion)
     if context.plan.merges:
         for filler in encoder.axes.fillers:
             context.retarget.fill(filler, side_counts(encoder, context.plan.merges[-1].merged))
@@ -50,6 +53,16 @@ def merge_tokens(context: Context) -> None:
     if encoder.slots is not None:
         answer_slots(context, encoder)
     context.report.merged_grid = context.plan.merged_grid
+
+
+def _insertion(site: MergeSite) -> Insertion:
+    steps = tuple(
+        MergeStep(step.merge.method, step.merge.axis, step.before, step.after) for step in site.steps
+    )
+    alike = len(site.grids) == 1
+    before = math.prod(site.grids[0]) if alike else None
+    after = math.prod(site.merged[0]) if alike else None
+    return Insertion("merge", site.block, steps[0].method, before, after, steps)
 
 
 def _by_keys(site: MergeSite) -> bool:

@@ -17,6 +17,7 @@ from luvc_fx.passes.support.context import Context
 from luvc_fx.passes.support.last_query import last_query
 from luvc_fx.passes.support.site_keys import site_keys
 from luvc_fx.plan import PruneSite
+from luvc_fx.report import Insertion
 from luvc_fx.selectors import Site, choose_mask, wants_attention, wants_keys
 
 
@@ -29,14 +30,16 @@ def prune_tokens(context: Context) -> None:
         context.places = _visual_rows(context)
     for site in context.plan.prunes:
         context.retarget.advance(site.node)
-        name = f"prune before decoder layer {site.layer}"
+        insertion = Insertion(
+            "prune", site.layer, site.prune.selector, site.left, site.count, absorbs=_absorbs(site)
+        )
+        name = insertion.name
         nodes, tell = _told(context, site)
         body = _prune_body(site, tell)
         short, rows, context.places = emit(context.graph, name, body, site.node, context.places, *nodes)
         context.retarget.replace(site.node, short, {TOKENS: value(short).shape[1]})
         compact_followers(context, name, site.node, rows, rows)
-        also = ", the others averaged into them" if _absorbs(site) else ""
-        context.report.inserted.append(f"{name}: {site.prune.selector} {site.left} -> {site.count}{also}")
+        context.report.inserted.append(insertion)
 
 
 def _visual_rows(context: Context) -> fx.Node:

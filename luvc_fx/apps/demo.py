@@ -280,9 +280,9 @@ def _obstacles(
         return [*found, "the schedule does nothing"]
     if not report.of_kind("prefill"):
         found.append("no prefill graph was compiled, so it ran eagerly")
-    inserted = [site for graph in report.graphs for site in graph.inserted]
+    kinds = {insertion.kind for graph in report.graphs for insertion in graph.inserted}
     for kind, wanted in (("merge", schedule.merge), ("prune", schedule.prune)):
-        if wanted and not any(site.startswith(kind) for site in inserted):
+        if wanted and kind not in kinds:
             found.append(f"no graph was rewritten to {kind}")
     planned = report.tokens_per_layer()
     if planned != luvc.tokens_per_layer:

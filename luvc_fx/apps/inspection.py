@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect as signatures
 import json
 import logging
-import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,7 +19,7 @@ from luvc_fx.apps.local_model import load
 from luvc_fx.generate.chat_prompt import make_prompt
 from luvc_fx.generate.model_check import check_supported
 from luvc_fx.generate.sizes.synthetic_image import synthetic_image
-from luvc_fx.report import GraphReport, Report
+from luvc_fx.report import Report
 from luvc_fx.report.errors import InputError, brief, one_line
 from luvc_fx.schedule import Schedule
 
@@ -32,18 +30,16 @@ DEFAULT_PROMPT = "Describe the image."
 PATCHES = "patches"
 TOKENS = "visual tokens"
 
-_NUMBERS = re.compile(r"(\S+) (\d+) -> (\d+)")
-
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """One insertion.
+class PlannedInsertion:
+    """One insertion as a line of the plan.
 
     Attributes:
         graph: number of the graph in the report, from 0.
         where: "after encoder block 2", "before decoder layer 6".
         what: "merge width 16 -> 12", "prune by spectrum".
-        before, after: tokens on both sides of it, as `of` says; None where the report does not tell.
+        before, after: tokens on both sides of it, in units of `of`; None where tiles differ in size.
         of: "patches" (of one image or tile) or "visual tokens" (of one row).
     """
 
@@ -77,7 +73,7 @@ class Inspection:
     prompt_rows: int
     visual_tokens: int
     schedule: Schedule
-    plan: list[Site]
+    plan: list[PlannedInsertion]
     tokens_per_layer: list[int]
     budget: float | None
     report: Report
@@ -89,7 +85,7 @@ class Inspection:
         return {
             **{item.name: getattr(self, item.name) for item in fields(self)},
             "schedule": json.loads(self.schedule.to_json()),
-            "plan": [asdict(site) for site in self.plan],
+            "plan": [asdict(line) for line in self.plan],
             "report": self.report.to_dict(),
         }
 
@@ -139,7 +135,7 @@ def inspect(
         prompt_rows=ids.shape[1],
         visual_tokens=visual,
         schedule=schedule,
-        plan=[site for number, graph in enumerate(report.graphs) for site in sites(number, graph)],
+        plan=plan_of(report),
         tokens_per_layer=tokens,
         budget=report.budget(visual) if tokens else None,
         report=report,
@@ -173,22 +169,14 @@ def run_once(model: Any, inputs: dict[str, Any], schedule: Schedule) -> Report:
         luvc_fx.restore(model)
 
 
-def sites(number: int, graph: GraphReport) -> list[Site]:
-    """The insertions of graph `number`, read from their names in its report."""
-    found = []
-    axes = dict(zip(("height", "width"), graph.grid or (), strict=False))
-    for name in graph.inserted:
-        place, _, what = name.partition(": ")
-        verb, _, where = place.partition(" ")
-        changes = [(word, int(before), int(after)) for word, before, after in _NUMBERS.findall(what)]
-        if verb == "merge":
-            before = math.prod(axes.values()) if axes else None
-            axes |= {axis: after for axis, _, after in changes if axis in axes}
-            after = math.prod(axes.values()) if axes else None
-            found.append(Site(number, where, f"merge {what}", before, after, PATCHES))
-        elif len(changes) == 1:
-            selector, before, after = changes[0]
-            found.append(Site(number, where, f"{verb} by {selector}", before, after, TOKENS))
-        else:
-            found.append(Site(number, where, f"{verb} {what}", None, None, TOKENS))
-    return found
+def plan_of(report: Report) -> list[PlannedInsertion]:
+    """All insertions of all graphs, in the order in which they run."""
+    plan = []
+    for number, graph in enumerate(report.graphs):
+        for insertion in graph.inserted:
+            if insertion.kind == "merge":
+                what, of = f"merge {'; '.join(map(str, insertion.steps))}", PATCHES
+            else:
+                what, of = f"prune by {insertion.method}", TOKENS
+            plan.append(PlannedInsertion(number, insertion.site, what, insertion.before, insertion.after, of))
+    return plan

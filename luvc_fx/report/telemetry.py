@@ -38,8 +38,8 @@ def tell(gm: fx.GraphModule, report: GraphReport) -> None:
     _artifact("luvc_fx_rewritten_graph", "string", lambda: _text(gm))
     counters["rewritten"] += 1
     counters["masks rebuilt"] += report.masks_rebuilt
-    for site in report.inserted:
-        counters[site.partition(" ")[0] + "s"] += 1
+    for insertion in report.inserted:
+        counters[f"{insertion.kind}s"] += 1
 
 
 def count_refusals(refusals: list[Refusal]) -> None:

@@ -18,7 +18,7 @@ from luvc_fx.apps.bench.result import Cost, Result, Row
 from luvc_fx.apps.bench.running import attention_of
 from luvc_fx.apps.bench.shapes import Visual, smaller
 from luvc_fx.apps.bench.timing import PREFILL, Clock, Stages, ratio_interval, spread
-from luvc_fx.report import GraphReport, Reason, Refusal, Report
+from luvc_fx.report import GraphReport, Insertion, MergeStep, Reason, Refusal, Report
 from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Merge, Prune, Schedule
 
@@ -145,8 +145,12 @@ def test_stages_are_timed_by_their_names() -> None:
 # ------------------------------------------------------------------------------------------------ gate
 
 
-def report_with(*inserted: str, kind: str = PREFILL) -> Report:
-    return Report(graphs=[GraphReport(kind=kind, inserted=list(inserted))])
+def report_with(*inserted: Insertion) -> Report:
+    return Report(graphs=[GraphReport(kind=PREFILL, inserted=list(inserted))])
+
+
+def pruned(layer: int, before: int, after: int, absorbs: bool = False) -> Insertion:
+    return Insertion("prune", layer, "spectrum", before, after, absorbs=absorbs)
 
 
 def test_the_gate_on_refusals() -> None:
@@ -158,7 +162,8 @@ def test_the_gate_on_refusals() -> None:
 
 def test_the_gate_on_sites() -> None:
     both = Schedule(merge=Merge("width", keep=0.5, layer=0), prune=(Prune(0.5, layer=1), Prune(0.0, layer=2)))
-    merge, first, last = "merge after block 0", "prune before decoder layer 1", "prune before decoder layer 2"
+    merge = Insertion("merge", 0, "oim", 64, 32, (MergeStep("oim", "width", (8,), (4,)),))
+    first, last = pruned(1, 32, 16), pruned(2, 16, 0)
     assert gate.unmatched("arm", report_with(merge, first, last), both) == []
     assert gate.unmatched("arm", report_with(merge, first), both) == [
         "arm: 1 of 2 sites that prune are in the graphs"
@@ -281,8 +286,7 @@ def test_the_selectors_of_all_sites_have_code_of_their_own(monkeypatch: pytest.M
     schedule = Schedule(
         prune=(*(Prune(tokens=20 - n, layer=n) for n in range(1, 11)), Prune(tokens=5, layer=11, absorb=True))
     )
-    sites = [f"prune before decoder layer {n}: spectrum {21 - n} -> {20 - n}" for n in range(1, 11)]
-    sites.append("prune before decoder layer 11: spectrum 10 -> 5, the others averaged into them")
+    sites = [*(pruned(n, 21 - n, 20 - n) for n in range(1, 11)), pruned(11, 10, 5, absorbs=True)]
     text = types.SimpleNamespace(num_hidden_layers=12, hidden_size=8)
     model = types.SimpleNamespace(
         config=types.SimpleNamespace(get_text_config=lambda: text), dtype=torch.float32, device="cpu"

@@ -91,7 +91,7 @@ def test_an_empty_schedule_gets_no_speedup(tmp_path: Path) -> None:
 
 def _refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line on stderr of a command that exits with 2."""
-    assert cli.main(list(arguments)) == 2
+    assert cli(list(arguments)) == 2
     out, err = capfd.readouterr()
     assert out == ""
     lines = [line for line in err.splitlines() if not line.startswith("...")]

@@ -86,7 +86,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shown(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
-    code = cli.main(["inspect", *map(str, arguments)])
+    code = cli(["inspect", *map(str, arguments)])
     out, err = capfd.readouterr()
     assert code == 0, err
     return out
@@ -102,7 +102,7 @@ def told(capfd: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any
 
 def refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line on stderr of an inspection that exits with 2."""
-    assert cli.main(["inspect", *map(str, arguments)]) == 2
+    assert cli(["inspect", *map(str, arguments)]) == 2
     out, err = capfd.readouterr()
     assert out == ""
     lines = [line for line in err.splitlines() if not line.startswith("...")]
@@ -246,9 +246,9 @@ def test_internvl_runs_once_in_its_tiles() -> None:
     schedule = Schedule(merge=Merge("width", keep=0.5, layer=0), prune=Prune(keep=0.5, layer=1))
     report = inspection.run_once(model, inputs(model, tiles=2), schedule)
     assert [graph.kind for graph in report.graphs] == ["vision", "prefill"]
-    sites = [site for number, graph in enumerate(report.graphs) for site in inspection.sites(number, graph)]
+    plan = inspection.plan_of(report)
     merged = visual_tokens(model)  # of two tiles, each half as wide
-    assert [(site.before, site.after) for site in sites] == [(64, 32), (merged, merged // 2)]
+    assert [(line.before, line.after) for line in plan] == [(64, 32), (merged, merged // 2)]
 
 
 def test_directories_of_something_else(

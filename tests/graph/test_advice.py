@@ -12,7 +12,7 @@ from torch import fx, nn
 import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule
 from luvc_fx.dynamo.advice import with_mend
-from luvc_fx.report import Reason, Refusal, Report
+from luvc_fx.report import Insertion, Reason, Refusal, Report
 from tests.support.family_matrix import (
     BACKEND,
     FAMILIES,
@@ -36,7 +36,7 @@ def under_backend(family: str, schedule: Schedule, model: Any = None, **settings
     return backend.report
 
 
-def inserted(report: Report) -> list[str]:
+def inserted(report: Report) -> list[Insertion]:
     return [site for graph in report.graphs for site in graph.inserted]
 
 
@@ -179,7 +179,8 @@ def test_one_block_along_one_axis_is_noted() -> None:
     with luvc_fx.applied(model, Schedule(merge=merges), inner="eager", strict=True):
         model(**batch)
         (vision,) = luvc_fx.report_of(model).of_kind("vision")
-    assert vision.inserted == ["merge after encoder block 1: width 8 -> 4"]
+    (merge,) = vision.inserted
+    assert str(merge) == "merge after encoder block 1: width 8 -> 4"
     assert vision.notes == [
         "grid too small to merge along height after encoder block 0: one feature is left there"
     ]

@@ -16,7 +16,7 @@ from luvc_fx import Prune, Schedule
 from luvc_fx.anatomy.attention import attentions
 from luvc_fx.graph.nodes import live_nodes, op_name
 from luvc_fx.passes.support.last_query import last_query
-from luvc_fx.report import Reason, Refused
+from luvc_fx.report import Insertion, Reason, Refused
 from luvc_fx.selectors import Site, select_distinct, select_diversity, select_spectrum
 from tests.support.family_matrix import FAMILIES, prompt_of
 from tests.support.models import inputs, tiny_llava
@@ -140,7 +140,7 @@ def test_fastv_keeps_what_transformers_says(family: str, rows: str) -> None:
     for row, index in enumerate(out.row_index.tolist()):
         assert [place for place in index if visual[row, place]] == wanted[row]
         assert [place for place in index if not visual[row, place]] == (~visual[row]).nonzero()[:, 0].tolist()
-    assert prefill.inserted == [f"prune before decoder layer 2: fastv {2 * keep} -> {keep}"]
+    assert prefill.inserted == [Insertion("prune", 2, "fastv", 2 * keep, keep)]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 import luvc_fx
 from luvc_fx import LuvcWarning, Report, _compat
 from luvc_fx.dynamo.by_name import from_options
+from luvc_fx.report import Insertion
 from luvc_fx.schedule import Prune, Schedule
 from tests.support.replay import Recorder, toy, toy_inputs
 
@@ -52,7 +53,7 @@ def test_it_does_what_the_object_does(spelling: str) -> None:
     with torch.no_grad():
         assert torch.equal(torch.compile(toy(), backend=backend)(**toy_inputs()), got)
     (mine,), (theirs,) = report.graphs, backend.report.graphs
-    assert mine.inserted == theirs.inserted == ["prune before decoder layer 1: spectrum 16 -> 8"]
+    assert mine.inserted == theirs.inserted == [Insertion("prune", 1, "spectrum", 16, 8)]
 
 
 def test_the_name_of_a_preset_and_the_default() -> None:

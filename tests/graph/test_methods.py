@@ -66,10 +66,11 @@ def compare(family: str, name: str, schedule: Schedule, layers: int = 4) -> Any:
 @torch.no_grad()
 def test_a_method_is_the_oracle(family: str, name: str, method: str) -> None:
     report = compare(family, name, METHODS[method])
-    lines = [line for graph in report.graphs for line in graph.inserted]
+    inserted = [insertion for graph in report.graphs for insertion in graph.inserted]
     if METHODS[method].merge:
-        assert lines[0].startswith("merge after encoder block 0: tome, width ")
-    absorbing = [line for line in lines if line.endswith(", the others averaged into them")]
+        assert (inserted[0].name, inserted[0].method) == ("merge after encoder block 0", "tome")
+        assert inserted[0].steps[0].axis == "width"
+    absorbing = [insertion for insertion in inserted if insertion.absorbs]
     assert len(absorbing) == sum(prune.absorb for prune in METHODS[method].prune)
 
 

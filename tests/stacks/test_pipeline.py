@@ -32,7 +32,8 @@ def test_a_batch_of_chats_gets_the_tokens_of_generate() -> None:
     pipe = EXAMPLE["make"]("eager")
     got = pipe(text=EXAMPLE["chats"](QUESTIONS), batch_size=2, return_tensors=True)
     report = luvc_fx.report_of(pipe.model)
-    assert report.of_kind("vision")[0].inserted == ["merge after encoder block 2: width 16 -> 12"]
+    (merge,) = report.of_kind("vision")[0].inserted
+    assert str(merge) == "merge after encoder block 2: width 16 -> 12"
     assert {graph.batch for graph in report.of_kind("prefill")} == {1, 2}
     assert all(len(graph.inserted) == 3 for graph in report.of_kind("prefill"))
     assert not report.refusals

@@ -158,7 +158,7 @@ def test_a_missing_server_is_one_line(
 
 
 def _refused(capfd: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    assert cli.main(["serve", *arguments]) == 2
+    assert cli(["serve", *arguments]) == 2
     lines = capfd.readouterr().err.splitlines()
     # What transformers itself says while it loads comes before.
     theirs = ("[transformers]", "Loading weights", "\r")

@@ -26,8 +26,6 @@ _PROJECTORS = ("multi_modal_projector", "merger")
 _OF_THE_TOKENS = ("spectrum", "random", "uniform", "norm", "diversity", "distinct")
 """Selectors that look at nothing but the tokens."""
 
-_PRUNE = re.compile(r"prune before decoder layer (\d+): \S+ (\d+) -> (\d+)(, .*)?")
-
 Part = Sequence[Callable[[], Any]]
 """Calls that together are one part of a run."""
 
@@ -71,27 +69,23 @@ def selectors(model: Any, schedule: Schedule, report: Report, batch: int, mode: 
     layers, width = config.num_hidden_layers, config.hidden_size
     prunes = dict(schedule.prunes_at(layers))
     calls: list[Callable[[], Any]] = []
-    for layer, before, after in _sites(report):
-        prune = prunes[layer]
-        if after == 0:
+    for insertion in (item for graph in report.graphs for item in graph.inserted):
+        if insertion.kind == "merge" or not insertion.after:
             continue
+        assert insertion.before is not None, "the tokens before a prune are always known"
+        layer, prune = insertion.layer, prunes[insertion.layer]
         if prune.selector not in _OF_THE_TOKENS:
             return ()
-        tokens = torch.randn(batch, before, width, dtype=model.dtype, device=model.device)
+        tokens = torch.randn(batch, insertion.before, width, dtype=model.dtype, device=model.device)
         site = Site(layer, layers, None, 1)
 
-        def pick(x: Tensor, prune: Any = prune, count: int = after, site: Site = site) -> Any:
+        def pick(x: Tensor, prune: Any = prune, count: int = insertion.after, site: Site = site) -> Any:
             return choose_mask(x, prune, count, site)
 
         # Dynamo counts compilations per code object, and runs the ninth eagerly.
         made = torch.compile(_compat.with_own_code(pick), dynamic=False, mode=mode)
         calls.append(partial(made, tokens))
     return calls
-
-
-def _sites(report: Report) -> list[tuple[int, int, int]]:
-    found = (_PRUNE.fullmatch(site) for graph in report.graphs for site in graph.inserted)
-    return [(int(m[1]), int(m[2]), int(m[3])) for m in found if m is not None]
 
 
 def _run(part: Part) -> None:

@@ -22,10 +22,10 @@ def refusals(name: str, report: Report) -> list[str]:
 
 def unmatched(name: str, report: Report, schedule: Schedule) -> list[str]:
     """Sites of the schedule that no graph has."""
-    sites = [site for graph in report.graphs if graph.kind != "decode" for site in graph.inserted]
+    graphs = [graph for graph in report.graphs if graph.kind != "decode"]
     found = []
     for kind, wanted in (("merge", schedule.merge), ("prune", schedule.prune)):
-        count = sum(site.startswith(kind) for site in sites)
+        count = sum(insertion.kind == kind for graph in graphs for insertion in graph.inserted)
         if wanted and count < len(wanted):
             found.append(f"{name}: {count} of {len(wanted)} sites that {kind} are in the graphs")
     return found

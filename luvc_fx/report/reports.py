@@ -2,71 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import enum
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-
-class LuvcWarning(UserWarning):
-    """Something the schedule asked for was left alone; the text says what and why."""
-
-
-class NotRewritten(RuntimeError):
-    """Raised in place of a `LuvcWarning` with ``on_no_match="raise"`` or ``strict=True``."""
-
-
-@contextlib.contextmanager
-def unwrapped() -> Iterator[None]:
-    """Inside, `NotRewritten` comes as itself: what a backend raises, Dynamo wraps."""
-    try:
-        yield
-    except Exception as error:
-        inner = getattr(error, "inner_exception", None)
-        if isinstance(inner, NotRewritten):
-            raise inner from error
-        raise
-
-
-class Reason(enum.StrEnum):
-    """Why something was left as it was."""
-
-    NO_FUSION = "no-fusion"
-    CAPTURE_ENDED_BEFORE_FUSION = "capture-ended-before-fusion"
-    NO_ATTENTION = "no-attention"
-    NO_GRID = "no-grid"
-    RESIDUAL_STREAM = "residual-stream"
-    UNEVEN_BATCH = "uneven-batch"
-    PAST_NOT_EMPTY = "past-not-empty"
-    TOKEN_AXIS = "token-axis"
-    SCHEDULE = "schedule"
-    TRAINING = "training"
-    INPUTS = "inputs"
-    CACHE = "cache"
-    PASS_FAILED = "pass-failed"
-    RECOMPILE_LIMIT = "recompile-limit"
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """One thing left alone: the reason, a sentence for people, and the graph node it is about."""
-
-    reason: Reason
-    text: str
-    node: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.reason.value}: {self.text}" + (f" [{self.node}]" if self.node else "")
-
-
-class Refused(Exception):
-    """Raised inside recognition, plan and passes; the backend turns it into a `Refusal`."""
-
-    def __init__(self, reason: Reason, text: str, node: object = "") -> None:
-        super().__init__(text)
-        self.refusal = Refusal(reason, text, str(node))
+from luvc_fx.report.insertions import Insertion
+from luvc_fx.report.reasons import Refusal
 
 
 @dataclass(slots=True)
@@ -83,7 +24,7 @@ class GraphReport:
         images: images in the batch, where the graph holds their encoder; `batch`: rows of the prompt.
         lead: rows in front of the grid inside the encoder (CLS).
         grid: height and width of the visual token grid that leaves the encoder, before any merge.
-        inserted: names of the inserted sites, as "merge after block 2: width 16 -> 12".
+        inserted: what was merged and pruned, in the order of the sites.
         tokens_per_layer: visual tokens of one row that enter each decoder layer.
         fused: visual tokens of one row at the fusion; before merging, `original`.
         flops_before, flops_after: see `luvc_fx.anatomy.costs.flops`.
@@ -107,7 +48,7 @@ class GraphReport:
     lead: int | None = None
     grid: tuple[int, int] | None = None
     merged_grid: tuple[int, int] | None = None
-    inserted: list[str] = field(default_factory=list)
+    inserted: list[Insertion] = field(default_factory=list)
     original: int | None = None
     fused: int | None = None
     tokens_per_layer: list[int] = field(default_factory=list)
@@ -128,8 +69,14 @@ class GraphReport:
         return bool(self.inserted) or self.masks_rebuilt > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return {**asdict(self), "rewritten": self.rewritten}
+        """Plain data, ready for JSON: ``"inserted"`` as lines of text, ``"insertions"`` as data."""
+        data = asdict(self)
+        return {
+            **data,
+            "inserted": [str(insertion) for insertion in self.inserted],
+            "insertions": data["inserted"],
+            "rewritten": self.rewritten,
+        }
 
     def __str__(self) -> str:
         lines = [
@@ -137,7 +84,7 @@ class GraphReport:
             f"{self.encoder_blocks} encoder blocks, {self.decoder_layers} decoder layers"
             + (f", grid {self.grid[0]} x {self.grid[1]}" if self.grid else "")
         ]
-        lines += [f"  {site}" for site in self.inserted]
+        lines += [f"  {insertion}" for insertion in self.inserted]
         if self.masks_rebuilt:
             lines.append(f"  masks rebuilt in {self.masks_rebuilt} layers")
         if self.tokens_per_layer:
