@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from itertools import groupby
-from typing import Any
 
 import pytest
 import torch
@@ -34,22 +33,25 @@ def test_all_sizes_were_measured() -> None:
         assert tuple(row["realisation"] for row in rows) == realisations.REALISATIONS
 
 
-@pytest.mark.parametrize("tokens, dim, cutoff", SIZES)
-def test_auto_is_the_fastest_on_a_cpu(tokens: int, dim: int, cutoff: float) -> None:
-    taken = {row["realisation"]: row["cpu_ms"] for row in SIZES[tokens, dim, cutoff] if "left_out" not in row}
-    auto = choice(tokens, dim, cutoff, "cpu")
-    assert taken[auto] <= ALMOST * min(taken.values()), taken
+@pytest.mark.parametrize("tokens", realisations.TOKENS)
+def test_auto_is_the_fastest_on_a_cpu(tokens: int) -> None:
+    for size in (size for size in SIZES if size[0] == tokens):
+        taken = {row["realisation"]: row["cpu_ms"] for row in SIZES[size] if "left_out" not in row}
+        assert taken[choice(*size, "cpu")] <= ALMOST * min(taken.values()), (size, taken)
 
 
-@pytest.mark.parametrize("row", CPU["agreement"], ids=lambda row: f"{row['tokens']}, {row['cutoff']}")
-def test_what_auto_may_choose_keeps_the_same_tokens(row: dict[str, Any]) -> None:
+@pytest.mark.parametrize("tokens", sorted({row["tokens"] for row in CPU["agreement"]}))
+def test_what_auto_may_choose_keeps_the_same_tokens(tokens: int) -> None:
     """On an accelerator, too: with more channels than the model's there is less FIR, not more."""
-    tokens, cutoff = row["tokens"], row["cutoff"]
-    choices = {choice(tokens, dim, cutoff, device) for device in ("cpu", "cuda") for dim in (1, 896, 4096)}
-    if row["realisation"] in choices | {"basis, TF32"}:
-        assert row["least"] >= 0.99
-    if row["realisation"].endswith("bfloat16 energies"):
-        assert row["least"] < 0.99, "then rounding them would do, and they need not be float32"
+    for row in (row for row in CPU["agreement"] if row["tokens"] == tokens):
+        cutoff = row["cutoff"]
+        choices = {
+            choice(tokens, dim, cutoff, device) for device in ("cpu", "cuda") for dim in (1, 896, 4096)
+        }
+        if row["realisation"] in choices | {"basis, TF32"}:
+            assert row["least"] >= 0.99, row
+        if row["realisation"].endswith("bfloat16 energies"):
+            assert row["least"] < 0.99, "then rounding them would do, and they need not be float32"
 
 
 def test_a_window_that_was_cut_off_is_not_chosen() -> None:
