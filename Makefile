@@ -20,13 +20,13 @@ test: lint
 	$(PYTEST)
 
 test-all: lint
-	$(PYTEST) -m ""
+	LUVC_HYPOTHESIS=full $(PYTEST) -m ""
 
 # For CI: the slow tests that are a commit's turn. tests/support/slow_share.py says how they are dealt out.
 MINUTES ?= 25
 COMMIT ?= $(shell git rev-parse HEAD)
 test-slow-share: $(READY)
-	$(PYTEST) -p tests.support.slow_share -m slow --commit $(COMMIT) --minutes $(MINUTES)
+	LUVC_HYPOTHESIS=full $(PYTEST) -p tests.support.slow_share -m slow --commit $(COMMIT) --minutes $(MINUTES)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -13,13 +13,14 @@ from hypothesis import HealthCheck, settings
 # "function_scoped_fixture": the autouse fixture below has nothing that a second example could spoil.
 _UNHURRIED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 
-settings.register_profile(
-    "fast", max_examples=40, deadline=None, derandomize=True, suppress_health_check=_UNHURRIED
-)
+for _name in ("fast", "full"):  # they differ in what compiles, see `replay.examples`
+    settings.register_profile(
+        _name, max_examples=40, deadline=None, derandomize=True, suppress_health_check=_UNHURRIED
+    )
 settings.register_profile(
     "thorough", max_examples=400, deadline=None, derandomize=False, suppress_health_check=_UNHURRIED
 )
-settings.load_profile("thorough" if os.environ.get("LUVC_HYPOTHESIS") == "thorough" else "fast")
+settings.load_profile(os.environ.get("LUVC_HYPOTHESIS", "fast"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from luvc_fx import LuvcWarning, Schedule
 from luvc_fx.dynamo.backend import NotRewritten
 from luvc_fx.generate.compiled_encoder import ALL as ENCODED
 from luvc_fx.report import Reason
-from tests.support.cases import GAP
+from tests.support.cases import GAP, slow_unless
 from tests.support.family_matrix import (
     BACKEND,
     CELLS,
@@ -50,15 +49,23 @@ def encoders_of(batch: Batch) -> int:
     return sum(name in batch for name in ("pixel_values", "pixel_values_videos"))
 
 
-def _slow_unless(cells: Iterable[tuple[str, str]], fast: Container[tuple[str, str]]) -> list[Any]:
-    return [cell if cell in fast else pytest.param(*cell, marks=pytest.mark.slow) for cell in cells]
+FAST = (
+    ("llava", "an image"),
+    ("llava", "two rows, left padding"),
+    ("llava", BACKEND),
+    ("internvl", "an image in tiles"),
+    ("internvl", BACKEND),
+    ("qwen2", "an image and a video"),
+    ("qwen2", "two rows, left padding"),
+    ("qwen2", "rows with other numbers of tokens"),
+    ("qwen2", BACKEND),
+    ("qwen3", "an image"),
+    ("onevision", "padding cropped"),
+)
+"""A family of each kind (features in a row, pixel shuffle, packed patches, deepstack, tiles), each door."""
 
 
-FAST = tuple(cell for cell in CELLS if cell[0] in ("llava", "internvl", "qwen2"))
-"""One family of each kind: features in a row, pixel shuffle, packed patches."""
-
-
-@pytest.mark.parametrize(("family", "name"), _slow_unless(CELLS, FAST))
+@pytest.mark.parametrize(("family", "name"), slow_unless(CELLS, FAST))
 def test_a_cell_is_the_oracle_and_the_table(family: str, name: str) -> None:
     given, batch = cell(family, name), prompt_of(family, name)
     told = run(family, name)
@@ -95,7 +102,7 @@ def test_the_table_has_the_rows_of_the_matrix() -> None:
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    _slow_unless(
+    slow_unless(
         [cell for cell in CELLS if cell[1] != BACKEND], (("llava", "an image"), ("qwen2", "an image"))
     ),
 )
@@ -184,7 +191,7 @@ def drawn_for(family: str) -> Any:
     return schedules(encoder_blocks(model), layers=3, grids=grids, **limits)
 
 
-@pytest.mark.parametrize("family", DRAWN)
+@pytest.mark.parametrize("family", slow_unless(DRAWN, ["qwen2"]))
 @torch.no_grad()
 def test_any_schedule_is_the_oracle(family: str) -> None:
     model, batch = model_of(family), prompt_of(family, DRAWN[family][0])

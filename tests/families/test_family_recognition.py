@@ -18,6 +18,7 @@ import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule
 from luvc_fx.dynamo.backend import LuvcBackend
 from luvc_fx.report import Reason, Report
+from tests.support.cases import slow_unless
 from tests.support.family_matrix import (
     FAMILIES,
     PRUNES,
@@ -36,6 +37,8 @@ from tests.support.oracle import oracle_forward, oracle_generate
 from tests.support.replay import rms
 
 NEW_TOKENS = 4
+KINDS = ("llava", "internvl", "qwen2")
+"""Features in a row, pixel shuffle, packed patches: what the default run has one of, each."""
 FLEX = [family for family, found in FAMILIES.items() if found.flex]
 
 
@@ -121,7 +124,7 @@ def test_symbolic_shapes_of_a_model_that_never_ran(family: str) -> None:
         assert len(report.graphs) == 2, "more text is no recompile"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_unless(FAMILIES, KINDS))
 @torch.no_grad()
 def test_bfloat16(family: str) -> None:
     """Counts are the plan's; the answer is the bfloat16 oracle's where no choice is close."""
@@ -148,7 +151,7 @@ def test_bfloat16(family: str) -> None:
         assert rms(out.logits.float() - want.logits.float()) < 0.03 * rms(want.logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_unless(FAMILIES, KINDS))
 @torch.no_grad()
 def test_attention_that_is_written_out(family: str) -> None:
     """transformers' "eager": two products and a softmax, and a mask that is added."""
@@ -188,9 +191,9 @@ AttentionMaskInterface.register("einsum", eager_mask)
 @pytest.mark.parametrize(
     ("family", "attn"),
     [
-        *((family, "einsum") for family in FAMILIES),
+        *slow_unless([(family, "einsum") for family in FAMILIES], [(kind, "einsum") for kind in KINDS]),
         # Dynamo breaks flex attention's own code into dozens of graphs, which takes its time.
-        *(pytest.param(family, "flex_attention", marks=pytest.mark.slow) for family in FLEX),
+        *slow_unless([(family, "flex_attention") for family in FLEX], []),
     ],
 )
 @torch.no_grad()

@@ -15,7 +15,7 @@ from luvc_fx import LuvcWarning, Merge, Prune, Schedule
 from luvc_fx.dynamo.backend import NotRewritten
 from luvc_fx.generate.cache import PrunedCache
 from luvc_fx.report import Reason
-from tests.support.cases import GAP
+from tests.support.cases import GAP, slow_unless
 from tests.support.models import inputs, patch_grid, rename_everything, tiny_internvl
 from tests.support.oracle import oracle_continue, oracle_forward, oracle_generate, oracle_greedy, schedules
 from tests.support.replay import Captured, capture, compare, examples
@@ -66,7 +66,7 @@ def drawn_for(model: Any, prompt: dict[str, torch.Tensor], **limits: Any) -> Any
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_unless(CASES, ["three tiles, two rows", "norms on queries and keys"]))
 def test_any_schedule_is_the_oracle(name: str) -> None:
     model, prompt, graph = captured(name)
     drawn = {"all": 0, "close": 0}
@@ -87,6 +87,7 @@ def test_any_schedule_is_the_oracle(name: str) -> None:
     assert drawn["close"] <= 0.3 * drawn["all"], f"too many ties: {drawn}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"batch": 2, "tiles": 2, "padding": (0, 3)}],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from luvc_fx import LuvcWarning, Merge, Prune, Schedule
 from luvc_fx.generate.cache import PrunedCache
 from luvc_fx.graph.emit import inserted
 from luvc_fx.report import Reason
+from tests.support.cases import slow_unless
 from tests.support.models import inputs, tiny_llava
 from tests.support.oracle import oracle_continue, oracle_forward, oracle_generate, oracle_greedy
 
@@ -63,8 +65,10 @@ def logits_error(out: Any, wanted: Any) -> float:
 
 
 @pytest.mark.parametrize("padding", [0, (0, 3)], ids=["even", "left-padded"])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    slow_unless(itertools.product(SCHEDULES, [1, 2]), [("cascade", 1), ("cascade", 2), ("merge", 2)]),
+)
 def test_generate_equals_the_oracle(model: Any, name: str, batch: int, padding: Any) -> None:
     if padding and batch == 1:
         padding = 2

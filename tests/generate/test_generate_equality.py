@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 
 import luvc_fx
 from luvc_fx.schedule import Schedule
-from tests.support.cases import GAP, INDUCTOR, SMALL, size_for
+from tests.support.cases import GAP, INDUCTOR, SMALL, size_for, slow_unless
 from tests.support.oracle import oracle_forward, oracle_generate, schedules
 from tests.support.replay import examples, llava, prompt
 
@@ -54,9 +54,7 @@ def test_any_schedule_generates_what_the_oracle_does(options: dict[str, Any]) ->
     assert drawn["close"] <= 0.3 * drawn["all"], f"too many ties: {drawn}"
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "random and uniform" else pytest.param(n, marks=pytest.mark.slow) for n in INDUCTOR]
-)
+@pytest.mark.parametrize("name", slow_unless(INDUCTOR, ["random and uniform"]))
 @torch.no_grad()
 def test_inductor_generates_what_the_oracle_does(name: str) -> None:
     size = size_for(name)

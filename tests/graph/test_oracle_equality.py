@@ -13,7 +13,7 @@ from torch import Tensor
 import luvc_fx
 from luvc_fx.dynamo import rewrite
 from luvc_fx.schedule import Merge, Prune, Schedule
-from tests.support.cases import GAP, INDUCTOR, PRESET, SMALL, size_for
+from tests.support.cases import GAP, INDUCTOR, PRESET, SMALL, size_for, slow_unless
 from tests.support.models import inputs
 from tests.support.oracle import oracle_forward, schedules
 from tests.support.replay import (
@@ -46,7 +46,7 @@ FEW = Schedule(
     merge=Merge("width", length=3, layer=0),
     prune=(Prune(tokens=5, layer=0, coverage="global"), Prune(tokens=0, layer=1)),
 )
-# 208 schedules in all; LUVC_HYPOTHESIS=thorough draws ten times as many.
+# 208 schedules in all, of which the default run draws a third.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one row": (56, {}),
     "two rows": (56, {"batch": 2}),
@@ -186,12 +186,7 @@ def test_prompt_lengths_may_change(dynamic: bool | None, schedule: Schedule) -> 
     assert all(graph.rewritten for graph in backend.report.graphs)
 
 
-FAST_INDUCTOR = ("image", "luvc document", "random and uniform")
-
-
-@pytest.mark.parametrize(
-    "name", [n if n in FAST_INDUCTOR else pytest.param(n, marks=pytest.mark.slow) for n in INDUCTOR]
-)
+@pytest.mark.parametrize("name", slow_unless(INDUCTOR, ["image"]))
 @torch.no_grad()
 def test_inductor_is_the_oracle(name: str) -> None:
     schedule = INDUCTOR[name]

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
+from typing import Any
+
+import pytest
+
 from luvc_fx.schedule import Merge, Prune, Schedule
+
+SLOW = pytest.mark.slow
+
+
+def slow_unless(cases: Iterable[Any], fast: Container[Any]) -> list[Any]:
+    """Cases to parametrize over (a value or a tuple of values each), slow but for those in `fast`."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if case in fast else SLOW)
+        for case in cases
+    ]
+
 
 GAP = 1e-5
 """Below it, float32 in another order of sums may choose otherwise than the oracle."""
