@@ -19,7 +19,23 @@ from luvc_fx.report import Insertion, MergeStep
 
 
 def merge_tokens(context: Context) -> None:
-    """Merge at every planned site; `context.slots` then holds the representatives."""
+    """Merge at every planned site; `context.slots` then holds the representatives.
+
+    With two images of 4 x 4 patches, of which the width merges to 2 behind block 0::
+
+        %block_0 : [2, 16, 8] = add(%x, %mlp)
+        %norm : [2, 16, 8] = layer_norm(%block_0, ...)
+
+    becomes, where each pair of neighbouring columns is averaged by size::
+
+        %block_0 : [2, 16, 8] = add(%x, %mlp)
+        %grid : [2, 4, 4, 8] = view(%block_0, [2, 4, 4, 8])
+        %sum : [2, 4, 2, 8] = ...
+        %sizes : [2, 4, 2, 1] = ...
+        %mean : [2, 4, 2, 8] = div(%sum, %sizes)
+        %merged : [2, 8, 8] = view(%mean, [2, 8, 8])
+        %norm : [2, 8, 8] = layer_norm(%merged, ...)
+    """
     encoder = context.anatomy.encoder
     if encoder is None:
         return

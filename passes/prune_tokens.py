@@ -22,7 +22,25 @@ from luvc_fx.selectors import Site, choose_mask, wants_attention, wants_keys
 
 
 def prune_tokens(context: Context) -> None:
-    """Prune at every planned site, from the first layer to the last."""
+    """Prune at every planned site, from the first layer to the last.
+
+    With 8 visual tokens in rows of 13, of which 3 are kept before layer 1::
+
+        %layer_0 : [2, 13, 8] = add(%x, %mlp)
+        %norm : [2, 13, 8] = layer_norm(%layer_0, ...)
+
+    becomes, where `%places` says which rows are visual, and the scores are the selector's::
+
+        %layer_0 : [2, 13, 8] = add(%x, %mlp)
+        %visual : [2, 8, 8] = gather(%layer_0, 1, expand(%places, ...))
+        %scores : [2, 8] = sum(pow(%visual, 2), [-1])
+        %keep : [2, 8] = ...
+        %rows : [2, 8] = scatter(...)
+        %short : [2, 8, 8] = gather(%layer_0, 1, expand(%rows, ...))
+        %norm : [2, 8, 8] = layer_norm(%short, ...)
+
+    Values that go with the rows (rotary tables, masks) are gathered by `%rows`, too.
+    """
     decoder = context.anatomy.decoder
     if decoder is None or not context.plan.prunes:
         return

@@ -10,8 +10,9 @@ from torch import Tensor, fx
 from luvc_fx.anatomy.attention import Attention
 from luvc_fx.graph import flash, markers
 from luvc_fx.graph.emit import MARK, emit
-from luvc_fx.graph.nodes import ancestors, is_tensor, op_name, shape, value
+from luvc_fx.graph.nodes import ancestors, is_tensor, live_nodes, op_name, shape, value
 from luvc_fx.passes.support.context import Context
+from luvc_fx.report import Reason, Refused
 
 
 def rebuild_masks(context: Context) -> None:
@@ -20,11 +21,26 @@ def rebuild_masks(context: Context) -> None:
     Pruned layers hold fewer rows than layer 0, by whose length transformers sizes all masks. In a row with
     images these are visual tokens, so its padding is as long in every layer; in one without, its text is.
     One query of a row without padding sees all that its layer holds, and gets no mask.
+
+    For one query over the 13 rows that a layer holds::
+
+        %mask : [2, 1, 1, 1] = luvc_fx.cache_mask(%padding, 1)
+        %out = scaled_dot_product_attention(%q, %k, %v, attn_mask=%mask)
+
+    becomes::
+
+        %key : [1, 1, 1, 13] = view(arange(13), ...)
+        %query : [1, 1, 1, 1] = view(add(arange(1), 12), ...)
+        %causal : [1, 1, 1, 13] = le(%key, %query)
+        %seen : [2, 1, 1, 13] = logical_and(%causal, ge(%key, view(%padding, ...)))
+        %out = scaled_dot_product_attention(%q, %k, %v, attn_mask=%seen)
+
+    Raises:
+        Refused: CACHE where something else than attention reads such a mask.
     """
-    if not context.anatomy.cache_attentions:
-        return
-    context.retarget.advance()  # a prompt over a cache may have been pruned: its masks are for what is left
-    made: dict[object, Any] = {}
+    if context.anatomy.cache_attentions:
+        context.retarget.advance()  # a prompt over a cache may have been pruned: masks are for what is left
+    rebuilt: dict[object, Any] = {}
     for call in context.anatomy.cache_attentions:
         assert call.mask is not None and call.masked is not None
         marker = next(n for n in ancestors(call.mask) if markers.is_call(n, markers.CACHE_MASK))
@@ -33,7 +49,7 @@ def rebuild_masks(context: Context) -> None:
         added = None if call.fused else value(call.masked).dtype
         context.report.masks_rebuilt += 1
         if call.is_flash:
-            _bound(context.graph, call, padding, made)
+            _bound(context.graph, call, padding, rebuilt)
             continue
         written = _written_rows(call.keys)
         one = shape(call.queries)[-2] == 1
@@ -41,19 +57,21 @@ def rebuild_masks(context: Context) -> None:
             call.unmask()
             continue
         like = (str(value(call.keys).shape[-2]), added, written)
-        if like not in made:
+        if like not in rebuilt:
             rows = () if written is None else (written,)
-            (made[like],) = emit(
+            (rebuilt[like],) = emit(
                 context.graph, "cache mask", _mask_body(added), call.queries, call.keys, padding, *rows
             )
-        call.masked.replace_input_with(call.mask, made[like])
+        call.masked.replace_input_with(call.mask, rebuilt[like])
+    if any(markers.is_call(node, markers.CACHE_MASK) for node in live_nodes(context.graph)):
+        raise Refused(Reason.CACHE, "a mask over a shortened cache is used outside of attention")
 
 
-def _bound(graph: fx.Graph, call: Attention, padding: fx.Node, made: dict[object, Any]) -> None:
+def _bound(graph: fx.Graph, call: Attention, padding: fx.Node, rebuilt: dict[object, Any]) -> None:
     """Give a call of FlashAttention the bounds of its own segments."""
     sizes = [value(node).shape[-2] for node in (call.queries, call.keys)]
     like = tuple(map(str, sizes))
-    if like not in made:
+    if like not in rebuilt:
         bounds = emit(graph, "cache mask", _segments, call.queries, call.keys, padding)
         longest = []
         for node, size in zip((call.queries, call.keys), sizes, strict=True):
@@ -64,11 +82,11 @@ def _bound(graph: fx.Graph, call: Attention, padding: fx.Node, made: dict[object
                 longest.append(read)
             else:
                 longest.append(size)
-        made[like] = {
+        rebuilt[like] = {
             **dict(zip(flash.BOUNDS, bounds, strict=True)),
             **dict(zip(flash.LONGEST, longest, strict=True)),
         }
-    flash.write(call.node, {**flash.arguments(call.node), **made[like]})
+    flash.write(call.node, {**flash.arguments(call.node), **rebuilt[like]})
 
 
 def _segments(queries: Tensor, keys: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,22 @@ def shrink_fusion(context: Context) -> None:
 
     The model's own check of the count stays as it is: it compares the whole prompt with the number of
     features before merging, and both are still what it says. Beside it each row is checked.
+
+    With 16 visual tokens in each of two rows of 21, of which merging left 8::
+
+        %hidden : [2, 21, 8] = embedding(%ids, %weight)
+        %where : [2, 21, 8] = expand_as(%is_image, %hidden)
+        %fused : [2, 21, 8] = masked_scatter(%hidden, %where, %features)
+
+    becomes, where the places come from the representatives of `merge_tokens`::
+
+        %hidden : [2, 21, 8] = embedding(%ids, %weight)
+        %where : [2, 21, 8] = expand_as(%is_image, %hidden)
+        _assert_async(all(eq(sum(select(%where, -1, 0), [1]), 16)), "luvc_fx was compiled for 16 ...")
+        %places : [2, 13] = scatter(...)
+        %embeds : [2, 13, 8] = gather(%hidden, 1, expand(%places, ...))
+        %mask : [2, 13, 8] = gather(%where, 1, expand(%ascending, ...))
+        %fused : [2, 13, 8] = masked_scatter(%embeds, %mask, %features)
     """
     decoder, encoder = context.anatomy.decoder, context.anatomy.encoder
     if decoder is None or encoder is None or context.slots is None:

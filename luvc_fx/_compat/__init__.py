@@ -6,10 +6,10 @@ from luvc_fx._compat.torch import (
     RECOMPILE_LIMIT,
     FakeTensor,
     FakeTensorMode,
+    NameForTorchCompile,
     OptimizedModule,
     Shares,
     allow_recompiles,
-    being_compiled,
     cache_hits,
     caching_precompile,
     capture_end,
@@ -39,18 +39,16 @@ from luvc_fx._compat.transformers import (
     takes_varlen,
 )
 
-dynamo_patches.install()
-
 __all__ = [
     "NOT_ONE_GRAPH",
     "RECOMPILE_LIMIT",
     "FakeTensor",
     "FakeTensorMode",
     "InPlaceOfPixels",
+    "NameForTorchCompile",
     "OptimizedModule",
     "Shares",
     "allow_recompiles",
-    "being_compiled",
     "cache_hits",
     "caching_precompile",
     "calls_flash_attn",
@@ -58,6 +56,7 @@ __all__ = [
     "compile_id",
     "compile_inductor",
     "counters",
+    "dynamo_patches",
     "enable_scalar_capture",
     "encoder_output",
     "extra_features",

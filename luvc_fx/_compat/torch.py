@@ -24,10 +24,10 @@ __all__ = [
     "RECOMPILE_LIMIT",
     "FakeTensor",
     "FakeTensorMode",
+    "NameForTorchCompile",
     "OptimizedModule",
     "Shares",
     "allow_recompiles",
-    "being_compiled",
     "cache_hits",
     "caching_precompile",
     "capture_end",
@@ -242,14 +242,28 @@ class _LimitWatch(logging.Handler):
             frame = frame.f_back
 
 
-def being_compiled() -> Any:
-    """The model or function that a `torch.compile` call further up the stack is wrapping (2.11 - 2.13)."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is torch.compile.__code__:
-            return frame.f_locals.get("model")
-        frame = frame.f_back
-    return None
+class NameForTorchCompile:
+    """The attribute ``__name__`` of a backend, by which it learns what `torch.compile` is put on.
+
+    A backend has no hook for that: `torch.compile` wraps a model, and only asks the backend for its name
+    (in `_TorchCompileWrapper`, 2.11 - 2.13). When it asks, and then only, ``listener(backend, wrapped)`` is
+    called with the model or function; whoever else reads the name gets it, and nothing happens.
+    """
+
+    def __init__(self, name: str, listener: Callable[[Any, Any], None]) -> None:
+        self.name = name
+        self.listener = listener
+
+    def __get__(self, backend: Any, owner: type | None = None) -> str:
+        frame: types.FrameType | None = sys._getframe(1)
+        if frame is None or frame.f_code is not torch._TorchCompileWrapper.__init__.__code__:
+            return self.name
+        while frame is not None and frame.f_code is not torch.compile.__code__:
+            frame = frame.f_back
+        wrapped = None if frame is None else frame.f_locals.get("model")
+        if backend is not None and wrapped is not None:
+            self.listener(backend, wrapped)
+        return self.name
 
 
 @dataclass(frozen=True, slots=True)

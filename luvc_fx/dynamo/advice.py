@@ -14,38 +14,38 @@ from luvc_fx.report import Reason, Refusal
 HOOKS = "output_capturing.py"
 """Where transformers installs its output hooks, in the middle of a fresh model's first forward."""
 LONGEST = 100
+"""Characters of Dynamo's own words that a refusal repeats."""
 
 
-def with_mend(refusal: Refusal, gm: fx.GraphModule, front_door: bool) -> Refusal:
+def with_advice(refusal: Refusal, gm: fx.GraphModule, front_door: bool) -> Refusal:
     """`refusal` of a graph, with the place where its capture ended, and what to do about it.
 
     Args:
         front_door: whether `luvc_fx.compile` has the graph captured, so that it is no advice.
     """
     if refusal.reason is Reason.NO_ATTENTION and not _compat.capture_end(gm)[1]:
-        mend = "load the model with attn_implementation='sdpa'"
+        advice = "load the model with attn_implementation='sdpa'"
     elif refusal.reason in (Reason.NO_ATTENTION, Reason.CAPTURE_ENDED_BEFORE_FUSION):
-        mend = _mend(gm, front_door)
+        advice = _advice(gm, front_door)
     else:
         return refusal
-    return dataclasses.replace(refusal, text=f"{refusal.text}; {mend}")
+    return dataclasses.replace(refusal, text=f"{refusal.text}; {advice}")
 
 
-def _mend(gm: fx.GraphModule, front_door: bool) -> str:
+def _advice(gm: fx.GraphModule, front_door: bool) -> str:
     place, why = _compat.capture_end(gm)
-    hooks = place.startswith(HOOKS)
     ended = f"Dynamo ended this graph at {place}"
     if why:
         ended += f" ({textwrap.shorten(why, LONGEST)})"
     if front_door:
-        both = sum(op_name(node) == "masked_scatter" for node in gm.graph.nodes) > 1
-        return ended + ("; put images and videos into prompts of their own" if both else "")
-    if hooks:
+        two_modalities = sum(op_name(node) == "masked_scatter" for node in gm.graph.nodes) > 1
+        return ended + ("; put images and videos into prompts of their own" if two_modalities else "")
+    if place.startswith(HOOKS):
         return (
             f"{ended}, where the model's output hooks are installed; run luvc_fx.prepare(model) or one eager "
             "forward before compiling, or use luvc_fx.compile(model)"
         )
     if "capture_scalar_outputs" in why:
         return f"{ended}; leave torch._dynamo.config.capture_scalar_outputs on, or use luvc_fx.compile(model)"
-    mend = "use luvc_fx.compile(model), which hands the sizes of images over as constants"
-    return f"{ended}; {mend}" if why else mend
+    advice = "use luvc_fx.compile(model), which hands the sizes of images over as constants"
+    return f"{ended}; {advice}" if why else advice

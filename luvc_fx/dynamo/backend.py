@@ -29,33 +29,53 @@ _given_up: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class LuvcBackend:
-    """A callable that Dynamo hands its graphs to; made by `backend`.
+    """A callable that Dynamo hands its graphs to; `backend` makes one and sets Dynamo up for it.
 
     Two backends are equal when they would compile alike, so Dynamo does not recompile for a second one.
 
     Attributes:
         report: what happened to every graph so far.
-        front_door: whether `luvc_fx.compile` made it.
+
+    Args:
+        schedule, inner, mode, options, on_no_match, strict: as of `backend`.
+        report: a report to be filled, where several backends share one.
+        front_door: whether `luvc_fx.compile` makes it.
+        identity_sites: insert sites that keep all tokens, too (for tests).
+
+    Raises:
+        ValueError: for an argument that is not allowed.
     """
 
     def __init__(
         self,
         schedule: Schedule,
-        inner: str | Callable[..., Any],
-        mode: str | None,
-        options: dict[str, Any] | None,
-        on_no_match: str,
-        strict: bool,
+        inner: str | Callable[..., Any] = "inductor",
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        on_no_match: str = "warn",
+        strict: bool = False,
+        *,
+        report: Report | None = None,
+        front_door: bool = False,
+        identity_sites: bool = False,
     ) -> None:
+        if not callable(inner) and inner not in INNERS:
+            raise ValueError(f"inner is {inner!r}; allowed: {', '.join(map(repr, INNERS))} or a callable")
+        if on_no_match not in ON_NO_MATCH:
+            allowed = ", ".join(map(repr, ON_NO_MATCH))
+            raise ValueError(f"on_no_match is {on_no_match!r}; allowed: {allowed}")
+        if (mode is not None or options) and inner != "inductor":
+            raise ValueError(f"mode and options are Inductor's; inner is {inner!r}")
+        _check_options(mode, options)
         self.schedule = schedule
         self.inner = inner
         self.mode = mode
         self.options = dict(options or {})
         self.on_no_match = on_no_match
         self.strict = strict
-        self.report = Report()
-        self.identity_sites = False
-        self.front_door = False
+        self.report = Report() if report is None else report
+        self.front_door = front_door
+        self.identity_sites = identity_sites
         self._wrapped: Any = None
 
     def _key(self) -> tuple[Any, ...]:
@@ -68,15 +88,6 @@ class LuvcBackend:
 
     def __hash__(self) -> int:
         return hash(self._key())
-
-    @property
-    def __name__(self) -> str:
-        # torch.compile asks for the name while it wraps a model: the only moment at which a backend
-        # can see that model, and so the only one to arrange that generate() warns.
-        wrapped = _compat.being_compiled()
-        if wrapped is not None:
-            self._wrapping(wrapped)
-        return "luvc_fx"
 
     def __repr__(self) -> str:
         return f"luvc_fx.backend({self.schedule!r}, inner={self.inner!r})"
@@ -121,8 +132,12 @@ class LuvcBackend:
         """What `torch._dynamo.reset` calls: Dynamo compiles everything afresh."""
         _given_up.clear()
 
-    def _wrapping(self, wrapped: Any) -> None:
-        """Note what `torch.compile` puts this backend on."""
+    def on_torch_compile(self, wrapped: Any) -> None:
+        """Note what `torch.compile` puts this backend on, before anything is compiled.
+
+        So `generate` can warn that it runs past what was compiled, and so can a function that Dynamo has
+        given up. Doing it again with the same object does nothing.
+        """
         is_module = isinstance(wrapped, torch.nn.Module)
         if not self.front_door and is_module:
             warn_when_generating(wrapped)
@@ -134,6 +149,8 @@ class LuvcBackend:
             warn_of_compile_config(wrapped)
         if self._wrapped is not None and self._wrapped in _given_up:
             self.give_up(getattr(self._wrapped, "__name__", None) or self._wrapped.co_name)
+
+    __name__ = _compat.NameForTorchCompile("luvc_fx", on_torch_compile)
 
     def give_up(self, function: str) -> None:
         """Say that Dynamo compiles nothing new of `function`, and runs it eagerly without a word."""
@@ -200,21 +217,27 @@ def backend(
         ValueError: for an argument that is not allowed.
         RuntimeError: while ``caching_precompile`` is on; it would hand out graphs of other schedules.
     """
-    parsed = Schedule.of(schedule)
-    if not callable(inner) and inner not in INNERS:
-        raise ValueError(f"inner is {inner!r}; allowed: {', '.join(map(repr, INNERS))} or a callable")
-    if on_no_match not in ON_NO_MATCH:
-        raise ValueError(f"on_no_match is {on_no_match!r}; allowed: {', '.join(map(repr, ON_NO_MATCH))}")
-    if (mode is not None or options) and inner != "inductor":
-        raise ValueError(f"mode and options are Inductor's; inner is {inner!r}")
-    _check_options(mode, options)
+    ours = LuvcBackend(Schedule.of(schedule), inner, mode, options, on_no_match, strict)
     _refuse_caching_precompile()
+    set_up_dynamo(capture_scalars, recompile_limit)
+    return ours
+
+
+def set_up_dynamo(
+    capture_scalars: bool = True, recompile_limit: int | None = _compat.RECOMPILE_LIMIT
+) -> None:
+    """Change what this process's Dynamo has to be for us, as `backend` says; doing it again changes nothing.
+
+    Everything that luvc_fx changes of Dynamo is changed here, and nothing by an import. Beside the two
+    settings: Dynamo of torch 2.11 and 2.12 is taught to trace transformers as 2.13 does, and its log is
+    watched for functions that it gives up.
+    """
+    _compat.dynamo_patches.install()
     _compat.watch_recompile_limit(_give_up)
     if capture_scalars:
         _compat.enable_scalar_capture()
     if recompile_limit is not None:
         _compat.allow_recompiles(recompile_limit)
-    return LuvcBackend(parsed, inner, mode, options, on_no_match, strict)
 
 
 def prepare(model: torch.nn.Module) -> torch.nn.Module:
@@ -241,11 +264,11 @@ def _check_options(mode: str | None, options: dict[str, Any] | None) -> None:
 
 def _give_up(compiler_fn: Any, function: str, limit: int) -> None:
     """Dynamo has reached its limit for a function while it compiled for `compiler_fn`."""
-    found = getattr(compiler_fn, "compiler_fn", compiler_fn)  # torch.compile wraps a backend
-    if hasattr(found, "from_options"):  # ours by its name
-        found = found.from_options(None, compiler_fn.kwargs.get("options"))
-    if isinstance(found, LuvcBackend):
-        found.give_up(f"{function}, {limit} times,")
+    given = getattr(compiler_fn, "compiler_fn", compiler_fn)  # torch.compile wraps a backend
+    if hasattr(given, "from_options"):  # ours by its name
+        given = given.from_options(None, compiler_fn.kwargs.get("options"))
+    if isinstance(given, LuvcBackend):
+        given.give_up(f"{function}, {limit} times,")
 
 
 def _refuse_caching_precompile() -> None:

@@ -1,7 +1,7 @@
 """``torch.compile(model, backend="luvc_fx", options={...})``: the backend by its name.
 
-Imported by torch when somebody asks for that name (entry point group ``torch_dynamo_backends``). As there
-is no object to ask for a report, a `Report` of your own may be given to be filled.
+torch finds it by the entry point ``luvc_fx.dynamo.by_name:luvc_fx``. As there is no object to ask for a
+report, a `Report` of your own may be given to be filled.
 """
 
 from __future__ import annotations
@@ -11,26 +11,37 @@ from typing import Any
 
 from torch import fx
 
-from luvc_fx import _compat
-from luvc_fx.dynamo.backend import LuvcBackend, backend
+from luvc_fx.dynamo.backend import LuvcBackend, set_up_dynamo
 from luvc_fx.report import Report
 from luvc_fx.schedule import Schedule
 
 PREFIX = "luvc."
 ALLOWED = ("schedule", "inner", "strict", "on_no_match", "report")
 
-# No object is made before the first graph is captured, and then it is too late: see `backend`.
-_compat.enable_scalar_capture()
+
+def __getattr__(name: str) -> Any:
+    """The attribute `luvc_fx`, which torch reads when a process first compiles with that name.
+
+    By this look-up Dynamo is set up as `luvc_fx.backend()` does. It has to be then: torch makes no object
+    of ours before the first graph is captured, and by that time Dynamo has ended that graph at the model's
+    check of the image tokens. torch remembers what it read, so a thread that starts later has its own
+    Dynamo settings (from torch 2.13 on): call ``luvc_fx.backend()`` there once, or merging is refused in
+    its first graph.
+    """
+    if name != "luvc_fx":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    set_up_dynamo()
+    return compile_graph
 
 
-def luvc_fx(
+def compile_graph(
     gm: fx.GraphModule,
     example_inputs: list[Any],
     mode: str | None = None,
     options: dict[str, Any] | None = None,
     **_: Any,
 ) -> Callable[..., Any]:
-    """Compile one graph as `luvc_fx.dynamo.backend` would with the arguments that `options` name.
+    """Compile one graph as `luvc_fx.backend` would with the arguments that `options` name.
 
     Args:
         options: ``"luvc.schedule"`` (a `Schedule`, the name of a preset or JSON text), ``"luvc.inner"``,
@@ -57,13 +68,13 @@ def from_options(mode: str | None, options: dict[str, Any] | None) -> LuvcBacken
     report = ours.pop("report", None)
     if report is not None and not isinstance(report, Report):
         raise ValueError(f"luvc.report is {report!r}; allowed: a luvc_fx.Report")
-    schedule = ours.get("schedule")
+    schedule = ours.pop("schedule", "image")
     if isinstance(schedule, str) and schedule.lstrip().startswith("{"):
-        ours["schedule"] = Schedule.from_json(schedule)
-    made = backend(**ours, mode=mode, options=given)
-    if report is not None:
-        made.report = report
-    return made
+        schedule = Schedule.from_json(schedule)
+    named = LuvcBackend(Schedule.of(schedule), mode=mode, options=given, report=report, **ours)
+    set_up_dynamo()
+    return named
 
 
-luvc_fx.from_options = from_options  # type: ignore[attr-defined]
+# What `luvc_fx.dynamo.backend` asks when Dynamo gives a function up that was compiled by name.
+compile_graph.from_options = from_options  # type: ignore[attr-defined]

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
 import time
+from collections.abc import Iterator
 
 from torch import fx
 
 from luvc_fx import _compat
 from luvc_fx.anatomy import costs
 from luvc_fx.anatomy.recognise import Anatomy, recognise
-from luvc_fx.dynamo.advice import with_mend
-from luvc_fx.graph import markers
+from luvc_fx.dynamo.advice import with_advice
 from luvc_fx.graph.nodes import drop_dead, live_nodes, op_name
-from luvc_fx.passes import PASSES, Context
-from luvc_fx.passes.prepare.plain_collectives import collectives, plain_collectives
-from luvc_fx.passes.prepare.spread_deepstack import deepstack_additions, spread_deepstack
-from luvc_fx.passes.support.retarget import Retarget
+from luvc_fx.passes import PASSES, PREPARE, Context
 from luvc_fx.plan import Plan, make_plan
 from luvc_fx.report import GraphReport, Reason, Refusal, Refused
 from luvc_fx.schedule import Schedule
@@ -29,7 +27,7 @@ log = logging.getLogger(__name__)
 def rewrite(
     gm: fx.GraphModule, schedule: Schedule, strict: bool, front_door: bool, identity_sites: bool
 ) -> GraphReport:
-    """Do in `gm`, in place, what `schedule` asks for and the graph allows; say what became of it.
+    """Rewrite `gm` in place; return its report.
 
     Args:
         strict: let an error of our own through; else the graph is left as it was.
@@ -42,37 +40,29 @@ def rewrite(
     """
     report = GraphReport(nodes_before=len(gm.graph.nodes), nodes_after=len(gm.graph.nodes))
     report.compile_id, report.recompile_reason = _compat.compile_id(), _compat.recompile_reason()
-    started = time.perf_counter()
-    captured = None
-    changes = bool(schedule.prune or schedule.merge)
-    if changes and (deepstack_additions(gm.graph) or collectives(gm.graph)):
-        captured = _save(gm)
+    backup = _Backup(gm)
     try:
-        if captured is not None:
-            plain_collectives(gm.graph)
-        if captured is not None and schedule.prune:
-            spread_deepstack(gm.graph)
-        anatomy = recognise(gm.graph)
-        plan = make_plan(schedule, anatomy, identity_sites)
+        _prepare(gm.graph, schedule, backup, report)
+        with _timed(report, "recognise and plan"):
+            anatomy = recognise(gm.graph)
+            plan = make_plan(schedule, anatomy, identity_sites)
     except Exception as error:
-        _restore(gm, captured)
+        backup.restore()
         _failed(report, error, strict, "recognition failed and the graph was left as it is")
         return report
     _describe(report, anatomy, plan, schedule)
-    report.refusals = [with_mend(refusal, gm, front_door) for refusal in report.refusals]
-    report.milliseconds["recognise and plan"] = (time.perf_counter() - started) * 1e3
+    report.refusals = [with_advice(refusal, gm, front_door) for refusal in report.refusals]
     report.flops_before, report.kv_bytes_before = _costs(gm.graph, report)
     report.flops_after, report.kv_bytes_after = report.flops_before, report.kv_bytes_before
-    wants_grid = anatomy.encoder is not None and anatomy.encoder.slots is not None
-    if plan.empty and not anatomy.cache_attentions and not (wants_grid and schedule.prune):
-        _restore(gm, captured)
+    if _is_nothing_to_do(anatomy, plan, schedule):
+        backup.restore()
         return report
-    saved = captured or _save(gm)
+    backup.save()
     try:
         _refuse_training(gm.graph)
         _run_passes(gm, anatomy, plan, report)
     except Exception as error:
-        _restore(gm, saved)
+        backup.restore()
         if anatomy.cache_attentions:
             # The captured mask only stands for the real one: without the pass the answer is wrong.
             raise
@@ -81,6 +71,65 @@ def rewrite(
     report.nodes_after = len(gm.graph.nodes)
     report.flops_after, report.kv_bytes_after = _costs(gm.graph, report)
     return report
+
+
+class _Backup:
+    """The captured graph, copied before the first change and put back when something fails."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.graph: fx.Graph | None = None
+
+    def save(self) -> None:
+        """Copy the graph, unless that has been done; placeholders keep what Dynamo hung on them."""
+        if self.graph is not None:
+            return
+        self.graph = copy.deepcopy(self.gm.graph)
+        for old, new in zip(self.gm.graph.nodes, self.graph.nodes, strict=True):
+            if hasattr(old, "_dynamo_source"):
+                new._dynamo_source = old._dynamo_source
+
+    def restore(self) -> None:
+        """Put the copy back; a graph of which there is none has not been changed."""
+        if self.graph is not None:
+            self.gm.graph = self.graph
+            self.gm.recompile()
+
+
+@contextlib.contextmanager
+def _timed(report: GraphReport, what: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        spent = (time.perf_counter() - started) * 1e3
+        report.milliseconds[what] = report.milliseconds.get(what, 0.0) + spent
+
+
+def _prepare(graph: fx.Graph, schedule: Schedule, backup: _Backup, report: GraphReport) -> None:
+    for step in PREPARE:
+        with _timed(report, step.__name__):
+            edit = step(graph, schedule)
+            if edit is not None:
+                backup.save()
+                edit()
+
+
+def _is_nothing_to_do(anatomy: Anatomy, plan: Plan, schedule: Schedule) -> bool:
+    asked_for_slots = anatomy.encoder is not None and anatomy.encoder.slots is not None
+    return plan.empty and not anatomy.cache_attentions and not (asked_for_slots and schedule.prune)
+
+
+def _run_passes(gm: fx.GraphModule, anatomy: Anatomy, plan: Plan, report: GraphReport) -> None:
+    drop_dead(gm.graph)
+    context = Context(gm.graph, anatomy, plan, report)
+    for run in PASSES:
+        with _timed(report, run.__name__):
+            run(context)
+    with _timed(report, "lint and recompile"):
+        drop_dead(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
 
 
 def _rolled_back(report: GraphReport, anatomy: Anatomy, error: Exception, strict: bool) -> None:
@@ -102,35 +151,14 @@ def _failed(report: GraphReport, error: Exception, strict: bool, what: str) -> N
     log.warning(what, exc_info=error)
 
 
-def _run_passes(gm: fx.GraphModule, anatomy: Anatomy, plan: Plan, report: GraphReport) -> None:
-    drop_dead(gm.graph)
-    spaces = [part.axes for part in (anatomy.encoder, anatomy.decoder) if part is not None]
-    context = Context(gm.graph, anatomy, plan, report, Retarget(gm.graph, *spaces))
-    for run in PASSES:
-        started = time.perf_counter()
-        run(context)
-        report.milliseconds[run.__name__] = (time.perf_counter() - started) * 1e3
-    started = time.perf_counter()
-    context.retarget.advance()
-    drop_dead(gm.graph)
-    if any(markers.is_call(node, markers.CACHE_MASK) for node in gm.graph.nodes):
-        raise Refused(Reason.CACHE, "a mask over a shortened cache is used outside of attention")
-    gm.graph.lint()
-    gm.recompile()
-    report.milliseconds["retarget"] = (time.perf_counter() - started) * 1e3
-
-
 def _costs(graph: fx.Graph, report: GraphReport) -> tuple[int, list[int]]:
     """FLOPs and cache of a graph; what cannot be counted is noted, and stops nothing."""
-    started = time.perf_counter()
-    try:
-        return costs.flops(graph), costs.kv_bytes(graph)
-    except Exception as error:
-        report.notes.append(f"its costs could not be counted: {type(error).__name__}: {error}")
-        return 0, []
-    finally:
-        spent = (time.perf_counter() - started) * 1e3
-        report.milliseconds["costs"] = report.milliseconds.get("costs", 0.0) + spent
+    with _timed(report, "costs"):
+        try:
+            return costs.flops(graph), costs.kv_bytes(graph)
+        except Exception as error:
+            report.notes.append(f"its costs could not be counted: {type(error).__name__}: {error}")
+            return 0, []
 
 
 def _describe(report: GraphReport, anatomy: Anatomy, plan: Plan, schedule: Schedule) -> None:
@@ -161,22 +189,6 @@ def _of_both(refusal: Refusal, anatomy: Anatomy, schedule: Schedule) -> Refusal:
     if not schedule.merge or encoder is None or encoder.slots is not None:
         return refusal
     return dataclasses.replace(refusal, text=f"{refusal.text}, so nothing is merged either")
-
-
-def _save(gm: fx.GraphModule) -> fx.Graph:
-    """A copy of the graph to roll back to; placeholders keep what Dynamo hung on them."""
-    saved = copy.deepcopy(gm.graph)
-    for old, new in zip(gm.graph.nodes, saved.nodes, strict=True):
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
-    return saved
-
-
-def _restore(gm: fx.GraphModule, saved: fx.Graph | None) -> None:
-    """Roll back to what `_save` gave, if anything."""
-    if saved is not None:
-        gm.graph = saved
-        gm.recompile()
 
 
 def _refuse_training(graph: fx.Graph) -> None:

@@ -24,7 +24,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
 from luvc_fx import _compat
-from luvc_fx.dynamo.backend import LuvcBackend, LuvcWarning, NotRewritten, backend
+from luvc_fx.dynamo.backend import LuvcBackend, LuvcWarning, NotRewritten
 from luvc_fx.generate import constants as controls
 from luvc_fx.generate import prompt as prompts
 from luvc_fx.generate.cache import PrunedRows, adopt, fill, follow, is_empty, unsupported
@@ -130,10 +130,7 @@ class FrontDoor:
     # -- compiled callables ------------------------------------------------------------------
 
     def _backend(self, schedule: Schedule, settings: dict[str, Any]) -> LuvcBackend:
-        made = backend(**{**settings, "schedule": schedule}, capture_scalars=False, recompile_limit=None)
-        made.report = self.report
-        made.front_door = True
-        return made
+        return LuvcBackend(**{**settings, "schedule": schedule}, report=self.report, front_door=True)
 
     def _compiled(
         self,

@@ -8,6 +8,7 @@ collectives has none.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn.functional import pad
 from luvc_fx._compat import Shares, shares_of
 from luvc_fx.graph.emit import MARK, emit
 from luvc_fx.graph.nodes import op_name, order, value
+from luvc_fx.passes.support.contract import Edit
+from luvc_fx.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,31 +40,65 @@ class _Gather:
     shares: Shares
 
 
-def plain_collectives(graph: fx.Graph) -> int:
-    """Rewrite every such sum and exchange of a captured graph; returns how many there were."""
-    found = collectives(graph)
-    place = order(graph)
-    for each in found:
-        if isinstance(each, _Gather):
-            _gather(graph, each)
-            continue
-        for user in list(each.x.users):
-            if place[user] > place[each.copy]:
-                user.replace_input_with(each.x, each.total)
-        each.copy.replace_all_uses_with(each.total)
-        graph.erase_node(each.copy)
-    return len(found)
+def plain_collectives(graph: fx.Graph, schedule: Schedule) -> Edit | None:
+    """Write collectives of tensor parallelism so that a token axis can be followed through them.
+
+    A sum over the processes that is copied back::
+
+        %x = linear(%h, %w)
+        %reduced = all_reduce(%x, "sum", "0")
+        %total = wait_tensor(%reduced)
+        %copied = copy_(%x, %total)
+        %y = add(%h, %x)
+
+    becomes a sum that is read in place of what it was copied into::
+
+        %x = linear(%h, %w)
+        %reduced = all_reduce(%x, "sum", "0")
+        %total = wait_tensor(%reduced)
+        %y = add(%h, %total)
+
+    A last axis of 10 that `DTensor` puts together from shares on two processes::
+
+        %local : [1, 24, 5] = from_local(%x, ...)
+        %spread = redistribute(%local, ...)
+        %whole : [1, 24, 10] = to_local(%spread)
+
+    becomes the same exchange, in which no number of rows is written down::
+
+        %front : [5, 1, 24] = movedim(%x, -1, 0)
+        %gathered = all_gather_into_tensor(contiguous(%front), 2, "0")
+        %all : [10, 1, 24] = wait_tensor(%gathered)
+        %whole : [1, 24, 10] = movedim(%all, 0, -1)
+    """
+    if not (schedule.merge or schedule.prune):
+        return None
+    collectives = _collectives(graph)
+    return functools.partial(_rewrite, graph, collectives) if collectives else None
 
 
-def collectives(graph: fx.Graph) -> list[_Sum | _Gather]:
+def _collectives(graph: fx.Graph) -> list[_Sum | _Gather]:
     """Those of a graph, in order."""
-    found: list[_Sum | _Gather] = []
+    collectives: list[_Sum | _Gather] = []
     for node in graph.nodes:
         if op_name(node) == "copy_" and (total := _sum_of(node)) is not None:
-            found.append(total)
+            collectives.append(total)
         elif op_name(node) == "to_local" and (gather := _gather_of(node)) is not None:
-            found.append(gather)
-    return found
+            collectives.append(gather)
+    return collectives
+
+
+def _rewrite(graph: fx.Graph, collectives: list[_Sum | _Gather]) -> None:
+    place = order(graph)
+    for collective in collectives:
+        if isinstance(collective, _Gather):
+            _gather(graph, collective)
+            continue
+        for user in list(collective.x.users):
+            if place[user] > place[collective.copy]:
+                user.replace_input_with(collective.x, collective.total)
+        collective.copy.replace_all_uses_with(collective.total)
+        graph.erase_node(collective.copy)
 
 
 def _sum_of(copy: fx.Node) -> _Sum | None:
@@ -86,16 +123,16 @@ def _gather_of(whole: fx.Node) -> _Gather | None:
     spread = whole.args[0]
     if not isinstance(spread, fx.Node) or op_name(spread) != "redistribute" or len(spread.users) != 1:
         return None
-    made = spread.args[0]
-    if not isinstance(made, fx.Node) or op_name(made) != "from_local" or len(made.users) != 1:
+    shared = spread.args[0]
+    if not isinstance(shared, fx.Node) or op_name(shared) != "from_local" or len(shared.users) != 1:
         return None
-    x = made.args[0]
-    shares = shares_of(value(made), value(spread))
+    x = shared.args[0]
+    shares = shares_of(value(shared), value(spread))
     return _Gather(x, whole, shares) if isinstance(x, fx.Node) and shares is not None else None
 
 
-def _gather(graph: fx.Graph, found: _Gather) -> None:
-    size, group, length = found.shares.processes, found.shares.group, found.shares.length
+def _gather(graph: fx.Graph, gather: _Gather) -> None:
+    size, group, length = gather.shares.processes, gather.shares.group, gather.shares.length
     each = -(-length // size)
 
     def body(x: Tensor) -> Tensor:
@@ -106,7 +143,7 @@ def _gather(graph: fx.Graph, found: _Gather) -> None:
         return whole.narrow(0, 0, length).movedim(0, -1)
 
     before = set(graph.nodes)
-    (new,) = emit(graph, "collectives", body, found.x, after=found.whole)
+    (new,) = emit(graph, "collectives", body, gather.x, after=gather.whole)
     for node in set(graph.nodes) - before:
         del node.meta[MARK]  # part of the model, as what it stands for
-    found.whole.replace_all_uses_with(new)
+    gather.whole.replace_all_uses_with(new)

@@ -7,6 +7,7 @@ where the mask says so, has static sizes, and is cut like any value that goes wi
 
 from __future__ import annotations
 
+import functools
 import operator
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from torch import Tensor, fx
 from luvc_fx._compat import hint
 from luvc_fx.graph.emit import MARK, emit
 from luvc_fx.graph.nodes import descendants, drop_dead, is_tensor, op_name, order, value
+from luvc_fx.passes.support.contract import Edit
+from luvc_fx.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +32,40 @@ class _Addition:
     put: fx.Node
 
 
-def spread_deepstack(graph: fx.Graph) -> int:
-    """Rewrite every such addition of a captured graph; returns how many there were."""
-    found = deepstack_additions(graph)
-    for addition in found:
+def spread_deepstack(graph: fx.Graph, schedule: Schedule) -> Edit | None:
+    """Add deepstack features to their rows by operations of static sizes.
+
+    In a prompt of 24 rows, with a size `u0` that the graph does not know (how many rows are marked)::
+
+        %h : [1, 24, 64] = clone(%hidden)
+        %taken : [u0, 64] = getitem(%h, (%mask, slice(None)))
+        %sum : [u0, 64] = add(%taken, %features)
+        setitem(%h, (%mask, slice(None)), %sum)
+        %norm = layer_norm(%h, ...)
+
+    becomes::
+
+        %h : [1, 24, 64] = clone(%hidden)
+        %place : [24] = clamp(sub(cumsum(flatten(%mask), 0), 1), 0)
+        %rows : [1, 24, 64] = view(index_select(%features, 0, %place), [1, 24, 64])
+        %sum : [1, 24, 64] = where(unsqueeze(%mask, -1), add(%h, %rows), %h)
+        %norm = layer_norm(%sum, ...)
+
+    A schedule without prunes cuts no rows of the decoder, and leaves them as they are.
+    """
+    additions = _deepstack_additions(graph) if schedule.prune else []
+    return functools.partial(_rewrite, graph, additions) if additions else None
+
+
+def _rewrite(graph: fx.Graph, additions: list[_Addition]) -> None:
+    for addition in additions:
         _spread(graph, addition)
-    if found:
-        drop_dead(graph)
-    return len(found)
+    drop_dead(graph)
 
 
-def deepstack_additions(graph: fx.Graph) -> list[_Addition]:
+def _deepstack_additions(graph: fx.Graph) -> list[_Addition]:
     """Those of a graph, in order."""
-    found, place = [], order(graph)
+    additions, place = [], order(graph)
     for put in graph.nodes:
         if put.target is not operator.setitem or not _by_mask(put.args[1]):
             continue
@@ -55,13 +79,13 @@ def deepstack_additions(graph: fx.Graph) -> list[_Addition]:
             continue
         addition = _Addition(written, mask, features, taken, put)
         if op_name(written) == "clone" and _fits(addition) and _read_after(addition, place):
-            found.append(addition)
-    return found
+            additions.append(addition)
+    return additions
 
 
-def _fits(found: _Addition) -> bool:
+def _fits(addition: _Addition) -> bool:
     """Whether each row that the mask marks gets a row of its own, as it is."""
-    written, mask, features = value(found.written), value(found.mask), value(found.features)
+    written, mask, features = value(addition.written), value(addition.mask), value(addition.features)
     return (
         mask.dim() + 1 == written.dim()
         and features.dim() == 2
@@ -70,11 +94,11 @@ def _fits(found: _Addition) -> bool:
     )
 
 
-def _read_after(found: _Addition, place: dict[fx.Node, int]) -> bool:
+def _read_after(addition: _Addition, place: dict[fx.Node, int]) -> bool:
     """Whether nothing else sees the rows before they are written, or those that were taken."""
-    others = [n for n in found.written.users if n not in (found.taken, found.put)]
-    sums = [n for n in found.taken.users if op_name(n) != "sym_size"]
-    return len(sums) == 1 and all(place[n] > place[found.put] for n in others)
+    others = [n for n in addition.written.users if n not in (addition.taken, addition.put)]
+    sums = [n for n in addition.taken.users if op_name(n) != "sym_size"]
+    return len(sums) == 1 and all(place[n] > place[addition.put] for n in others)
 
 
 def _by_mask(index: object) -> bool:
@@ -105,11 +129,11 @@ def _source(node: fx.Node) -> fx.Node:
     return node
 
 
-def _spread(graph: fx.Graph, found: _Addition) -> None:
+def _spread(graph: fx.Graph, addition: _Addition) -> None:
     before = set(graph.nodes)
 
     # What a site shortens lies behind it, so what needs all rows is computed where they came from.
-    mask, features = _source(found.mask), _source(found.features)
+    mask, features = _source(addition.mask), _source(addition.features)
 
     def spread(mask: Tensor, features: Tensor) -> Tensor:
         # A mask takes rows in order, row after row of the batch.
@@ -120,13 +144,13 @@ def _spread(graph: fx.Graph, found: _Addition) -> None:
         return torch.where(mask.unsqueeze(-1), x + rows.to(x.dtype), x)
 
     (rows,) = emit(graph, "deepstack", spread, mask, features)
-    (total,) = emit(graph, "deepstack", add, found.written, mask, rows)
+    (total,) = emit(graph, "deepstack", add, addition.written, mask, rows)
     for node in set(graph.nodes) - before:
         del node.meta[MARK]  # part of the model, as what it stands for
-    for user in list(found.written.users):
-        if user not in (found.taken, found.put) and user in before:
-            user.replace_input_with(found.written, total)
-    graph.erase_node(found.put)
-    sized = descendants(found.taken)
+    for user in list(addition.written.users):
+        if user not in (addition.taken, addition.put) and user in before:
+            user.replace_input_with(addition.written, total)
+    graph.erase_node(addition.put)
+    sized = descendants(addition.taken)
     for node in reversed([n for n in graph.nodes if n in sized and op_name(n) == "_assert_scalar"]):
         graph.erase_node(node)

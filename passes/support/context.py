@@ -29,8 +29,12 @@ class Context:
     anatomy: Anatomy
     plan: Plan
     report: GraphReport
-    retarget: Retarget
+    retarget: Retarget = field(init=False)
     slots: fx.Node | None = None
     places: fx.Node | None = None
     rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
     causal: dict[fx.Node, Causal] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parts = (self.anatomy.encoder, self.anatomy.decoder)
+        self.retarget = Retarget(self.graph, *(part.axes for part in parts if part is not None))

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule
-from luvc_fx.dynamo.advice import with_mend
+from luvc_fx.dynamo.advice import with_advice
 from luvc_fx.report import Insertion, Reason, Refusal, Report
 from tests.support.family_matrix import (
     BACKEND,
@@ -133,17 +133,17 @@ def test_other_reasons_keep_their_words() -> None:
     gm.compile_subgraph_reason = SimpleNamespace(reason="broken", user_stack=[], graph_break=True)
     for reason in set(Reason) - {Reason.NO_ATTENTION, Reason.CAPTURE_ENDED_BEFORE_FUSION}:
         refusal = Refusal(reason, "text", "node")
-        assert with_mend(refusal, gm, front_door=False) == refusal
+        assert with_advice(refusal, gm, front_door=False) == refusal
 
 
 def test_a_graph_that_nobody_says_the_end_of() -> None:
     """As one that Dynamo did not capture."""
     gm = fx.symbolic_trace(nn.Identity())
-    refusal = with_mend(Refusal(Reason.CAPTURE_ENDED_BEFORE_FUSION, "text"), gm, front_door=False)
+    refusal = with_advice(Refusal(Reason.CAPTURE_ENDED_BEFORE_FUSION, "text"), gm, front_door=False)
     assert (
         refusal.text == "text; use luvc_fx.compile(model), which hands the sizes of images over as constants"
     )
-    refusal = with_mend(Refusal(Reason.NO_ATTENTION, "text"), gm, front_door=False)
+    refusal = with_advice(Refusal(Reason.NO_ATTENTION, "text"), gm, front_door=False)
     assert refusal.text == "text; load the model with attn_implementation='sdpa'"
 
 

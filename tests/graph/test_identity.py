@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 import luvc_fx
+from luvc_fx.dynamo.backend import set_up_dynamo
 from luvc_fx.graph.emit import inserted
 from luvc_fx.schedule import AXES, Merge, Prune, Schedule
 from tests.support.oracle import oracle_forward
@@ -106,9 +107,8 @@ def test_bit_equal_to_the_inner_compiler_alone(inner: str, schedule: Schedule) -
 
 
 def forced(schedule: Schedule, inner: str = "eager") -> luvc_fx.LuvcBackend:
-    backend = luvc_fx.backend(schedule, inner=inner, strict=True)
-    backend.identity_sites = True
-    return backend
+    set_up_dynamo()
+    return luvc_fx.LuvcBackend(schedule, inner, strict=True, identity_sites=True)
 
 
 FORCED: dict[str, tuple[Schedule, dict[str, Any], int]] = {

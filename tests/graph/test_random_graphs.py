@@ -164,11 +164,12 @@ def test_a_plain_model_has_no_excuse() -> None:
     assert not any(explained(Spec(), BOTH, Refusal(reason, "anything")) for reason in Reason)
 
 
-@pytest.mark.parametrize("left_out", range(len(PASSES) - 1))
-def test_a_pass_that_is_left_out_is_noticed(left_out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+# These graphs have no cache, whose masks are all that `rebuild_masks` is for.
+@pytest.mark.parametrize("left_out", [run.__name__ for run in PASSES if run.__name__ != "rebuild_masks"])
+def test_a_pass_that_is_left_out_is_noticed(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(Spec(grid=(4, 4)))
     assert check_schedule(session, BOTH) == "rewritten"
-    monkeypatch.setattr(rewrite, "PASSES", (*PASSES[:left_out], *PASSES[left_out + 1 :]))
+    monkeypatch.setattr(rewrite, "PASSES", tuple(run for run in PASSES if run.__name__ != left_out))
     with pytest.raises((AssertionError, RuntimeError)):
         check_schedule(session, BOTH)
 

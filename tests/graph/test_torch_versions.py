@@ -15,6 +15,12 @@ from luvc_fx.graph.nodes import op_name, value, writes
 from tests.support.models import inputs, tiny_llava
 
 
+@pytest.fixture(autouse=True)
+def taught() -> None:
+    """What `luvc_fx.backend` and its kin do first."""
+    _compat.dynamo_patches.install()
+
+
 class Kept:
     """An inner compiler that keeps the graphs it got and leaves them to another."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from luvc_fx import _compat
 from luvc_fx.dynamo import rewrite
 from luvc_fx.dynamo.backend import LuvcBackend
 from luvc_fx.passes import PASSES, Context
@@ -184,6 +185,7 @@ class Session:
         self.forward: Callable[..., Any] | None = None
         self.calls = 0
         self.within = within
+        _compat.dynamo_patches.install()
         self.compiled = torch.compile(self.model, backend=self._backend, dynamic=self.dynamic)
         with torch._dynamo.config.patch(capture_scalar_outputs=True), torch.no_grad():
             self.plain = self.compiled(**self.batch)
@@ -226,8 +228,7 @@ class Session:
         symbolic, so where one row is left, that prompt has its own graph): they hold for what Dynamo
         compiles at that moment, and would make later rewrites of the same graph wrong without a word.
         """
-        backend = quietly(schedule)
-        backend.identity_sites = identity_sites
+        backend = LuvcBackend(schedule, "eager", on_no_match="ignore", identity_sites=identity_sites)
         if self.dynamic:
             self._capture(backend)
             return self.made[0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import luvc_fx
+from luvc_fx import _compat
 from luvc_fx.dynamo.backend import LuvcBackend
 from luvc_fx.report import GraphReport, Refusal
 from luvc_fx.schedule import Schedule
@@ -93,6 +94,7 @@ def capture(
     torch._dynamo.reset()
     recorder = Recorder(run)
     stopping = contextlib.suppress(_Stopped)
+    _compat.dynamo_patches.install()
     with torch._dynamo.config.patch(capture_scalar_outputs=True), stopping:
         torch.compile(call, backend=recorder, dynamic=dynamic)(**kwargs)
     torch._dynamo.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import luvc_fx
 from luvc_fx._compat import FakeTensor, hint
 from luvc_fx.graph.emit import emit, inserted
 from luvc_fx.graph.nodes import op_name, value
-from luvc_fx.passes import PASSES
+from luvc_fx.passes import PASSES, PREPARE
 from luvc_fx.schedule import Merge, Prune, Schedule
 from tests.support.oracle import schedules
 from tests.support.replay import Captured, capture, examples, prompt, toy_whole, whole
@@ -24,8 +25,7 @@ ARITHMETIC = {"add", "sub", "mul", "floordiv", "mod"}
 
 
 def check_static(captured: Captured, schedule: Schedule, forced: bool = False) -> fx.GraphModule:
-    backend = luvc_fx.backend(schedule, inner="eager", strict=True)
-    backend.identity_sites = forced
+    backend = luvc_fx.LuvcBackend(schedule, "eager", strict=True, identity_sites=forced)
     gm = captured.copy()
     before = {(n.op, n.name, str(n.target)) for n in gm.graph.nodes}
     backend(gm, list(captured.example_inputs))
@@ -178,10 +178,20 @@ def output(graph: fx.Graph) -> fx.Node:
     return next(n for n in graph.nodes if n.op == "output")
 
 
-def test_the_passes_are_one_visible_tuple() -> None:
+def test_the_steps_are_two_visible_tuples() -> None:
+    assert [step.__name__ for step in PREPARE] == ["plain_collectives", "spread_deepstack"]
     assert [run.__name__ for run in PASSES] == [
         "merge_tokens",
         "shrink_fusion",
         "prune_tokens",
         "rebuild_masks",
+        "retarget",
     ]
+
+
+@pytest.mark.parametrize("step", [*PREPARE, *PASSES], ids=lambda step: step.__name__)
+def test_each_step_is_alone_in_its_file_and_shows_a_graph_before_and_after(step: Any) -> None:
+    assert step.__module__.rpartition(".")[2] == step.__name__
+    shown = inspect.getdoc(step) or ""
+    assert "->" in shown or "becomes" in shown
+    assert shown.count("::") >= 1 and shown.count(" = ") >= 3

@@ -52,8 +52,7 @@ def test_other_frames_are_answered_in_a_row() -> None:
 
 def test_without_merges_frames_alike_stand_for_themselves() -> None:
     schedule = Schedule(prune=WIDTH.prune, merge=Merge("width", keep=1.0, layer=0))
-    backend = luvc_fx.backend(schedule, inner="eager", strict=True)
-    backend.identity_sites = True
+    backend = luvc_fx.LuvcBackend(schedule, "eager", strict=True, identity_sites=True)
     slots = packed_whole(packed((4, 8), (4, 8))).rewritten(backend)[0][1]
     assert torch.equal(slots, torch.arange(16).reshape(2, 2, 4))
 

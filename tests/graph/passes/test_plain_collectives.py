@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import operator
 
+import pytest
 import torch
 from torch import fx
 
 from luvc_fx.graph.nodes import op_name
-from luvc_fx.passes.prepare.plain_collectives import collectives, plain_collectives
+from luvc_fx.passes.prepare.plain_collectives import plain_collectives
+from luvc_fx.schedule import Merge, Prune, Schedule
 
 REDUCE = torch.ops._c10d_functional.all_reduce
 WAIT = torch.ops._c10d_functional.wait_tensor
+
+
+def text(graph: fx.Graph) -> list[str | None]:
+    return [node.format_node() for node in graph.nodes]
 
 
 def graph_of(product: object = torch._C._nn.linear, view: bool = False, foreign: bool = False) -> fx.Graph:
@@ -32,19 +38,30 @@ def graph_of(product: object = torch._C._nn.linear, view: bool = False, foreign:
     return graph
 
 
-def test_the_sum_is_read_in_place_of_what_it_was_copied_into() -> None:
+@pytest.mark.parametrize(
+    "schedule", [Schedule(prune=Prune(keep=0.5, layer=1)), Schedule(merge=Merge("width", keep=0.5, layer=0))]
+)
+def test_the_sum_is_read_in_place_of_what_it_was_copied_into(schedule: Schedule) -> None:
     graph = graph_of()
-    assert plain_collectives(graph) == 1
+    before = text(graph)
+    edit = plain_collectives(graph, schedule)
+    assert edit is not None
+    assert text(graph) == before, "nothing changes until the runner says so"
+    edit()
     graph.lint()
     names = [op_name(node) for node in graph.nodes if node.op.startswith("call")]
     assert names == ["linear", "all_reduce", "wait_tensor", "add", "neg"]
     (total,) = (node for node in graph.nodes if op_name(node) == "wait_tensor")
     assert [op_name(user) for user in total.users] == ["add", "neg"]
-    assert collectives(graph) == []
+    assert plain_collectives(graph, schedule) is None
 
 
 def test_what_another_name_could_see_stays_in_place() -> None:
     for graph in (graph_of(view=True), graph_of(product=torch.transpose), graph_of(foreign=True)):
-        before = [node.format_node() for node in graph.nodes]
-        assert plain_collectives(graph) == 0
-        assert [node.format_node() for node in graph.nodes] == before
+        before = text(graph)
+        assert plain_collectives(graph, Schedule(prune=Prune(keep=0.5, layer=1))) is None
+        assert text(graph) == before
+
+
+def test_a_schedule_that_does_nothing_needs_none() -> None:
+    assert plain_collectives(graph_of(), Schedule()) is None

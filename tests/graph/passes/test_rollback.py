@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
 import luvc_fx
 from luvc_fx import LuvcWarning, Reason
 from luvc_fx.dynamo import rewrite
-from luvc_fx.passes import PASSES, Context
+from luvc_fx.passes import PASSES, PREPARE, Context
 from luvc_fx.report import Refused
 from luvc_fx.schedule import Merge, Prune, Schedule
 from tests.support.replay import code, quietly, reasons, toy, toy_inputs, toy_whole, whole
@@ -123,3 +125,51 @@ def test_a_failure_is_logged_with_its_traceback(
     (record,) = (r for r in caplog.records if r.name == "luvc_fx.dynamo.rewrite")
     assert record.exc_info is not None
     assert "break_graph" in (record.exc_text or "")
+
+
+# -------------------------------------------------------------------------------------- prepare steps
+
+
+def note(graph: fx.Graph) -> None:
+    """Put a node that nobody reads in front of the output."""
+    with graph.inserting_before(next(n for n in graph.nodes if n.op == "output")):
+        graph.call_function(torch.ops.aten.neg.default, (next(iter(graph.nodes)),))
+
+
+def test_a_graph_is_copied_only_for_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[fx.Graph] = []
+
+    def spy(original: Any, *memo: Any) -> Any:
+        if isinstance(original, fx.Graph):
+            copied.append(original)
+        return plain(original, *memo)
+
+    plain = copy.deepcopy
+    captured = toy_whole()
+    gm = captured.copy()
+    monkeypatch.setattr(copy, "deepcopy", spy)
+    quietly(Schedule())(gm, list(captured.example_inputs))
+    assert copied == []
+    quietly(BOTH)(gm, list(captured.example_inputs))
+    assert len(copied) == 1
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["it fails", "nothing else is to do"])
+def test_what_a_prepare_step_did_is_rolled_back(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(graph: fx.Graph, schedule: Schedule) -> Callable[[], None]:
+        def edit() -> None:
+            note(graph)
+            if fails:
+                raise RuntimeError("a bug of ours")
+
+        return edit
+
+    monkeypatch.setattr(rewrite, "PREPARE", (*PREPARE, step))
+    captured = toy_whole()
+    gm = captured.copy()
+    backend = quietly(Schedule())
+    backend(gm, list(captured.example_inputs))
+    (report,) = backend.report.graphs
+    assert reasons(report.refusals) == ([Reason.PASS_FAILED] if fails else [])
+    assert code(gm.graph) == code(captured.gm.graph)
+    assert "step" in report.milliseconds

@@ -16,12 +16,13 @@ import luvc_fx
 from luvc_fx.dynamo import rewrite
 from luvc_fx.graph.emit import inserted
 from luvc_fx.graph.nodes import is_tensor, op_name, value
-from luvc_fx.passes.prepare.spread_deepstack import deepstack_additions, spread_deepstack
+from luvc_fx.passes.prepare.spread_deepstack import spread_deepstack
 from luvc_fx.report import Reason
 from luvc_fx.schedule import Prune, Schedule
 from tests.support.replay import Captured, Toy, capture, code, examples, quietly, reasons, toy_inputs
 
 DYNAMIC = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+PRUNE = Schedule(prune=Prune(tokens=5, layer=1, selector="uniform"))
 MASK = torch.tensor([[False, True, True, False, False], [True, True, False, False, False]])
 
 Body = Callable[..., Any]
@@ -63,12 +64,15 @@ def captured(body: Body, **given: Tensor) -> Captured:
         return capture(body, **given)
 
 
-def spread(graph: Captured) -> tuple[tuple[Any, ...], fx.GraphModule, int]:
+def spread(graph: Captured) -> tuple[tuple[Any, ...], fx.GraphModule, bool]:
+    """What the rewritten graph gives, that graph, and whether there was anything to rewrite."""
     gm = graph.copy()
-    count = spread_deepstack(gm.graph)
+    edit = spread_deepstack(gm.graph, PRUNE)
+    if edit is not None:
+        edit()
     gm.graph.lint()
     gm.recompile()
-    return gm.forward(*graph.values), gm, count
+    return gm.forward(*graph.values), gm, edit is not None
 
 
 def data_dependent(graph: fx.Graph) -> list[str]:
@@ -90,23 +94,23 @@ def test_it_is_the_model_bit_for_bit(body: Body, dtype: torch.dtype) -> None:
     given_ = inputs(dtype)
     graph = captured(body, **given_)
     assert data_dependent(graph.gm.graph)
-    got, gm, count = spread(graph)
-    assert count == (2 if body is twice else 1)
+    got, gm, found = spread(graph)
+    assert found
     want = body(**given_)
     for mine, theirs in zip(got, want if isinstance(want, tuple) else (want,), strict=True):
         assert torch.equal(mine, theirs)
     assert data_dependent(gm.graph) == []
-    assert deepstack_additions(gm.graph) == []
+    assert spread_deepstack(gm.graph, PRUNE) is None
     assert not any(inserted(node) for node in gm.graph.nodes), "it counts as the model's own"
 
 
 def test_features_in_another_precision_are_cast_as_before() -> None:
     for dtype, features in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
         given_ = inputs(dtype, features=features)
-        got, _, count = spread(captured(as_transformers, **given_))
-        assert count == 1 and torch.equal(got[0], as_transformers(**given_))
-    got, _, count = spread(captured(other_way_round, **given_))  # the sum is as wide as the hidden states
-    assert count == 1 and torch.equal(got[0], other_way_round(**given_))
+        got, _, found = spread(captured(as_transformers, **given_))
+        assert found and torch.equal(got[0], as_transformers(**given_))
+    got, _, found = spread(captured(other_way_round, **given_))  # the sum is as wide as the hidden states
+    assert found and torch.equal(got[0], other_way_round(**given_))
 
 
 def test_a_rounding_between_is_kept() -> None:
@@ -114,8 +118,8 @@ def test_a_rounding_between_is_kept() -> None:
         return other_way_round(h, mask, f.to(torch.bfloat16).to(torch.float32))
 
     given_ = inputs()
-    got, _, count = spread(captured(body, **given_))
-    assert count == 1 and torch.equal(got[0], body(**given_))
+    got, _, found = spread(captured(body, **given_))
+    assert found and torch.equal(got[0], body(**given_))
 
 
 @settings(max_examples=examples(4))
@@ -123,15 +127,17 @@ def test_a_rounding_between_is_kept() -> None:
 def test_any_mask(bits: list[bool]) -> None:
     mask = torch.tensor(bits).reshape(2, 6)
     given_ = inputs(mask=mask)
-    got, _, count = spread(captured(as_transformers, **given_))
-    assert count == 1 and torch.equal(got[0], as_transformers(**given_))
+    got, _, found = spread(captured(as_transformers, **given_))
+    assert found and torch.equal(got[0], as_transformers(**given_))
 
 
 def test_a_mask_as_long_as_another_one_at_run_time() -> None:
     """The graph is for a number of features, not for where they are."""
     graph = captured(as_transformers, **inputs())
     gm = graph.copy()
-    spread_deepstack(gm.graph)
+    edit = spread_deepstack(gm.graph, PRUNE)
+    assert edit is not None
+    edit()
     gm.recompile()
     given_ = inputs(mask=MASK.flip(0, 1))
     places = {"h": given_["h"], "mask": given_["mask"], "f": given_["f"]}
@@ -238,8 +244,8 @@ def test_what_is_something_else_is_left_alone(body: Body) -> None:
     given_ = inputs()
     graph = captured(body, **given_)
     before = code(graph.gm.graph)
-    got, gm, count = spread(graph)
-    assert count == 0 and code(gm.graph) == before
+    got, gm, found = spread(graph)
+    assert not found and code(gm.graph) == before
     want = body(**given_)
     for mine, theirs in zip(got, want if isinstance(want, tuple) else (want,), strict=True):
         assert torch.equal(mine, theirs)
@@ -247,8 +253,8 @@ def test_what_is_something_else_is_left_alone(body: Body) -> None:
 
 def test_a_graph_without_any_is_not_touched() -> None:
     graph = capture(lambda h, mask, f: torch.where(mask.unsqueeze(-1), h, f.sum()), **inputs())
-    _, gm, count = spread(graph)
-    assert count == 0 and code(gm.graph) == code(graph.gm.graph)
+    _, gm, found = spread(graph)
+    assert not found and code(gm.graph) == code(graph.gm.graph)
 
 
 # ----------------------------------------------------------------------------------- the backend
@@ -275,14 +281,11 @@ def deep() -> Deep:
     return Deep().eval().requires_grad_(False)
 
 
-PRUNE = Schedule(prune=Prune(tokens=5, layer=1, selector="uniform"))
-
-
 def test_rows_are_pruned_before_the_addition() -> None:
     """Features of dropped tokens go with them: pruning behind the layer gives the same rows."""
     given_ = toy_inputs()
     graph = captured(deep(), **given_)
-    assert len(deepstack_additions(graph.gm.graph)) == 1
+    assert spread_deepstack(graph.gm.graph, PRUNE) is not None
     got, gm, report = graph.rewritten(luvc_fx.backend(PRUNE, inner="eager", strict=True))
     assert report.refusals == [] and report.tokens_per_layer == [16, 5, 5]
     assert data_dependent(gm.graph) == []
@@ -326,4 +329,5 @@ def test_without_prunes_the_addition_stays() -> None:
     graph = captured(deep(), **toy_inputs())
     _, gm, _ = graph.rewritten(quietly(Schedule()))
     assert code(gm.graph) == code(graph.gm.graph)
-    assert len(deepstack_additions(gm.graph)) == 1
+    assert spread_deepstack(gm.graph, PRUNE) is not None
+    assert spread_deepstack(gm.graph, Schedule()) is None
