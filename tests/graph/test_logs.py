@@ -115,7 +115,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict[st
 
 def test_torch_logs_by_the_name_of_the_package(process: tuple[str, list[dict[str, Any]]]) -> None:
     errors, _ = process
-    lines = [line for line in errors.splitlines() if "luvc_fx/telemetry.py" in line]
+    lines = [line for line in errors.splitlines() if "report/telemetry.py" in line]
     assert any("whole graph, " in line for line in lines)
     assert any(line.endswith("captured graph") for line in lines)
     assert any(line.endswith("rewritten graph") for line in lines)
