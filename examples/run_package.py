@@ -7,8 +7,11 @@ import sys
 
 import torch
 
-package = torch._inductor.aoti_load_package(sys.argv[1])
-outputs = package(**torch.load(sys.argv[2]))
+path, inputs = sys.argv[1], torch.load(sys.argv[2])
+# the package
+package = torch._inductor.aoti_load_package(path)
+outputs = package(**inputs)
+# end of the package
 assert "luvc_fx" not in sys.modules and "transformers" not in sys.modules
 
 print("next token:", outputs["logits"][:, -1].argmax(-1).tolist())

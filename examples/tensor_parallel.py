@@ -23,15 +23,13 @@ from luvc_fx.apps.demo import MODEL_DIR, ask, load_model
 
 def main(model_dir, inputs_path=None, outputs_path=None, schedule="image", inner="inductor", new_tokens=8):
     """Compile, run one forward and one generate, and write what this process got."""
-    options = {}
-    if "RANK" in os.environ:
-        options["distributed_config"] = DistributedConfig(tp_plan="auto")
     if schedule.endswith(".json"):
         schedule = Schedule.load(schedule)
-    # the model
-    model = AutoModelForImageTextToText.from_pretrained(model_dir, **options).eval()
+    # the plan
+    config = DistributedConfig(tp_plan="auto") if "RANK" in os.environ else None  # torchrun sets RANK
+    model = AutoModelForImageTextToText.from_pretrained(model_dir, distributed_config=config).eval()
     luvc_fx.compile(model, schedule, inner=inner)
-    # end of the model
+    # end of the plan
     inputs = torch.load(inputs_path) if inputs_path else shipped_prompt(model)
     with torch.no_grad():
         out = model(**inputs)

@@ -1,0 +1,24 @@
+"""Search for a schedule on prompts of your own, without answers."""
+
+import json
+
+from PIL import Image
+
+import luvc_fx
+from luvc_fx.apps.demo import MODEL_DIR, load_model
+from luvc_fx.generate.chat_prompt import make_prompt
+
+model, processor = load_model()
+examples = json.loads((MODEL_DIR / "examples.json").read_text(encoding="utf-8"))
+samples = [
+    make_prompt(model, processor, [Image.open(MODEL_DIR / example["image"]).convert("RGB")], question["text"])
+    for example in examples[:2]
+    for question in example["questions"][:4]
+]
+
+# the search
+tuned = luvc_fx.tune(model, samples, target_speedup=2.0)  # or max_loss=0.01
+print(tuned)  # on images held out: it, the presets, and its own counts with random tokens
+luvc_fx.compile(model, tuned.schedule)
+# end of the search
+assert tuned.schedule.prune
