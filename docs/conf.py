@@ -1,8 +1,10 @@
 """How Sphinx makes the pages: ``make docs`` writes them to docs/_build/html."""
 
+import re
 import sys
 from importlib.metadata import version as installed
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "_ext")]
@@ -28,7 +30,7 @@ default_role = "literal"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
-autodoc_class_signature = "separated"
+
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
 python_use_unqualified_type_names = True
@@ -37,3 +39,27 @@ python_use_unqualified_type_names = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|transformers|PIL|collections|pathlib|typing|types|fx|Tensor|Any|os)(\..*)?"),
 ]
+
+_SHARED = re.compile(r"^(\s+)(\w+(?:, \w+)+): ")
+"""``name, other: text`` in a list of arguments or attributes."""
+
+def one_entry_a_name(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Give each of several names that share an entry of a docstring one of its own."""
+    made: list[str] = []
+    while lines:
+        line = lines.pop(0)
+        shared = _SHARED.match(line)
+        if shared is None:
+            made.append(line)
+            continue
+        indent, names, text = shared[1], shared[2].split(", "), line[shared.end() :]
+        more = []
+        while lines and lines[0].startswith(indent + " "):
+            more.append(lines.pop(0))
+        for each in names:
+            made += [f"{indent}{each}: {text}", *more]
+    lines[:] = made
+
+def setup(app: Any) -> None:
+    """Before napoleon reads the docstrings."""
+    app.connect("autodoc-process-docstring", one_entry_a_name, priority=400)

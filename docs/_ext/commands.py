@@ -26,7 +26,7 @@ def described(name: str) -> list[str]:
     for parameter in command.params:
         names = "`, `".join([*parameter.opts, *parameter.secondary_opts])
         if parameter.param_type_name == "argument":
-            names = parameter.human_readable_name.strip("{}").upper()
+            names = parameter.name.upper()
         about = " ".join((getattr(parameter, "help", "") or "").split())
         default = parameter.default
         default = getattr(default, "value", default)

@@ -3,16 +3,13 @@
 import sys
 
 import torch
+from shipped import shipped
 
 import luvc_fx
-from luvc_fx.apps.demo import ask, load_model
-from luvc_fx.generate.chat_prompt import make_prompt
 
 INNER = sys.argv[1] if len(sys.argv) > 1 else "inductor"
 
-model, processor = load_model()
-question = ask()
-inputs = make_prompt(model, processor, [question.image], question.text)
+model, inputs = shipped()
 luvc_fx.compile(model, "image", inner=INNER)
 with torch.no_grad():
     model.generate(**inputs, max_new_tokens=2)

@@ -3,17 +3,14 @@
 import sys
 
 import torch
+from shipped import shipped
 
 import luvc_fx
 from luvc_fx import Prune, Schedule
-from luvc_fx.apps.demo import ask, load_model
-from luvc_fx.generate.chat_prompt import make_prompt
 
 path = sys.argv[1]
 
-model, processor = load_model()
-question = ask()
-inputs = make_prompt(model, processor, [question.image], question.text)
+model, inputs = shipped()
 arguments = (inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"])
 backend = luvc_fx.backend(Schedule(prune=Prune(keep=0.5, layer=2)), strict=True)
 luvc_fx.prepare(model)

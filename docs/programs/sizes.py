@@ -1,16 +1,15 @@
 """Images of many sizes, brought to a few, whose graphs are compiled ahead."""
 
 import sys
-
 from pathlib import Path
 
 import torch
 from PIL import Image
+from shipped import prompt
 
 import luvc_fx
 from luvc_fx.apps.demo import MODEL_DIR
 from luvc_fx.apps.local_model import load
-from luvc_fx.generate.chat_prompt import make_prompt
 
 model_dir, inner = sys.argv[1:]
 
@@ -27,7 +26,7 @@ image = buckets.fit(image)  # resized; or fit(image, how="pad")
 
 graphs = len(luvc_fx.report_of(model).graphs)
 assert graphs <= buckets.most_graphs()
-inputs = make_prompt(model, processor, [image], "where is the ring ?")
+inputs = prompt(model, processor, image, "where is the ring ?")
 with torch.no_grad():
     model.generate(**inputs, max_new_tokens=4)
 assert len(luvc_fx.report_of(model).graphs) == graphs, "nothing is compiled any more"

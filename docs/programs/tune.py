@@ -3,15 +3,15 @@
 import json
 
 from PIL import Image
+from shipped import prompt
 
 import luvc_fx
 from luvc_fx.apps.demo import MODEL_DIR, load_model
-from luvc_fx.generate.chat_prompt import make_prompt
 
 model, processor = load_model()
 examples = json.loads((MODEL_DIR / "examples.json").read_text(encoding="utf-8"))
 samples = [
-    make_prompt(model, processor, [Image.open(MODEL_DIR / example["image"]).convert("RGB")], question["text"])
+    prompt(model, processor, Image.open(MODEL_DIR / example["image"]).convert("RGB"), question["text"])
     for example in examples[:2]
     for question in example["questions"][:4]
 ]

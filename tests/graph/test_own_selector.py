@@ -1,8 +1,7 @@
-"""`examples/own_selector.py` runs, its lines are the README's, and its choice decides."""
+"""`examples/own_selector.py` runs, and its choice decides."""
 
 from __future__ import annotations
 
-import re
 import runpy
 from typing import Any
 
@@ -14,7 +13,7 @@ from luvc_fx import Prune, Schedule, registry
 from luvc_fx.apps.demo import load_model
 from luvc_fx.ops import reference
 from luvc_fx.report import Reason
-from tests.support.paths import EXAMPLES, ROOT
+from tests.support.paths import EXAMPLES
 from tests.support.replay import capture, quietly, toy, toy_inputs, toy_whole
 
 EXAMPLE = EXAMPLES / "own_selector.py"
@@ -23,15 +22,6 @@ EXAMPLE = EXAMPLES / "own_selector.py"
 @pytest.fixture(autouse=True)
 def names_of_this_test_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_functions", dict(registry._functions))
-
-
-def test_the_readme_shows_the_lines_of_the_example() -> None:
-    lines = EXAMPLE.read_text(encoding="utf-8").partition("# the selector\n")[2]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- the selector -->\n```python\n(.*?)```", readme, re.DOTALL)
-    assert shown is not None
-    assert shown[1].strip() == lines.partition("# end of the selector")[0].strip()
-    assert sum(bool(line.strip()) for line in shown[1].splitlines()) <= 10
 
 
 def test_the_example_answers(capsys: pytest.CaptureFixture[str]) -> None:

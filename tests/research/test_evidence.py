@@ -17,7 +17,7 @@ from luvc_fx.schedule.budget import cascade
 from luvc_fx.schedule.presets import PRESETS
 from tests.support.paths import ROOT
 
-SAID = ROOT / "README.md"
+SAID = ROOT / "docs" / "evidence" / "accuracy.md"
 
 
 def test_every_reported_cell_has_enough_questions() -> None:
@@ -111,7 +111,7 @@ def test_the_tuners_table_has_the_committed_numbers() -> None:
     assert best["tuned"]["speedup"] > best[tuned.PRESET]["speedup"]
 
 
-def test_what_half_of_the_tokens_keep_is_in_the_readme() -> None:
+def test_what_half_of_the_tokens_keep_is_in_the_prose() -> None:
     """Lowest and highest over the sets that count as evidence."""
     kept = [
         100 * row["scores"]["all"]["retention"]
@@ -147,7 +147,7 @@ def test_what_the_prose_says_of_presets_and_controls_is_in_the_results() -> None
         assert float(kept(name, "document")) >= 99.9
 
 
-def test_half_of_the_tokens_is_the_speed_up_that_the_readme_says() -> None:
+def test_half_of_the_tokens_is_the_speed_up_that_the_prose_says() -> None:
     """The LLM prefill of LLaVA-OV-7B: 32 frames of 196 tokens and a newline, 64 tokens of text."""
     model = SHAPES["llava-ov-7b"].build(None, torch.device("meta"), torch.bfloat16)
     cost = DecoderCost.of(model)

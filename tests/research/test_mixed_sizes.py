@@ -19,8 +19,8 @@ def test_the_results_are_made_of_the_measurements() -> None:
     assert not any(arms[arm]["obstacles"] for arm in ARMS), "a graph was left alone"
 
 
-def test_the_readme_says_the_same() -> None:
-    text = " ".join((ROOT / "README.md").read_text().split())
+def test_the_page_says_the_same() -> None:
+    text = " ".join((ROOT / "docs" / "use" / "sizes.md").read_text().split())
     eager, ours, buckets = (RESULT["summary"][arm] for arm in ARMS)
     assert ours["paid_back_after"] is None and buckets["paid_back_after"] is None
     assert "**never paid back**" in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import runpy
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from luvc_fx import Merge, Prune, Schedule
 from tests.support.models import inputs, tiny_internvl, tiny_llava
 from tests.support.models_anyres import anyres_inputs, tiny_onevision
 from tests.support.oracle import OracleResult, oracle_forward, score_gap
-from tests.support.paths import EXAMPLES, ROOT
+from tests.support.paths import EXAMPLES
 
 PRUNE = (Prune(keep=0.5, layer=1), Prune(keep=0.25, layer=2))
 BOTH = Schedule(merge=(Merge("width", keep=0.5, layer=0),), prune=PRUNE)
@@ -85,18 +84,6 @@ def test_the_package_answers_in_a_process_without_luvc_fx(family: str, tmp_path:
         wanted = oracle_forward(model, SMALL, **each)
         check(torch.load(answers), wanted, 1e-4)
         assert f"next token: {wanted.logits[:, -1].argmax(-1).tolist()}" in done.stdout
-
-
-def test_the_readme_shows_the_lines_of_the_example() -> None:
-    lines = (EXAMPLES / "export_package.py").read_text(encoding="utf-8").partition("# the export\n")[2]
-    shown = re.search(
-        r"<!-- the export -->\n```python\n(.*?)```",
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-        re.DOTALL,
-    )
-    assert shown is not None
-    wanted = [line.strip() for line in lines.partition("    # end of the export")[0].splitlines()]
-    assert [line for line in wanted if line not in shown[1].splitlines()] == []
 
 
 def test_what_cannot_be_exported_raises_before_anything_is_written() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import runpy
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import luvc_fx
 from luvc_fx.apps.demo import MODEL_DIR
-from tests.support.paths import EXAMPLES, ROOT
+from tests.support.paths import EXAMPLES
 
 EXAMPLE = runpy.run_path(str(EXAMPLES / "pipeline.py"))
 QUESTIONS = ("where is the ring ?", "how many yellow objects are there ?", "what color is the star ?")
@@ -56,13 +55,3 @@ def test_a_model_compiled_before_and_a_request_that_is_no_chat() -> None:
     (answer,) = pipe(images=str(MODEL_DIR / "objects.png"), text=text, return_full_text=False)
     assert answer["generated_text"].strip() == "purple"
     assert luvc_fx.report_of(pipe.model).tokens_per_layer()[-1] == 0
-
-
-def test_the_readme_shows_the_lines_of_the_example() -> None:
-    source = (EXAMPLES / "pipeline.py").read_text(encoding="utf-8")
-    lines = source.partition("# the pipeline\n")[2].partition("    # end of the pipeline")[0].splitlines()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- the pipeline -->\n```python\n(.*?)```", readme, re.DOTALL)
-    assert shown is not None
-    own = [line.strip().replace("str(MODEL_DIR)", "model_dir").replace(", inner=inner", "") for line in lines]
-    assert [line for line in own if line not in shown[1].splitlines()] == []

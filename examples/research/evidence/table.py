@@ -46,7 +46,7 @@ PRESET_ROWS = (
     ("image", "`image`", "image:random", None),
     ("video", "`video`", "video:random", None),
     ("document", "`document`", "document:random", None),
-    *(("default", f"`Schedule.at_budget({budget})`", "random", budget) for budget in (0.5, 0.25, 0.125)),
+    *(("default", f"`at_budget({budget})`", "random", budget) for budget in (0.5, 0.25, 0.125)),
 )
 """Rows of the table of presets: the method, its name there, random tokens in its place, and the budget."""
 
