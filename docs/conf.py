@@ -43,6 +43,7 @@ nitpick_ignore_regex = [
 _SHARED = re.compile(r"^(\s+)(\w+(?:, \w+)+): ")
 """``name, other: text`` in a list of arguments or attributes."""
 
+
 def one_entry_a_name(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Give each of several names that share an entry of a docstring one of its own."""
     made: list[str] = []
@@ -59,6 +60,7 @@ def one_entry_a_name(app: Any, what: str, name: str, obj: Any, options: Any, lin
         for each in names:
             made += [f"{indent}{each}: {text}", *more]
     lines[:] = made
+
 
 def setup(app: Any) -> None:
     """Before napoleon reads the docstrings."""
