@@ -53,7 +53,7 @@ class Insertion:
 
     @property
     def site(self) -> str:
-        """Where it is: "after encoder block 2", "before decoder layer 6"."""
+        """The place, as "after encoder block 2" or "before decoder layer 6"."""
         place = "after encoder block" if self.kind == "merge" else "before decoder layer"
         return f"{place} {self.layer}"
 
