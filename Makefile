@@ -10,7 +10,7 @@ WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-slow-share lint docs
+.PHONY: demo test test-all test-support test-slow-share lint docs
 
 demo: $(READY)
 	$(BIN)/luvc-fx demo
@@ -21,6 +21,10 @@ test: lint
 
 test-all: lint
 	LUVC_HYPOTHESIS=full $(PYTEST) -m ""
+
+# The oracle's tests of itself, which only a change of tests/support can break.
+test-support: $(READY)
+	$(PYTEST) -m "" tests/selftest
 
 # For CI: the slow tests that are a commit's turn. tests/support/slow_share.py says how they are dealt out.
 MINUTES ?= 25
