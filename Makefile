@@ -10,7 +10,7 @@ WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-support test-slow-share lint docs
+.PHONY: demo test test-all test-support test-slow-share lint docs release-check
 
 demo: $(READY)
 	$(BIN)/luvc-fx demo
@@ -42,6 +42,10 @@ lint: $(READY)
 # The pages of docs/ as HTML, in docs/_build/html.
 docs: $(READY)
 	$(BIN)/python -m sphinx -W -n --keep-going -q docs docs/_build/html
+
+# Wheel and source distribution at work, each in a virtual environment of its own: minutes.
+release-check: $(READY)
+	$(BIN)/python -m tests.release.check
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from luvc_fx.generate.frontdoor import applied, compile, report_of, restore
     from luvc_fx.generate.sizes.warming import warmup
 
+__version__ = "0.1.0"  # the only place; pyproject.toml reads it here
+
 __all__ = [
     "LuvcBackend",
     "LuvcWarning",
@@ -25,6 +27,7 @@ __all__ = [
     "Report",
     "Schedule",
     "SizeBuckets",
+    "__version__",
     "applied",
     "backend",
     "compile",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from luvc_fx import __version__
 from luvc_fx.report.errors import InputError
 
 EXTRAS = ("typer", "rich", "transformers", "PIL", "safetensors", "jinja2")
@@ -38,6 +39,23 @@ def _run(argv: list[str] | None) -> int:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
+
+    def version(asked: bool) -> None:
+        if asked:
+            print(f"luvc-fx {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        version: bool = typer.Option(
+            False,
+            "--version",
+            callback=version,
+            is_eager=True,
+            help="Print the version and end.",
+        ),
+    ) -> None:
+        """What belongs to no sub-command."""
 
     for name, command in COMMANDS.items():
         app.command(name, context_settings=SETTINGS.get(name))(command)

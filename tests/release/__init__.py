@@ -1,0 +1,1 @@
+"""What a release must hold: the wheel, the source distribution, and both at work outside the checkout."""
