@@ -25,7 +25,7 @@ PAGES = [
     README,
     *sorted(path for path in DOCS.rglob("*.md") if not {"_build", "_generated"} & set(path.parts)),
 ]
-RESEARCH_PAGES = sorted(EXAMPLES.rglob("*.md"))
+OTHER_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(EXAMPLES.rglob("*.md"))]
 PROGRAMS = sorted([*DOCS.glob("programs/*.py"), *EXAMPLES.glob("*.py")])
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 REGION = re.compile(r"^ *# (?P<name>[^\n]+)\n(?P<body>.*?)^ *# end of (?P=name)$", re.MULTILINE | re.DOTALL)
@@ -143,7 +143,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in found}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *RESEARCH_PAGES], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     """Inside the checkout; other sites are not asked."""
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))

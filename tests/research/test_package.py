@@ -49,9 +49,3 @@ def test_a_program_starts_from_the_root_of_the_checkout() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(RESEARCH).as_posix())
 def test_no_program_changes_where_modules_are_looked_for(path: Path) -> None:
     assert "sys.path" not in path.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(EXAMPLES).as_posix())
-def test_links_of_the_documents_lead_somewhere(path: Path) -> None:
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
-    assert [link for link in links if not (path.parent / link).exists()] == []
