@@ -10,6 +10,7 @@ from luvc_fx.schedule import Merge, Prune, Schedule
 from luvc_fx.selectors import register as register_selector
 
 if TYPE_CHECKING:
+    from luvc_fx.apps.picture import picture
     from luvc_fx.apps.tuning import tune
     from luvc_fx.generate.frontdoor import applied, compile, report_of, restore
     from luvc_fx.generate.sizes.warming import warmup
@@ -32,6 +33,7 @@ __all__ = [
     "backend",
     "compile",
     "export",
+    "picture",
     "prepare",
     "register_selector",
     "report_of",
@@ -53,6 +55,10 @@ def __getattr__(name: str) -> Any:
         from luvc_fx.apps.tuning import tune
 
         return tune
+    if name == "picture":
+        from luvc_fx.apps.picture import picture
+
+        return picture
     if name not in _FRONT_DOOR:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from luvc_fx.generate import frontdoor

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from luvc_fx.anatomy.encoder import Encoder
 from luvc_fx.graph.emit import constant, emit
+from luvc_fx.graph.notes import SHRUNK, Merged
 from luvc_fx.ops import orthogonal_merge, sequence_merge
 from luvc_fx.passes.support.context import Context
 from luvc_fx.passes.support.merge_angles import find_angles, turn_followers
@@ -53,6 +54,7 @@ def merge_tokens(context: Context) -> None:
         body = _merge_body(site, encoder, len(extra), len(keys), len(runs))
         results = emit(context.graph, name, body, site.node, *extra, *keys, *runs, *state)
         merged, *rest = results
+        merged.meta[SHRUNK] = Merged(site.block, site.node.name, site.merged)
         if angles is not None:
             turn_followers(context, name, site, angles, rest.pop(0))
         state = tuple(rest)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from luvc_fx.anatomy.axes.lengths import TOKENS
 from luvc_fx.graph.emit import emit
 from luvc_fx.graph.nodes import value
+from luvc_fx.graph.notes import SHRUNK, Pruned
 from luvc_fx.ops import absorb, drop_tokens, gather_rows, mask_to_index
 from luvc_fx.passes.support.compact_rows import compact_followers
 from luvc_fx.passes.support.context import Context
@@ -54,7 +55,9 @@ def prune_tokens(context: Context) -> None:
         name = insertion.name
         nodes, tell = _told(context, site)
         body = _prune_body(site, tell)
-        short, rows, context.places = emit(context.graph, name, body, site.node, context.places, *nodes)
+        before = context.places
+        short, rows, context.places = emit(context.graph, name, body, site.node, before, *nodes)
+        short.meta[SHRUNK] = Pruned(site.layer, site.node.name, before.name, rows.name)
         context.retarget.replace(site.node, short, {TOKENS: value(short).shape[1]})
         compact_followers(context, name, site.node, rows, rows)
         context.report.inserted.append(insertion)

@@ -16,6 +16,7 @@ from luvc_fx.anatomy.tiles import Packing
 from luvc_fx.anatomy.token_origins import follow
 from luvc_fx.graph import markers
 from luvc_fx.graph.nodes import ancestors, descendants, is_tensor, op_name, output_node, shape, value
+from luvc_fx.graph.notes import Layout
 from luvc_fx.report import Reason, Refused
 
 
@@ -77,6 +78,14 @@ class Encoder:
     def placeholders(self) -> int:
         """Features in all, as captured: what the prompt has placeholders for."""
         return self.count(self.axes.counts)
+
+    @property
+    def layout(self) -> Layout:
+        """How the rows lie on the images."""
+        frames = tuple((each.count, each.grid) for each in self.frames)
+        origins = None if self.packing is None else self.packing.numbers
+        pooled = self.packing is not None and self.packing.pooled
+        return Layout(frames, self.lead, self.unit, self.blockwise, origins, pooled)
 
     def count(self, counts: ex.Counts) -> int:
         """Features in all, where the grids have these sides."""

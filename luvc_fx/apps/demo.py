@@ -20,6 +20,7 @@ import torch
 import luvc_fx
 from luvc_fx.apps.environment import hardware, versions
 from luvc_fx.apps.inputs import read_image
+from luvc_fx.apps.picture.kept_tokens import check_path
 from luvc_fx.report import Reason, Refusal, Report
 from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Schedule
@@ -72,6 +73,7 @@ class Result:
     Attributes:
         prefill_speedup: baseline over luvc, or None where `obstacles` says why it would mislead.
         budget: mean over decoder layers of the visual tokens entering the layer, over the original.
+        picture: where the kept tokens were drawn, if that was asked for.
     """
 
     question: Question
@@ -87,6 +89,7 @@ class Result:
     report: Report
     hardware: dict[str, Any]
     versions: dict[str, str]
+    picture: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -106,6 +109,7 @@ class Result:
             "report": self.report.to_dict(),
             "hardware": self.hardware,
             "versions": self.versions,
+            **({} if self.picture is None else {"picture": str(self.picture)}),
         }
 
 
@@ -157,16 +161,23 @@ def run(
     inner: str = "inductor",
     runs: int = 20,
     say: Callable[[str], None] = lambda _: None,
+    picture: Path | None = None,
 ) -> Result:
     """Ask the shipped model once plainly and once with `schedule`; time both prefills in turns.
 
     Args:
         runs: timed prefills of each arm, at least 1.
         say: told what happens next, for people who wait.
+        picture: a file for `luvc_fx.picture` of the question's image.
 
     Raises:
-        InputError: a schedule that the model cannot follow.
+        InputError: a schedule that the model cannot follow, or a picture that cannot be saved there.
     """
+    if picture is not None:
+        try:
+            check_path(picture)
+        except ValueError as error:
+            raise InputError(str(error)) from None
     say("loading the model")
     plain, processor = load_model()
     if unknown := unknown_words(processor, question.text):
@@ -202,6 +213,9 @@ def run(
         tokens = [length - (prompt.shape[1] - visual) for length in kv]
         arms.append(Arm(answer, statistics.median(timed), _spread(timed), tokens, kv, seconds))
     baseline, luvc = arms
+    if picture is not None:
+        say(f"drawing {picture}")
+        _draw(picture, budgeted, inputs, processor)
     obstacles = _obstacles(schedule, luvc_fx.report_of(plain), baseline, report, luvc, visual)
     return Result(
         question=question,
@@ -217,7 +231,15 @@ def run(
         report=report,
         hardware=hardware(plain),
         versions=versions(),
+        picture=picture,
     )
+
+
+def _draw(path: Path, model: Any, inputs: Mapping[str, Any], processor: Any) -> None:
+    try:
+        luvc_fx.picture(model, inputs, processor=processor, path=path)
+    except OSError as error:
+        raise InputError(f"picture '{path}' cannot be written: {error.strerror or error}") from None
 
 
 def _prompt(processor: Any, question: Question, model: Any) -> dict[str, torch.Tensor]:

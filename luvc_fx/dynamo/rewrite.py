@@ -16,6 +16,7 @@ from luvc_fx.anatomy import costs
 from luvc_fx.anatomy.recognise import Anatomy, recognise
 from luvc_fx.dynamo.advice import with_advice
 from luvc_fx.graph.nodes import drop_dead, live_nodes, op_name
+from luvc_fx.graph.notes import LAYOUT
 from luvc_fx.passes import PASSES, PREPARE, Context
 from luvc_fx.plan import Plan, make_plan
 from luvc_fx.report import GraphReport, Reason, Refusal, Refused
@@ -51,6 +52,8 @@ def rewrite(
         _failed(report, error, strict, "recognition failed and the graph was left as it is")
         return report
     _describe(report, anatomy, plan, schedule)
+    if anatomy.encoder is not None:
+        anatomy.encoder.leaving[0].meta[LAYOUT] = anatomy.encoder.layout
     report.refusals = [with_advice(refusal, gm, front_door) for refusal in report.refusals]
     report.flops_before, report.kv_bytes_before = _costs(gm.graph, report)
     report.flops_after, report.kv_bytes_after = report.flops_before, report.kv_bytes_before

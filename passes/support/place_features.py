@@ -11,6 +11,7 @@ from luvc_fx.anatomy.encoder import Encoder
 from luvc_fx.anatomy.token_origins import MADE, follow
 from luvc_fx.graph.emit import constant, emit
 from luvc_fx.graph.nodes import shape
+from luvc_fx.graph.notes import ORIGINS
 from luvc_fx.passes.support.context import Context
 from luvc_fx.plan import Grid
 from luvc_fx.report import Reason, Refused
@@ -78,6 +79,7 @@ def _packed(context: Context, encoder: Encoder, slots: fx.Node, leaving: fx.Node
         return torch.where(separators >= 0, separators, places.gather(0, patch)).reshape(1, 1, -1)
 
     (placed,) = emit(context.graph, "placeholders", body, slots, *made)
+    placed.meta[ORIGINS] = tuple(numbers)
     return placed
 
 

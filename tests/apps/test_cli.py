@@ -46,6 +46,7 @@ def _check_image_preset(result: dict[str, Any]) -> None:
     assert result["budget"] <= 0.5
     assert Schedule.from_json(json.dumps(result["schedule"])) == schedule
     assert result["no_speedup_because"] == []
+    assert "picture" not in result
     expected = result["baseline"]["prefill_ms"] / result["luvc"]["prefill_ms"]
     assert result["prefill_speedup"] == pytest.approx(expected)
     assert {graph["kind"] for graph in result["report"]["graphs"]} >= {"vision", "prefill"}

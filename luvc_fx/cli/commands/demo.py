@@ -34,6 +34,9 @@ def demo(
     ] = "image",
     inner: Annotated[Inner, typer.Option(help="What compiles the graphs, in both arms.")] = Inner.INDUCTOR,
     runs: Annotated[int, typer.Option(min=1, help="Timed prefills of each arm.")] = 20,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the tokens that are kept, stage by stage, into this file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
 ) -> None:
     """Ask the shipped model about an image: plainly, and with fewer visual tokens.
@@ -44,7 +47,7 @@ def demo(
     """
     # Nothing but the result may reach stdout, whatever a library prints.
     with contextlib.redirect_stdout(sys.stderr):
-        result = run(ask(image, question), read_schedule(schedule), inner.value, runs, note)
+        result = run(ask(image, question), read_schedule(schedule), inner.value, runs, note, picture)
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
@@ -81,4 +84,6 @@ def _show(result: Result, console: Console) -> None:
         console.print(f"prefill speed-up: {result.prefill_speedup:.2f}x; {result.runs} runs on {where}")
     for obstacle in result.obstacles:
         console.print(f"no speed-up is given: {obstacle}")
+    if result.picture is not None:
+        console.print(f"picture of the kept tokens: {result.picture}")
     console.print(f"\nreport\n{result.report}")
