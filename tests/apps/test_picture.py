@@ -132,7 +132,7 @@ class _Groups:
         return dataclasses.replace(merged, angles=angles)
 
     def owners(self, merges: int) -> list[list[int]]:
-        """Per frame and token before all merges, the token of the frame's grid that it is in after so many."""
+        """Per frame and token before all merges, its token after so many of them."""
         found = []
         for history in self.members:
             for hot in history[merges - 1].flatten(1, 2):
