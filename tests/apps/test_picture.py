@@ -265,7 +265,7 @@ def test_the_picture_of_a_compiled_model_and_the_model_after_it(tmp_path: Path) 
 
 
 def test_only_some_of_many_frames_are_drawn() -> None:
-    model = tiny_llava(grid=4)
+    model = tiny_llava(grid=4, decoder_layers=2, encoder_layers=3)
     few, many = (
         luvc_fx.picture(model, inputs(model, images=images), Schedule(prune=Prune(keep=0.5, layer=1)))
         for images in (6, 8)
@@ -277,7 +277,7 @@ def test_only_some_of_many_frames_are_drawn() -> None:
 
 
 def test_colours_are_undone_by_the_processor() -> None:
-    model = tiny_llava(grid=4)
+    model = tiny_llava(grid=4, decoder_layers=2, encoder_layers=3)
     colours = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     mean, spread = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     scale = [torch.tensor(numbers).reshape(3, 1, 1) for numbers in (mean, spread)]
@@ -291,8 +291,8 @@ def test_colours_are_undone_by_the_processor() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_qwen2_5_vl, tiny_qwen3_vl])
-def test_packed_patches_become_pictures_again(make: Callable[[], Any]) -> None:
-    model = make()
+def test_packed_patches_become_pictures_again(make: Callable[..., Any]) -> None:
+    model = make(decoder_layers=2)
     prompt = qwen_inputs(model, [[3, ("image", 8, 12), 2, ("image", 8, 4), 4]])
     shapes = [(8, 12), (8, 4)]
     colours = [torch.rand(3, PATCH * height, PATCH * width) for height, width in shapes]
@@ -308,29 +308,31 @@ def test_packed_patches_become_pictures_again(make: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_onevision, tiny_llava_next])
-def test_tiles_lose_their_padding_and_line_ends_have_no_area(make: Callable[[], Any]) -> None:
-    model = make()
+def test_tiles_lose_their_padding_and_line_ends_have_no_area(make: Callable[..., Any]) -> None:
+    model = make(decoder_layers=2, encoder_layers=3)
     prompt = anyres_inputs(model, [[3, ("image", 48, 30), 4]])
     count = int((prompt["input_ids"] == model.config.image_token_id).sum())
-    stages = stages_of(record(model, prompt, Schedule(prune=Prune(keep=0.5, layer=1))))
-    whole, fused, pruned = stages
+    merge = Merge("width", keep=0.5, layer=0)
+    stages = stages_of(record(model, prompt, Schedule(merge=merge, prune=Prune(keep=0.5, layer=1))))
+    whole, merged, fused, pruned = stages
     tiles = len(whole.owners)
-    assert (whole.tokens, whole.before) == (36 * tiles, 36 * tiles)
-    shown = sum(int((owner != GONE).sum()) for owner in fused.owners)
-    assert fused.tokens == count == shown + fused.ends
+    assert (whole.tokens, whole.before, fused.before) == (36 * tiles, 36 * tiles, count)
+    assert merged.tokens < whole.tokens
+    for stage in (fused, pruned):
+        areas = [owner[owner != GONE].unique() for owner in stage.owners]
+        assert stage.tokens == sum(map(len, areas)) + stage.ends
+    assert fused.ends > 0
     assert (fused.owners[0] != GONE).all()  # the whole picture
-    left = sum(int((owner != GONE).sum()) for owner in pruned.owners)
-    assert pruned.tokens == left + pruned.ends < count
-    merged = stages_of(record(model, prompt, SCHEDULE))
-    areas = [owner[owner != GONE].unique() for owner in merged[3].owners]
-    assert merged[3].tokens == sum(map(len, areas)) + merged[3].ends
+    columns = (fused.owners[1] != GONE).any(0)
+    assert columns.tolist() == sorted(columns.tolist())  # padding is to the left of the first tile
+    assert not columns[0]
 
 
 # -- what cannot be drawn ---------------------------------------------------------------------------
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
-    model = tiny_llava(grid=4)
+    model = tiny_llava(grid=4, decoder_layers=2, encoder_layers=3)
     prompt = inputs(model)
     with pytest.raises(ValueError, match="not compiled by luvc_fx"):
         luvc_fx.picture(model, prompt)
@@ -345,16 +347,16 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
 
 
 def test_videos_of_pooled_frames_and_mixed_prompts_are_refused() -> None:
-    model = tiny_onevision()
+    model = tiny_onevision(decoder_layers=2, encoder_layers=2)
     with pytest.raises(ValueError, match="resamples its features"):
         luvc_fx.picture(model, anyres_inputs(model, [[3, ("video", 2), 4]]), Schedule())
-    qwen = tiny_qwen2_vl()
+    qwen = tiny_qwen2_vl(decoder_layers=2, encoder_layers=2)
     with pytest.raises(ValueError, match="images and videos"):
         luvc_fx.picture(qwen, qwen_inputs(qwen, [[3, ("image", 4, 4), ("video", 2, 4, 4), 4]]), Schedule())
 
 
 def test_the_picture_says_what_was_left_alone() -> None:
-    model = tiny_qwen2_5_vl()
+    model = tiny_qwen2_5_vl(decoder_layers=2, encoder_layers=2)
     prompt = qwen_inputs(model, [[3, ("image", 8, 8), 4]])
     prune = Prune(keep=0.5, layer=1)
     full = luvc_fx.picture(model, prompt, Schedule(prune=prune))

@@ -26,7 +26,7 @@ LEAST_COLUMN = 200
 """For the words above a panel."""
 FRAMES = 6
 """Frames that are drawn; it is said how many there are."""
-GAP, MARGIN, LINE = 16, 20, 20
+GAP, MARGIN, LINE, UNDER_HEAD = 16, 20, 20, 6
 TITLE, SMALL = 16, 13
 PAPER, INK, GREY = (255, 255, 255), (25, 25, 28), (105, 105, 112)
 GONE_SHADE, ABSORBED_SHADE = 0.12, 0.4
@@ -56,11 +56,15 @@ def draw(stages: list[Stage], frames: list[Tensor], notes: list[str]) -> Image:
     title, small = _font(TITLE), _font(SMALL)
     column = max(LEAST_COLUMN, *(row[0].width for row in cells))
     width = 2 * MARGIN + columns * column + (columns - 1) * GAP
-    heads = [[*_wrapped(_capital(stage.title), title, column), _counts(stage)] for stage in stages]
+    heads = [
+        [(line, INK, title) for line in _wrapped(stage.title[:1].upper() + stage.title[1:], title, column)]
+        + [(line, GREY, small) for line in _wrapped(_counts(stage), small, column)]
+        for stage in stages
+    ]
     lines = [line for note in notes for line in _wrapped(note, small, width - 2 * MARGIN)]
     groups = [range(first, min(first + columns, len(stages))) for first in range(0, len(stages), columns)]
     rows = [row[0].height for row in cells]
-    tops = [max(len(heads[i]) for i in group) * LINE + 6 for group in groups]
+    tops = [max(len(heads[i]) for i in group) * LINE + UNDER_HEAD for group in groups]
     body = sum(tops) + len(groups) * (sum(rows) + GAP * len(rows))
     height = 2 * MARGIN + body + LINE * len(lines)
     page = Image.new("RGB", (width, height), PAPER)
@@ -69,11 +73,9 @@ def draw(stages: list[Stage], frames: list[Tensor], notes: list[str]) -> Image:
     for group, top in zip(groups, tops, strict=True):
         for place, number in enumerate(group):
             x = MARGIN + place * (column + GAP)
-            *titles, counts = heads[number]
-            up = y + top - 6 - LINE * len(heads[number])
-            for i, text in enumerate(titles):
-                pen.text((x, up + i * LINE), text, INK, title)
-            pen.text((x, up + len(titles) * LINE), counts, GREY, small)
+            up = y + top - UNDER_HEAD - LINE * len(heads[number])
+            for i, (line, colour, font) in enumerate(heads[number]):
+                pen.text((x, up + i * LINE), line, colour, font)
         y += top
         for row, tall in zip(cells, rows, strict=True):
             for place, number in enumerate(group):
@@ -137,10 +139,6 @@ def _counts(stage: Stage) -> str:
     if stage.tokens != stage.before:
         text = f"{stage.tokens} of {stage.before} {stage.what} left ({stage.tokens / stage.before:.0%})"
     return text + (f", {stage.ends} of them line ends" if stage.ends else "")
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _font(size: int) -> Font:

@@ -58,7 +58,7 @@ def picture(
     recording = record(model, inputs, parsed)
     stages = stages_of(recording)
     frames = frames_of(recording.visions[0], model, processor)
-    left_alone = [f"Left alone: {refusal.text}." for refusal in recording.refusals]
+    left_alone = [f"Left alone: {refusal}" for refusal in recording.refusals]
     drawn = draw(stages, frames, [_legend(stages), *left_alone])
     if path is not None:
         drawn.save(path)
