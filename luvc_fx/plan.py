@@ -9,7 +9,7 @@ from torch import fx
 from luvc_fx.anatomy.axes.lengths import Counts
 from luvc_fx.anatomy.encoder import Encoder
 from luvc_fx.anatomy.recognise import Anatomy, Decoder
-from luvc_fx.registry import wants_attention, wants_keys
+from luvc_fx.mergers import MERGERS
 from luvc_fx.report import Reason, Refusal
 from luvc_fx.schedule import Merge, Prune, Schedule
 
@@ -125,10 +125,11 @@ def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bo
     by_block: dict[int, list[Step]] = {}
     lost = [0, 0]
     for block, merge in schedule.merges_at(len(encoder.leaving)):
-        if merge.method == "tome" and encoder.packing is not None:
+        if not merge.method.keeps_places and encoder.packing is not None:
+            allowed = [name for name in MERGERS.names() if MERGERS.get(name).keeps_places]
             raise ValueError(
-                "Merge.method 'tome': the tiles of this image are put together by place, where its tokens "
-                "are in no order; allowed: 'oim'"
+                f"Merge.method {merge.method.name!r}: the tiles of this image are put together by place, "
+                f"where its tokens are in no order; allowed: {', '.join(map(repr, allowed))}"
             )
         if block > encoder.last:
             raise ValueError(
@@ -220,11 +221,10 @@ def _plan_decoder(
         count = prune.count(plan.fused)
         if count == left and not identity_sites:
             continue
-        looks = wants_attention(prune.selector) or wants_keys(prune.selector)
-        if layer == 0 and 0 < count < left and looks:
+        if layer == 0 and 0 < count < left and prune.selector.needs_attention:
             raise ValueError(
-                f"Prune.selector {prune.selector!r} before decoder layer 0: it looks at the attention of the "
-                "layer before; allowed: from layer 1"
+                f"Prune.selector {prune.selector.name!r} before decoder layer 0: it looks at the attention "
+                "of the layer before; allowed: from layer 1"
             )
         whole = grid if left == plan.fused else None
         sites.append(PruneSite(layer, decoder.entering[layer], prune, left, count, whole))

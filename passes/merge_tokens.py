@@ -1,4 +1,4 @@
-"""Insert OIM steps, or those of ToMe in their place, behind encoder blocks."""
+"""Insert the steps of a merger behind encoder blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from luvc_fx.anatomy.encoder import Encoder
 from luvc_fx.graph.emit import constant, emit
 from luvc_fx.graph.notes import SHRUNK, Merged
-from luvc_fx.ops import orthogonal_merge, sequence_merge
+from luvc_fx.mergers import PatchGrid, Shortening
 from luvc_fx.passes.support.context import Context
 from luvc_fx.passes.support.merge_angles import find_angles, turn_followers
 from luvc_fx.passes.support.place_features import answer_slots, place_features
@@ -40,8 +40,7 @@ def merge_tokens(context: Context) -> None:
     encoder = context.anatomy.encoder
     if encoder is None:
         return
-    state: tuple[fx.Node, ...] = ()
-    slots: tuple[fx.Node, ...] = ()
+    state: tuple[fx.Node, ...] = ()  # sizes and representatives behind the last site
     leaving = encoder.leaving[-1]
     for site in context.plan.merges:
         context.retarget.advance(site.node)
@@ -49,7 +48,7 @@ def merge_tokens(context: Context) -> None:
         name = insertion.name
         angles = find_angles(context, site)
         extra = () if angles is None else (angles,)
-        keys = site.keys if _by_keys(site) else ()
+        keys = site.keys if any(step.merge.method.needs_keys for step in site.steps) else ()
         runs = [constant(context.graph, step.runs, site.node) for step in site.steps if step.runs is not None]
         body = _merge_body(site, encoder, len(extra), len(keys), len(runs))
         results = emit(context.graph, name, body, site.node, *extra, *keys, *runs, *state)
@@ -58,16 +57,14 @@ def merge_tokens(context: Context) -> None:
         if angles is not None:
             turn_followers(context, name, site, angles, rest.pop(0))
         state = tuple(rest)
-        slots = state[len(encoder.frames) :]
         context.retarget.replace(site.node, merged, side_counts(encoder, site.merged))
         leaving = merged if site.node is leaving else leaving
         context.report.inserted.append(insertion)
     if context.plan.merges:
         for filler in encoder.axes.fillers:
             context.retarget.fill(filler, side_counts(encoder, context.plan.merges[-1].merged))
-        if _in_rows(context.plan.merges[-1]):
-            slots = _representatives(context, encoder, slots)
-        place_features(context, encoder, slots, leaving)
+        representatives = _feature_representatives(context, encoder, state[len(encoder.frames) :])
+        place_features(context, encoder, representatives, leaving)
     if encoder.slots is not None:
         answer_slots(context, encoder)
     context.report.merged_grid = context.plan.merged_grid
@@ -75,7 +72,7 @@ def merge_tokens(context: Context) -> None:
 
 def _insertion(site: MergeSite) -> Insertion:
     steps = tuple(
-        MergeStep(step.merge.method, step.merge.axis, step.before, step.after) for step in site.steps
+        MergeStep(step.merge.method.name, step.merge.axis, step.before, step.after) for step in site.steps
     )
     alike = len(site.grids) == 1
     before = math.prod(site.grids[0]) if alike else None
@@ -83,56 +80,45 @@ def _insertion(site: MergeSite) -> Insertion:
     return Insertion("merge", site.block, steps[0].method, before, after, steps)
 
 
-def _by_keys(site: MergeSite) -> bool:
-    return any(step.merge.feature == "keys" for step in site.steps)
-
-
-def _in_rows(site: MergeSite) -> bool:
-    """Whether single patches merge over the whole row, with sizes and slots of single patches."""
-    return site.steps[0].merge.method == "tome"
-
-
 def _merge_body(
     site: MergeSite, encoder: Encoder, angles: int, keys: int, runs: int
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The steps of one site, as a function of the residual value and what goes with it.
 
-    It takes the residual value, the angles and keys (0 or 1, and any number), the `runs` of the steps
-    that have some, and, from a site before, sizes and slots of all frames. It returns the merged
-    value, angles, sizes and slots.
+    The function takes, in this order: the residual value; `angles` (0 or 1) tables of rotary angles
+    ``[patches, ...]``; the keys of `keys` attention calls, ``[images, heads, rows, dim]``; `runs` tables as
+    `Shortening.runs` has them, for the steps that have some; and, from a site before, sizes and then
+    representatives, one tensor for each of the encoder's frames. It returns the merged residual value, the
+    merged angles if there are any, sizes and representatives.
     """
-    groups, in_rows = len(encoder.frames), _in_rows(site)
+    groups, merger = len(encoder.frames), site.steps[0].merge.method  # the same at all steps
 
     def body(x: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         parts = [x, *given[:angles]]
         if keys:
-            by_call = given[angles : angles + keys]
-            mean_or_all = [key.mean(1) if in_rows else key.transpose(1, 2).flatten(2) for key in by_call]
-            heads = torch.cat(mean_or_all, dim=1)
-            parts.append(heads if x.dim() == 3 else heads.squeeze(0))
-        limits = given[angles + keys : angles + keys + runs]
+            by_call = [merger.keys_to_compare(key) for key in given[angles : angles + keys]]
+            compared = torch.cat(by_call, dim=1)
+            parts.append(compared if x.dim() == 3 else compared.squeeze(0))
+        tables = given[angles + keys : angles + keys + runs]
         state = given[angles + keys + runs :]
         rows = [_split(part.flatten(x.dim() - 1), encoder, site.grids) for part in parts]
-        out: list[list[Tensor]] = []
-        for group, frames in enumerate(encoder.frames):
-            grids = [part[group] for part in rows]
-            if not in_rows:
-                grids = [_to_blocks(part, site.grids[group], encoder) for part in grids]
-            if not state and in_rows:
-                sizes, slots = _fresh_rows(grids[0], site.grids[group], encoder)
-            elif not state:
-                sizes, slots = _fresh(grids[0], frames.count)
+        by_group: list[list[Tensor]] = []
+        for group in range(groups):
+            before, after = (_patch_grid(encoder, grids[group]) for grids in (site.grids, site.merged))
+            tokens = [merger.to_tokens(part[group], before) for part in rows]
+            if state:
+                sizes, representatives = state[group], state[groups + group]
             else:
-                sizes, slots = state[group], state[groups + group]
-            merged, sizes, slots = _steps(site.steps, group, grids, sizes, slots, limits, encoder, keys > 0)
-            if not in_rows:
-                merged = [_to_rows(grid, encoder) for grid in merged]
-            out.append([*merged, sizes, slots])
-        results = [_joined(x, [found[0] for found in out], encoder)]
+                sizes, representatives = merger.unmerged(tokens[0], before)
+            merged, sizes, representatives = _steps(
+                site.steps, group, tokens, sizes, representatives, tables, keys > 0
+            )
+            by_group.append([*(merger.to_rows(part, after) for part in merged), sizes, representatives])
+        results = [_joined(x, [group[0] for group in by_group], encoder)]
         if angles:
-            table = torch.cat([found[1].flatten(0, 1) for found in out])
+            table = torch.cat([group[1].flatten(0, 1) for group in by_group])
             results.append(table.unflatten(1, parts[1].shape[1:]))
-        return (*results, *(found[-2] for found in out), *(found[-1] for found in out))
+        return (*results, *(group[-2] for group in by_group), *(group[-1] for group in by_group))
 
     return body
 
@@ -140,83 +126,67 @@ def _merge_body(
 def _steps(
     steps: tuple[Step, ...],
     group: int,
-    grids: list[Tensor],
+    parts: list[Tensor],
     sizes: Tensor,
-    slots: Tensor,
-    limits: tuple[Tensor, ...],
-    encoder: Encoder,
-    by_keys: bool,
+    representatives: Tensor,
+    tables: tuple[Tensor, ...],
+    has_keys: bool,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """All steps on the grids of the tokens, and of angles and keys that merge along.
+    """All steps of one site, on the images of one of the encoder's frames.
 
-    The grids are ``[n, H, W, C]`` of blocks, or for ToMe ``[n, T, C]`` of patches, in the tower's order.
+    Args:
+        parts: in the merger's form: the hidden states, the angles if there are any, and the keys if
+            `has_keys`. All of them merge alike.
+        tables: `Shortening.runs` of the steps that have some.
+
+    Returns:
+        The merged parts, sizes and representatives.
     """
     # Together, so that all merge alike; in single precision, which angles and keys are kept in.
-    wide = grids[0].dtype if len(grids) == 1 else torch.promote_types(grids[0].dtype, torch.float32)
-    channels = [grid.shape[-1] for grid in grids]
-    joined = torch.cat([grid.to(wide) for grid in grids], dim=-1) if len(grids) > 1 else grids[0]
-    waiting = list(limits)
+    wide = parts[0].dtype if len(parts) == 1 else torch.promote_types(parts[0].dtype, torch.float32)
+    channels = [part.shape[-1] for part in parts]
+    joined = torch.cat([part.to(wide) for part in parts], dim=-1) if len(parts) > 1 else parts[0]
+    waiting = list(tables)
     for step in steps:
-        along = 0 if step.merge.axis == "height" else 1
-        last = by_keys and step.merge.feature == "keys"
-        start, width = (sum(channels[:-1]), channels[-1]) if last else (0, channels[0])
-        feature = joined.narrow(-1, start, width) if len(grids) > 1 else None
-        if step.merge.method == "tome":
-            left = joined.shape[1] // step.before[group] * step.after[group]
-            joined, sizes, slots, *_ = sequence_merge(joined, sizes, slots, left, feature)
-            continue
-        joined, sizes, slots, *_ = orthogonal_merge(
-            joined,
-            sizes,
-            slots,
+        by_keys = has_keys and step.merge.method.needs_keys
+        start, width = (sum(channels[:-1]), channels[-1]) if by_keys else (0, channels[0])
+        feature = joined.narrow(-1, start, width) if len(parts) > 1 else None
+        shortening = Shortening(
             step.merge.axis,
-            step.after[group] // encoder.unit[along],
-            step.merge.pairing,
-            feature,
+            step.before[group],
+            step.after[group],
             waiting.pop(0) if step.runs is not None else None,
             step.shortest,
         )
-    parts = joined.split(channels, dim=-1) if len(grids) > 1 else [joined]
-    return [part.to(grid.dtype) for part, grid in zip(parts, grids, strict=True)], sizes, slots
+        joined, sizes, representatives = step.merge.method.merge(
+            joined, sizes, representatives, shortening, feature
+        )
+    merged = joined.split(channels, dim=-1) if len(parts) > 1 else [joined]
+    narrow = [part.to(old.dtype) for part, old in zip(merged, parts, strict=True)]
+    return narrow, sizes, representatives
 
 
-def _fresh(grid: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """Sizes and slots of tokens of which none has merged."""
-    height, width = grid.shape[1:3]
-    sizes = torch.ones(images, height, width, dtype=torch.float32, device=grid.device)
-    slots = torch.arange(height * width, device=grid.device).reshape(1, height, width)
-    return sizes, slots.expand(images, height, width)
+def _feature_representatives(
+    context: Context, encoder: Encoder, representatives: tuple[fx.Node, ...]
+) -> tuple[fx.Node, ...]:
+    """Representatives ``[n, H', W']`` of features, for each of the encoder's frames.
 
-
-def _fresh_rows(rows: Tensor, grid: Grid, encoder: Encoder) -> tuple[Tensor, Tensor]:
-    """Sizes and slots ``[n, T]`` of patches of which none has merged; they are numbered block by block."""
-    sizes = torch.ones(rows.shape[:2], dtype=torch.float32, device=rows.device)
-    blocks = torch.arange(rows.shape[1], device=rows.device).reshape(1, *encoder.blocks_of(grid), -1)
-    return sizes, _to_rows(blocks, encoder).reshape(1, -1).expand(rows.shape[:2])
-
-
-def _representatives(context: Context, encoder: Encoder, slots: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
-    """Slots ``[n, H', W']`` of features, from those ``[n, T]`` of patches.
-
-    Where one feature is one patch they are the same. Else a feature holds patches of all over the
-    picture, and two may begin with patches of one block: features are put in the order of their first
-    patches, and spread evenly over the places that there are.
+    Args:
+        representatives: of the tokens after the last merge, as the merger has them.
     """
-    before = [encoder.blocks_of(frames.grid) for frames in encoder.frames]
-    after = context.plan.merges[-1].merged
-    single = encoder.unit == (1, 1)
+    last = context.plan.merges[-1]
+    merger = last.steps[0].merge.method
+    before = [_patch_grid(encoder, frames.grid) for frames in encoder.frames]
+    after = [_patch_grid(encoder, grid) for grid in last.merged]
 
     def body(*parts: Tensor) -> tuple[Tensor, ...]:
-        found = []
-        for part, old, grid in zip(parts, before, after, strict=True):
-            blocks = _to_blocks(part.unsqueeze(-1), grid, encoder)
-            first = blocks.select(-1, 0).flatten(1)
-            rank = (first.unsqueeze(2) > first.unsqueeze(1)).sum(-1)
-            spread = (2 * rank + 1) * (old[0] * old[1]) // (2 * first.shape[1])
-            found.append((first if single else spread).reshape(blocks.shape[:3]))
-        return tuple(found)
+        return tuple(map(merger.feature_representatives, parts, before, after))
 
-    return emit(context.graph, "representatives", body, *slots)
+    return emit(context.graph, "representatives", body, *representatives)
+
+
+def _patch_grid(encoder: Encoder, grid: Grid) -> PatchGrid:
+    return PatchGrid(grid, encoder.unit, encoder.blockwise)
 
 
 def _split(rows: Tensor, encoder: Encoder, grids: tuple[Grid, ...]) -> list[Tensor]:
@@ -232,25 +202,7 @@ def _split(rows: Tensor, encoder: Encoder, grids: tuple[Grid, ...]) -> list[Tens
 
 
 def _joined(x: Tensor, parts: list[Tensor], encoder: Encoder) -> Tensor:
-    """The inverse of `_split` for the residual value, whose rows in front stay."""
+    """The inverse of `_split` for the residual value `x`, whose rows in front stay."""
     if x.dim() != 3:
         return torch.cat([part.flatten(0, 1) for part in parts])
     return torch.cat([x.narrow(1, 0, encoder.lead), *parts], dim=1) if encoder.lead else parts[0]
-
-
-def _to_blocks(rows: Tensor, grid: Grid, encoder: Encoder) -> Tensor:
-    """``[n, H * W, C]`` -> ``[n, H / h, W / w, h * w * C]``: what becomes one feature stays together."""
-    (high, wide), (height, width) = encoder.unit, encoder.blocks_of(grid)
-    images, _, channels = rows.shape
-    if not encoder.blockwise:
-        rows = rows.reshape(images, height, high, width, wide, channels).transpose(2, 3)
-    return rows.reshape(images, height, width, high * wide * channels)
-
-
-def _to_rows(blocks: Tensor, encoder: Encoder) -> Tensor:
-    """``[n, H / h, W / w, h * w * C]`` -> ``[n, H * W, C]``."""
-    images, height, width, _ = blocks.shape
-    high, wide = encoder.unit
-    if encoder.blockwise:
-        return blocks.reshape(images, height * width * high * wide, -1)
-    return blocks.reshape(images, height, width, high, wide, -1).transpose(2, 3).flatten(1, 4)

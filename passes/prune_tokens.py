@@ -19,7 +19,7 @@ from luvc_fx.passes.support.last_query import last_query
 from luvc_fx.passes.support.site_keys import site_keys
 from luvc_fx.plan import PruneSite
 from luvc_fx.report import Insertion
-from luvc_fx.selectors import Site, choose_mask, wants_attention, wants_keys
+from luvc_fx.selectors import Site, choose_mask
 
 
 def prune_tokens(context: Context) -> None:
@@ -50,11 +50,11 @@ def prune_tokens(context: Context) -> None:
     for site in context.plan.prunes:
         context.retarget.advance(site.node)
         insertion = Insertion(
-            "prune", site.layer, site.prune.selector, site.left, site.count, absorbs=_absorbs(site)
+            "prune", site.layer, site.prune.selector.name, site.left, site.count, absorbs=_absorbs(site)
         )
         name = insertion.name
-        nodes, tell = _told(context, site)
-        body = _prune_body(site, tell)
+        nodes, make_site = _what_it_reads(context, site)
+        body = _prune_body(site, make_site)
         before = context.places
         short, rows, context.places = emit(context.graph, name, body, site.node, before, *nodes)
         short.meta[SHRUNK] = Pruned(site.layer, site.node.name, before.name, rows.name)
@@ -85,11 +85,11 @@ def _visual_rows(context: Context) -> fx.Node:
 
 
 def _place(context: Context, site: PruneSite) -> Site:
-    """What a selector is told about `site`."""
+    """What a selector is told about `site` that is known before the graph runs."""
     decoder = context.anatomy.decoder
     assert decoder is not None
     images = 1 if site.grid is None else site.left // (site.grid[0] * site.grid[1])
-    if site.prune.per_image and site.grid is None and site.left == context.plan.fused:
+    if site.prune.selector.per_image and site.grid is None and site.left == context.plan.fused:
         context.report.notes.append(
             f"before decoder layer {site.layer} the images of a row cannot be told apart, as the token grid "
             "is not known: per_image filters over the whole row"
@@ -97,42 +97,52 @@ def _place(context: Context, site: PruneSite) -> Site:
     return Site(site.layer, len(decoder.entering), site.grid, images)
 
 
-def _told(context: Context, site: PruneSite) -> tuple[list[fx.Node], Callable[..., Site]]:
-    """The nodes that the selector looks at, and what it is told, from the tokens, rows and their values."""
-    decoder, place, name = context.anatomy.decoder, _place(context, site), site.prune.selector
+def _what_it_reads(context: Context, site: PruneSite) -> tuple[list[fx.Node], Callable[..., Site]]:
+    """What the selector reads of attention, where it needs that.
+
+    Returns:
+        Nodes, and a function of the residual value ``[B, S, D]``, the rows of the visual tokens in it, int64
+        ``[B, N]``, and the values of the nodes: the `Site` that the selector is given.
+    """
+    decoder, place, selector = context.anatomy.decoder, _place(context, site), site.prune.selector
     assert decoder is not None
     asked = 0 < site.count < site.left and site.layer > 0
     queried: list[fx.Node] = []
     projected: list[fx.Node] = []
-    paid = looks = None
-    if asked and wants_attention(name):
-        queried, paid = last_query(decoder.calls[site.layer - 1])
-    if asked and wants_keys(name):
-        projected, looks = site_keys(context.graph, decoder, site)
+    last_query_attention = score_keys = None
+    if asked and selector.needs_last_query_attention:
+        queried, last_query_attention = last_query(decoder.calls[site.layer - 1])
+    if asked and selector.needs_keys:
+        projected, score_keys = site_keys(context.graph, decoder, site)
 
-    def tell(x: Tensor, places: Tensor, *values: Tensor) -> Site:
-        told = place
-        if paid is not None:
-            told = dataclasses.replace(told, paid=paid(places, *values[: len(queried)]))
-        if looks is not None:
-            attended, keys = looks(x, places, *values[len(queried) :])
-            told = dataclasses.replace(told, attended=attended, keys=keys)
-        return told
+    def make_site(x: Tensor, places: Tensor, *values: Tensor) -> Site:
+        made = place
+        if last_query_attention is not None:
+            attention = last_query_attention(places, *values[: len(queried)])
+            made = dataclasses.replace(made, last_query_attention=attention)
+        if score_keys is not None:
+            attention, keys = score_keys(x, places, *values[len(queried) :])
+            made = dataclasses.replace(made, mean_query_attention=attention, keys=keys)
+        return made
 
-    return [*queried, *projected], tell
+    return [*queried, *projected], make_site
 
 
 def _absorbs(site: PruneSite) -> bool:
     return site.prune.absorb and 0 < site.count < site.left
 
 
-def _prune_body(  # type: ignore[no-untyped-def]
-    site: PruneSite, tell: Callable[..., Site]
-):
-    def body(x: Tensor, places: Tensor, *looked_at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _prune_body(site: PruneSite, make_site: Callable[..., Site]) -> Callable[..., tuple[Tensor, ...]]:
+    """What is inserted at `site`, as a function of the residual value, the visual rows and what is read.
+
+    It returns the shortened residual value, the rows of the old one that are left, int64 ``[B, S']``, and the
+    rows of the visual tokens in the new one, int64 ``[B, count]``.
+    """
+
+    def body(x: Tensor, places: Tensor, *read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         length = x.shape[1]
         visual = gather_rows(x, places, 1)
-        keep, ahead = choose_mask(visual, site.prune, site.count, tell(x, places, *looked_at))
+        keep, ahead = choose_mask(visual, site.prune, site.count, make_site(x, places, *read))
         rows = drop_tokens(places, keep, ahead, length, length - site.left + site.count)
         kept = mask_to_index(keep, site.count)
         # A token moves up by those before it that went.

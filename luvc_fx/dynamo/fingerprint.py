@@ -15,8 +15,8 @@ from torch import fx
 
 from luvc_fx.graph import markers
 from luvc_fx.graph.emit import inserted
-from luvc_fx.registry import selector_fingerprint
 from luvc_fx.schedule import Schedule
+from luvc_fx.selectors import selector_fingerprint
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -25,10 +25,11 @@ COMPILE_TIME = (
     "anatomy",
     "dynamo",
     "graph",
+    "mergers",
+    "methods",
     "ops",
     "passes",
     "plan.py",
-    "registry.py",
     "schedule",
     "selectors",
 )
@@ -39,7 +40,7 @@ def fingerprint(schedule: Schedule) -> str:
     """A key of our version, of the files that shape a graph, of `schedule` and of the selectors it names."""
     hasher = hashlib.sha256(_sources().encode())
     hasher.update(schedule.to_json().encode())
-    for name in sorted({prune.selector for prune in schedule.prune}):
+    for name in sorted({prune.selector.name for prune in schedule.prune}):
         # Those of third parties are not among our files.
         hasher.update(f"{name}={selector_fingerprint(name)}".encode())
     return hasher.hexdigest()[:32]

@@ -8,7 +8,6 @@ is ours, chosen by measurement, and `Schedule.luvc` is our literal reading of th
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Mapping
@@ -16,190 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luvc_fx.ops.lowpass import REALIZATIONS
-from luvc_fx.ops.oim import AXES, PAIRINGS
-from luvc_fx.ops.rounding import round_half_up
-from luvc_fx.ops.spu import ENERGIES, NORMALIZATIONS
-from luvc_fx.registry import registered
-from luvc_fx.schedule.checks import (
-    ABOVE_ZERO,
-    BELOW_ONE,
-    check_choice,
-    check_either,
-    check_flag,
-    refuse,
-    set_integer,
-    set_number,
-)
+from luvc_fx.methods.checks import check_choice, refuse
+from luvc_fx.schedule.as_json import check_keys, read_items, write_item
+from luvc_fx.schedule.merge import Merge
+from luvc_fx.schedule.prune import Prune
 
 JSON_VERSION = 1
 
-FEATURES = ("hidden", "keys")
-METHODS = ("oim", "tome")
-SELECTORS = (
-    "spectrum",
-    "random",
-    "random-block",
-    "uniform",
-    "norm",
-    "fastv",
-    "diversity",
-    "distinct",
-    "pact",
-)
-"""Those that come with luvc_fx; `luvc_fx.selectors.register` adds to them."""
-COVERAGES = ("block", "global")
 KINDS = ("image", "video", "document")
-
-
-@dataclass(frozen=True, slots=True)
-class Merge:
-    """Merge visual tokens along one axis of their grid, after one encoder block (an OIM step).
-
-    ``method="tome"`` is a control in its place. It leaves as many tokens, on a grid of the same shape, but
-    merges the most similar pairs of the whole grid, whatever the axis, and its tokens come in ToMe's order:
-    where that grid is read afterwards, neighbours on it are none in the picture.
-
-    Args:
-        axis: ``"width"`` or ``"height"``: the axis that gets shorter.
-        keep: fraction of that axis, as it then is, that is left; in (0, 1]. Or `length`.
-        length: number of positions left on that axis, at least 1.
-        layer: the encoder block after which tokens merge; negative counts from the end. Or `depth`.
-        depth: fraction in (0, 1) of the encoder blocks that run before the merge.
-        pairing: ``"line"`` lets each line along the axis choose its own pairs; ``"shared"`` chooses
-            on the similarity averaged over an image's lines, so that whole columns (or rows) merge.
-        feature: what similarity compares, ``"hidden"`` states or the ``"keys"`` of the same block (for
-            ToMe, their mean over the heads, which is what its authors compare).
-        method: ``"oim"``, or ``"tome"``, for which `pairing` plays no part. ToMe's proportional attention
-            is left out in both: later blocks do not weigh a token by its size.
-
-    Raises:
-        ValueError: naming the field, its value and what is allowed.
-    """
-
-    axis: str
-    keep: float | None = None
-    length: int | None = None
-    layer: int | None = None
-    depth: float | None = None
-    pairing: str = "line"
-    feature: str = "hidden"
-    method: str = "oim"
-
-    def __post_init__(self) -> None:
-        check_choice("Merge", "axis", self.axis, AXES)
-        check_choice("Merge", "pairing", self.pairing, PAIRINGS)
-        check_choice("Merge", "feature", self.feature, FEATURES)
-        check_choice("Merge", "method", self.method, METHODS)
-        check_either("Merge", ("keep", self.keep), ("length", self.length))
-        check_either("Merge", ("layer", self.layer), ("depth", self.depth))
-        set_number(self, "keep", ABOVE_ZERO, 1.0, "a number in (0, 1]", optional=True)
-        set_number(self, "depth", ABOVE_ZERO, BELOW_ONE, "a number in (0, 1)", optional=True)
-        set_integer(self, "length", 1, "a whole number of at least 1", optional=True)
-        set_integer(self, "layer", -(1 << 31), "a whole number", optional=True)
-
-    def block(self, blocks: int) -> int:
-        """The index of the encoder block after which this merge happens, out of `blocks`."""
-        if self.layer is not None:
-            return _resolve("Merge", self.layer, blocks, "encoder blocks")
-        assert self.depth is not None
-        return min(max(round_half_up(self.depth * blocks) - 1, 0), blocks - 1)
-
-    def target(self, length: int) -> int:
-        """The length of the axis after the merge, when it is `length` before it."""
-        if self.length is None:
-            assert self.keep is not None
-            return max(1, round_half_up(self.keep * length))
-        if self.length > length:
-            refuse("Merge", "length", self.length, f"at most {length}, the {self.axis} of the grid there")
-        return self.length
-
-
-@dataclass(frozen=True, slots=True)
-class Prune:
-    """Drop visual tokens before one decoder layer (an SPU step, or a control in its place).
-
-    Args:
-        keep: fraction of the visual tokens *at the fusion* that is left; in [0, 1]. Or `tokens`.
-        tokens: number of visual tokens left in each row, at least 0.
-        layer: the decoder layer before which tokens go; negative counts from the end. Or `depth`.
-        depth: fraction in (0, 1) of the decoder layers that run before the prune.
-        selector: ``"spectrum"`` (SPU), ``"random"``, ``"random-block"`` (random scores, under `coverage`),
-            ``"uniform"``, ``"norm"`` (the largest sum of squares), ``"fastv"`` (the most attention of the
-            last token in the layer before), ``"diversity"`` (the least like a few pivots), ``"distinct"``
-            (the spectrum times the diversity), ``"pact"`` (centres of clusters), or a name given to
-            `luvc_fx.selectors.register`.
-        energy: what the spectrum ranks by: ``"residual"`` (what the low-pass cannot rebuild),
-            ``"lowpass"`` or ``"ratio"`` (lowpass over total).
-        coverage: ``"block"`` keeps the best of each block of neighbours, ``"global"`` the best of all.
-        cutoff: sigma in (0, 1], the fraction of the frequency bins that the low-pass lets through.
-        seed: of the random selectors.
-        normalize: what happens to the tokens before the spectrum's filter. ``"mean"`` subtracts each
-            channel's mean over the tokens that are filtered together, ``"rms"`` divides each token by
-            the root of its mean square over the channels.
-        per_image: the spectrum filters each image's tokens by themselves while all of them are there.
-        realization: how the spectrum's filter is computed: ``"fft"``, ``"basis"`` (the same as two
-            thin matrix products), ``"fir"`` (a short convolution) or ``"auto"``.
-        absorb: each token that goes is averaged into the one that stays and is most like it (cosine of the
-            hidden states), whatever the selector. That one keeps its place and position.
-
-    Raises:
-        ValueError: naming the field, its value and what is allowed.
-    """
-
-    keep: float | None = None
-    tokens: int | None = None
-    layer: int | None = None
-    depth: float | None = None
-    selector: str = "spectrum"
-    energy: str = "residual"
-    coverage: str = "block"
-    cutoff: float = 0.25
-    seed: int = 0
-    normalize: str = "none"
-    per_image: bool = False
-    realization: str = "auto"
-    absorb: bool = False
-
-    def __post_init__(self) -> None:
-        check_either("Prune", ("keep", self.keep), ("tokens", self.tokens))
-        check_either("Prune", ("layer", self.layer), ("depth", self.depth))
-        set_number(self, "keep", 0.0, 1.0, "a number in [0, 1]", optional=True)
-        set_number(self, "depth", ABOVE_ZERO, BELOW_ONE, "a number in (0, 1)", optional=True)
-        set_integer(self, "tokens", 0, "a whole number of at least 0", optional=True)
-        set_integer(self, "layer", -(1 << 31), "a whole number", optional=True)
-        names = dict.fromkeys((*SELECTORS, *registered()))  # ours first, and before they are registered
-        check_choice("Prune", "selector", self.selector, tuple(names))
-        check_choice("Prune", "energy", self.energy, ENERGIES)
-        check_choice("Prune", "coverage", self.coverage, COVERAGES)
-        set_number(self, "cutoff", ABOVE_ZERO, 1.0, "a number in (0, 1]")
-        set_integer(self, "seed", 0, "a whole number of at least 0")
-        check_choice("Prune", "normalize", self.normalize, NORMALIZATIONS)
-        check_flag(self, "per_image")
-        check_choice("Prune", "realization", self.realization, REALIZATIONS)
-        check_flag(self, "absorb")
-
-    def decoder_layer(self, layers: int) -> int:
-        """The index of the decoder layer before which this prune happens, out of `layers`."""
-        if self.layer is not None:
-            return _resolve("Prune", self.layer, layers, "decoder layers")
-        assert self.depth is not None
-        return min(round_half_up(self.depth * layers), layers - 1)
-
-    def count(self, fused: int) -> int:
-        """How many visual tokens a row keeps, when `fused` entered the text sequence."""
-        if self.tokens is None:
-            assert self.keep is not None
-            return 0 if self.keep == 0.0 else max(1, round_half_up(self.keep * fused))
-        if self.tokens > fused:
-            refuse("Prune", "tokens", self.tokens, f"at most {fused}, the visual tokens at the fusion")
-        return self.tokens
-
-
-def _resolve(owner: str, layer: int, count: int, what: str) -> int:
-    if not -count <= layer < count:
-        refuse(owner, "layer", layer, f"{-count} to {count - 1}, as the model has {count} {what}")
-    return layer % count
+"""The inputs for which there are presets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +49,7 @@ class Schedule:
             if not isinstance(items, (tuple, list)) or not all(isinstance(i, kind) for i in items):
                 refuse("Schedule", field, items, f"a tuple of {kind.__name__}")
             object.__setattr__(self, field, tuple(items))
-        methods = {merge.method for merge in self.merge}
+        methods = {merge.method.name for merge in self.merge}
         if len(methods) > 1:
             refuse("Schedule", "merge", sorted(methods), "one Merge.method for all merges")
 
@@ -329,10 +153,7 @@ class Schedule:
         """One JSON object with a version; `from_json` gives an equal schedule back."""
         body: dict[str, Any] = {"version": JSON_VERSION}
         for field in ("merge", "prune"):
-            body[field] = [
-                {k: v for k, v in dataclasses.asdict(item).items() if v is not None}
-                for item in getattr(self, field)
-            ]
+            body[field] = [write_item(item) for item in getattr(self, field)]
         return json.dumps(body)
 
     @classmethod
@@ -351,10 +172,10 @@ class Schedule:
         version = body.get("version")
         if type(version) is not int or version != JSON_VERSION:
             refuse("Schedule", "version", version, str(JSON_VERSION))
-        _check_keys("Schedule", body, {"version", "merge", "prune"})
+        check_keys("Schedule", body, {"version", "merge", "prune"})
         return cls(
-            merge=_read_items("merge", Merge, body.get("merge", [])),
-            prune=_read_items("prune", Prune, body.get("prune", [])),
+            merge=read_items("merge", Merge, body.get("merge", [])),
+            prune=read_items("prune", Prune, body.get("prune", [])),
         )
 
     @classmethod
@@ -365,19 +186,3 @@ class Schedule:
 
 def _amount(prune: Prune) -> str:
     return f"tokens={prune.tokens}" if prune.keep is None else f"keep={prune.keep}"
-
-
-def _check_keys(owner: str, body: Mapping[str, Any], allowed: set[str]) -> None:
-    unknown = sorted(set(body) - allowed)
-    if unknown:
-        raise ValueError(f"{owner} has unknown keys {unknown}; allowed: {sorted(allowed)}")
-
-
-def _read_items(field: str, kind: type, items: object) -> tuple[Any, ...]:
-    if not isinstance(items, list) or not all(isinstance(i, Mapping) for i in items):
-        refuse("Schedule", field, items, "a list of objects")
-    for item in items:
-        _check_keys(kind.__name__, item, {f.name for f in dataclasses.fields(kind)})
-        if kind is Merge and "axis" not in item:
-            refuse("Merge", "axis", None, ", ".join(repr(a) for a in AXES))
-    return tuple(kind(**item) for item in items)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,10 @@ from luvc_fx.ops.select import (
     select_blocks,
     select_global,
 )
-from luvc_fx.registry import Site, selector
-from luvc_fx.schedule import SELECTORS, Prune
+from luvc_fx.selectors.base import Site
+
+if TYPE_CHECKING:
+    from luvc_fx.schedule import Prune
 
 
 def choose(x: Tensor, prune: Prune, count: int, site: Site) -> Tensor:
@@ -52,8 +56,11 @@ def choose(x: Tensor, prune: Prune, count: int, site: Site) -> Tensor:
 def choose_mask(x: Tensor, prune: Prune, count: int, site: Site) -> tuple[Tensor, Tensor]:
     """`choose` as a mask, and how many tokens stay ahead of each.
 
+    Arguments and errors are those of `choose`.
+
     Returns:
-        Bool ``[B, N]``, True `count` times in each row, and int64 ``[B, N]``.
+        Bool ``[B, N]``, True `count` times in each row; and int64 ``[B, N]``, how many of the tokens
+        before each one stay.
     """
     if all_or_none(x, count) is not None:
         return keep_alike(x, count)
@@ -67,21 +74,21 @@ def choose_mask(x: Tensor, prune: Prune, count: int, site: Site) -> tuple[Tensor
 
 def _answer(x: Tensor, prune: Prune, count: int, site: Site) -> Tensor:
     """What the selector says: scores ``[B, N]``, or positions ``[B, count]`` that are checked."""
-    answer = selector(prune.selector)(x, prune, count, site)
+    answer = prune.selector.answer(x, prune, count, site)
     batch, tokens = x.shape[:2]
     if not isinstance(answer, Tensor):
         _refuse(prune, type(answer).__name__, batch, tokens, count)
     shape = (batch, tokens) if answer.is_floating_point() else (batch, count)
     if tuple(answer.shape) != shape or not (answer.is_floating_point() or answer.dtype == torch.int64):
         _refuse(prune, f"{answer.dtype} {list(answer.shape)}", batch, tokens, count)
-    if answer.is_floating_point() or prune.selector in SELECTORS:
+    if answer.is_floating_point() or not prune.selector.positions_are_checked:
         return answer
     return _checked(answer, prune, tokens)
 
 
 def _refuse(prune: Prune, got: str, batch: int, tokens: int, count: int) -> None:
     raise ValueError(
-        f"selector {prune.selector!r} returned {got}; allowed: a tensor, either floating scores "
+        f"selector {prune.selector.name!r} returned {got}; allowed: a tensor, either floating scores "
         f"[{batch}, {tokens}] or torch.int64 positions [{batch}, {count}]"
     )
 
@@ -91,6 +98,6 @@ def _checked(answer: Tensor, prune: Prune, tokens: int) -> Tensor:
     inside = answer.clamp(min=0, max=tokens - 1)
     seen = torch.zeros((answer.shape[0], tokens), dtype=torch.bool, device=answer.device)
     right = (inside == answer).all() & (seen.scatter(1, inside, True).sum(1) == answer.shape[1]).all()
-    text = f"selector {prune.selector!r} returned positions that repeat or are not in 0 .. {tokens - 1}"
+    text = f"selector {prune.selector.name!r} returned positions that repeat or are not in 0 .. {tokens - 1}"
     torch.ops.aten._assert_async.msg(right, text)
     return inside

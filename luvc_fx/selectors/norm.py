@@ -1,17 +1,21 @@
-"""A control: the tokens with the largest norm."""
+"""A baseline: the tokens with the largest norm."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from luvc_fx.registry import Site
-from luvc_fx.schedule import Prune
+from luvc_fx.selectors.base import SELECTORS, Selector, Site
 
 
-def select_norm(x: Tensor, prune: Prune, count: int, site: Site) -> Tensor:
-    """Scores: the sum of squares over the channels, in float32.
+@SELECTORS.add
+@dataclass(frozen=True, slots=True)
+class Norm(Selector):
+    """Scores: the sum of squares over the channels, in float32."""
 
-    Arguments are those of `luvc_fx.selectors.Selector`; only `x` plays a part.
-    """
-    return x.to(torch.float32).square().sum(-1)
+    name = "norm"
+
+    def __call__(self, x: Tensor, count: int, site: Site) -> Tensor:
+        return x.to(torch.float32).square().sum(-1)

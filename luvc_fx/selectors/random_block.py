@@ -1,20 +1,26 @@
-"""A control for coverage by blocks: a random token of each block."""
+"""A baseline for coverage by blocks: a random token of each block."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from luvc_fx.registry import Site
-from luvc_fx.schedule import Prune
-from luvc_fx.selectors.random import hashes
+from luvc_fx.selectors.base import SELECTORS, Site
+from luvc_fx.selectors.random import Random, hashes
 
 
-def select_random_block(x: Tensor, prune: Prune, count: int, site: Site) -> Tensor:
-    """Scores: the hashes that `select_random` ranks by, so that `prune.coverage` picks as from any scores.
+@SELECTORS.add
+@dataclass(frozen=True, slots=True)
+class RandomBlock(Random):
+    """Scores: the hashes that `Random` ranks by, so that the prune's coverage picks as from any scores.
 
-    Of 32 bits the upper 24, which float32 holds exactly. Arguments are those of
-    `luvc_fx.selectors.Selector`; only the shape and device of `x` play a part.
+    Of their 32 bits the upper 24, which float32 holds exactly. The parameter is that of `Random`.
     """
-    scores = (hashes(x, prune, site) >> 8).to(torch.float32)
-    return scores.unsqueeze(0).expand(x.shape[:2])
+
+    name = "random-block"
+
+    def __call__(self, x: Tensor, count: int, site: Site) -> Tensor:
+        scores = (hashes(x, self.seed, site.layer) >> 8).to(torch.float32)
+        return scores.unsqueeze(0).expand(x.shape[:2])

@@ -1,20 +1,23 @@
-"""A control: evenly spaced tokens."""
+"""A baseline: evenly spaced tokens."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from luvc_fx.registry import Site
-from luvc_fx.schedule import Prune
+from luvc_fx.selectors.base import SELECTORS, Selector, Site
 
 
-def select_uniform(x: Tensor, prune: Prune, count: int, site: Site) -> Tensor:
-    """Positions: the middle of each of `count` equal stretches, floor((2 i + 1) N / (2 count)).
+@SELECTORS.add
+@dataclass(frozen=True, slots=True)
+class Uniform(Selector):
+    """Positions: the middle of each of `count` equal stretches, floor((2 i + 1) N / (2 count))."""
 
-    Arguments and result are those of `luvc_fx.selectors.Selector`; only the shape and device of `x`
-    play a part.
-    """
-    batch, tokens = x.shape[:2]
-    place = (2 * torch.arange(count, device=x.device) + 1) * tokens // (2 * count)
-    return place.expand(batch, count)
+    name = "uniform"
+
+    def __call__(self, x: Tensor, count: int, site: Site) -> Tensor:
+        batch, tokens = x.shape[:2]
+        place = (2 * torch.arange(count, device=x.device) + 1) * tokens // (2 * count)
+        return place.expand(batch, count)

@@ -89,7 +89,7 @@ def test_arms_have_the_same_counts() -> None:
     assert arms[LUVC].schedule is FROZEN
     random = arms[RANDOM].schedule
     assert random is not None and random.merge == FROZEN.merge
-    assert [p.selector for p in random.prune] == ["random"] * 3
+    assert [p.selector.name for p in random.prune] == ["random"] * 3
     assert [p.keep for p in random.prune] == [p.keep for p in FROZEN.prune]
     assert arms[SINGLE].schedule == Schedule(prune=Prune(keep=0.25, layer=0))
     assert arms[SMALLER].smaller

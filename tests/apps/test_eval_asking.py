@@ -92,7 +92,7 @@ def said(schedule: Schedule, question: Question) -> str:
     number = int(question.text)
     if not question.media[0].stem.endswith(question.scene):
         return "no"
-    if schedule.prune and schedule.prune[0].selector.startswith("random"):
+    if schedule.prune and schedule.prune[0].selector.name.startswith("random"):
         return "yes" if number % (schedule.prune[0].seed + 2) else "no"
     return "yes"
 

@@ -64,7 +64,7 @@ def test_the_default_cascade_is_always_tried(target: float) -> None:
         return len(kept) / (sum(kept) + 0.1 * len(kept))
 
     first = drawn(5, target, 16, speedup, seed=0)[0]
-    assert [prune.selector for prune in first.prune] == [PICK["selector"]] * len(first.prune)
+    assert [prune.selector.name for prune in first.prune] == [PICK["selector"]] * len(first.prune)
     assert target <= speedup(shares(first, 16)) <= target * SLACK
     assert first.prune[-1].keep == 0.0
 

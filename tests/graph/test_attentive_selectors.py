@@ -17,7 +17,10 @@ from luvc_fx.anatomy.attention import attentions
 from luvc_fx.graph.nodes import live_nodes, op_name
 from luvc_fx.passes.support.last_query import last_query
 from luvc_fx.report import Insertion, Reason, Refused
-from luvc_fx.selectors import Site, select_distinct, select_diversity, select_spectrum
+from luvc_fx.selectors import Site
+from luvc_fx.selectors.distinct import Distinct
+from luvc_fx.selectors.diversity import Diversity
+from luvc_fx.selectors.spectrum import Spectrum
 from tests.support.family_matrix import FAMILIES, prompt_of
 from tests.support.models import inputs, tiny_llava
 from tests.support.replay import capture
@@ -177,7 +180,7 @@ def test_before_the_first_layer_there_is_nothing_to_look_at() -> None:
 def test_diversity_token_by_token(tokens: int, count: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, tokens, 5)
-    got = select_diversity(x, Prune(tokens=count, layer=0, selector="diversity"), count, Site(0, 2))
+    got = Diversity()(x, count, Site(0, 2))
     pivots = math.isqrt(count)
     places = [(2 * number + 1) * tokens // (2 * pivots) for number in range(pivots)]
     for row in range(2):
@@ -192,9 +195,8 @@ def test_distinct_is_the_residual_that_no_pivot_says() -> None:
     """Of two tokens with one energy the one that is like a pivot loses; a pivot wins over both."""
     torch.manual_seed(0)
     x = torch.randn(1, 16, 8)
-    prune = Prune(tokens=4, layer=0, selector="distinct")
-    energy = select_spectrum(x, prune, 4, Site(0, 2))
-    factor = select_distinct(x, prune, 4, Site(0, 2)) / energy
+    energy = Spectrum()(x, 4, Site(0, 2))
+    factor = Distinct()(x, 4, Site(0, 2)) / energy
     pivots = [4, 12]  # of 16 tokens two: the root of 4, evenly spaced
     unit = torch.nn.functional.normalize(x[0], dim=-1)
     for token in range(16):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import luvc_fx
-from luvc_fx import Prune, Schedule, registry
+from luvc_fx import Prune, Schedule, selectors
 from luvc_fx.apps.demo import load_model
 from luvc_fx.ops import reference
 from luvc_fx.report import Reason
@@ -20,8 +21,11 @@ EXAMPLE = EXAMPLES / "own_selector.py"
 
 
 @pytest.fixture(autouse=True)
-def names_of_this_test_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_functions", dict(registry._functions))
+def names_of_this_test_only() -> Iterator[None]:
+    before = selectors.registered()
+    yield
+    for name in set(selectors.registered()) - set(before):
+        selectors.unregister(name)
 
 
 def test_the_example_answers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +76,7 @@ def test_a_selector_that_breaks_its_promise_is_in_the_report_and_nothing_is_prun
 def test_a_selector_is_told_layers_grid_and_images() -> None:
     told = []
 
-    def ask(x: torch.Tensor, prune: Prune, count: int, site: registry.Site) -> torch.Tensor:
+    def ask(x: torch.Tensor, prune: Prune, count: int, site: selectors.Site) -> torch.Tensor:
         told.append((tuple(x.shape), count, site))
         return x[..., 0]
 
@@ -80,8 +84,8 @@ def test_a_selector_is_told_layers_grid_and_images() -> None:
     asks = tuple(Prune(tokens=n, layer=layer, selector="ask") for n, layer in ((8, 1), (4, 2)))
     toy_whole().rewritten(luvc_fx.backend(Schedule(prune=asks), inner="eager", strict=True))
     assert told == [
-        ((2, 16, 8), 8, registry.Site(1, 3, (4, 4), 1)),
-        ((2, 8, 8), 4, registry.Site(2, 3, None, 1)),
+        ((2, 16, 8), 8, selectors.Site(1, 3, (4, 4), 1)),
+        ((2, 8, 8), 4, selectors.Site(2, 3, None, 1)),
     ]
 
 

@@ -18,8 +18,8 @@ import luvc_fx
 from luvc_fx import _compat
 from luvc_fx.dynamo.fingerprint import depends_on_us, fingerprint
 from luvc_fx.graph import markers
-from luvc_fx.registry import selector_fingerprint
 from luvc_fx.schedule import Merge, Prune, Schedule
+from luvc_fx.selectors import selector_fingerprint
 from tests.support.paths import ROOT
 from tests.support.replay import assert_close, toy, toy_inputs, toy_whole
 

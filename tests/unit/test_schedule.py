@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import luvc_fx
+from luvc_fx.mergers import Merger
+from luvc_fx.mergers.oim import Oim
+from luvc_fx.mergers.tome import Tome
 from luvc_fx.schedule import KINDS, SELECTORS, Merge, Prune, Schedule, round_half_up
+from luvc_fx.selectors.distinct import Distinct
+from luvc_fx.selectors.random import Random
+from luvc_fx.selectors.random_block import RandomBlock
+from luvc_fx.selectors.spectrum import Spectrum
+from luvc_fx.selectors.uniform import Uniform
 
 MERGE = {"axis": "width", "keep": 0.5, "layer": 0}
 PRUNE = {"keep": 0.5, "layer": 0}
@@ -39,22 +49,28 @@ BAD_VALUES: dict[str, tuple[type, dict[str, Any], str, Any, str]] = {
     "prune to more": (Prune, PRUNE, "keep", 1.1, "[0, 1]"),
     "prune nan": (Prune, PRUNE, "keep", math.nan, "[0, 1]"),
     "prune layer text": (Prune, PRUNE, "layer", "1", "a whole number"),
-    "pairing": (Merge, MERGE, "pairing", "column", "'line', 'shared'"),
-    "feature": (Merge, MERGE, "feature", "values", "'hidden', 'keys'"),
     "selector": (Prune, PRUNE, "selector", "best", ", ".join(map(repr, SELECTORS))),
-    "energy": (Prune, PRUNE, "energy", "high", "'residual', 'lowpass', 'ratio'"),
     "coverage": (Prune, PRUNE, "coverage", "local", "'block', 'global'"),
-    "no cutoff": (Prune, PRUNE, "cutoff", 0.0, "(0, 1]"),
-    "cutoff above one": (Prune, PRUNE, "cutoff", 1.01, "(0, 1]"),
-    "seed below zero": (Prune, PRUNE, "seed", -1, "at least 0"),
-    "seed fraction": (Prune, PRUNE, "seed", 1.5, "at least 0"),
-    "normalize": (Prune, PRUNE, "normalize", "l2", "'none', 'mean', 'rms'"),
-    "normalize by nothing": (Prune, PRUNE, "normalize", False, "'none', 'mean', 'rms'"),
-    "per image as a number": (Prune, PRUNE, "per_image", 1, "True or False"),
-    "per image as text": (Prune, PRUNE, "per_image", "yes", "True or False"),
     "absorb as a number": (Prune, PRUNE, "absorb", 1, "True or False"),
     "method": (Merge, MERGE, "method", "1d", "'oim', 'tome'"),
-    "realization": (Prune, PRUNE, "realization", "dct", "'auto', 'fft', 'fir', 'basis'"),
+}
+
+BAD_PARAMETERS: dict[str, tuple[type, str, Any, str]] = {
+    "pairing": (Oim, "pairing", "column", "'line', 'shared'"),
+    "feature": (Oim, "feature", "values", "'hidden', 'keys'"),
+    "feature of tome": (Tome, "feature", "values", "'hidden', 'keys'"),
+    "energy": (Spectrum, "energy", "high", "'residual', 'lowpass', 'ratio'"),
+    "energy of nothing": (Spectrum, "energy", None, "'residual', 'lowpass', 'ratio'"),
+    "no cutoff": (Spectrum, "cutoff", 0.0, "(0, 1]"),
+    "cutoff above one": (Distinct, "cutoff", 1.01, "(0, 1]"),
+    "cutoff of nothing": (Spectrum, "cutoff", None, "(0, 1]"),
+    "seed below zero": (Random, "seed", -1, "at least 0"),
+    "seed fraction": (RandomBlock, "seed", 1.5, "at least 0"),
+    "normalize": (Spectrum, "normalize", "l2", "'none', 'mean', 'rms'"),
+    "normalize by nothing": (Spectrum, "normalize", False, "'none', 'mean', 'rms'"),
+    "per image as a number": (Spectrum, "per_image", 1, "True or False"),
+    "per image as text": (Distinct, "per_image", "yes", "True or False"),
+    "realization": (Spectrum, "realization", "dct", "'auto', 'fft', 'fir', 'basis'"),
 }
 
 
@@ -68,7 +84,79 @@ def test_a_bad_value_is_named_with_what_is_allowed(name: str) -> None:
     assert allowed in text
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Prune) if f.default is not None])
+@pytest.mark.parametrize("name", BAD_PARAMETERS)
+def test_a_bad_parameter_is_named_by_its_method_wherever_it_is_given(name: str) -> None:
+    method, field, value, allowed = BAD_PARAMETERS[name]
+    flat: tuple[type, dict[str, Any]] = (
+        (Merge, {**MERGE, "method": method.name})
+        if issubclass(method, Merger)
+        else (Prune, {**PRUNE, "selector": method.name})
+    )
+    for make in (lambda: method(**{field: value}), lambda: flat[0](**flat[1], **{field: value})):
+        with pytest.raises(ValueError) as caught:
+            make()
+        text = str(caught.value)
+        assert text.startswith(f"{method.__name__}.{field} is {value!r}; allowed: ")
+        assert allowed in text
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Prune(**PRUNE, selector="random", cutoff=0.3), "Prune.cutoff is 0.3; allowed: .*only seed$"),
+        (lambda: Prune(**PRUNE, selector=Uniform(), seed=0), "Prune.seed is 0; .*'uniform', which has none$"),
+        (lambda: Prune(**PRUNE, colour="red"), "Prune.colour is 'red'; .*only energy, cutoff, normalize, "),
+        (lambda: Prune(**PRUNE, name="random"), "Prune.name is 'random'; .*'spectrum', which has only"),
+        (lambda: Merge(**MERGE, method="tome", pairing="line"), "Merge.pairing is 'line'; .*only feature$"),
+        (lambda: Prune(**PRUNE).with_selector("norm", cutoff=0.5), "Prune.cutoff is 0.5; .*which has none$"),
+        (lambda: Prune(**PRUNE, selector=Oim()), "Prune.selector is Oim.*; allowed: 'distinct', "),
+        (lambda: Merge(**MERGE, method=Spectrum), "Merge.method is <class.*; allowed: 'oim', 'tome'$"),
+    ],
+)
+def test_a_parameter_that_the_method_does_not_have_is_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_parameters_go_to_the_method_and_are_read_from_either() -> None:
+    prune = Prune(**PRUNE, selector="distinct", cutoff=1)
+    assert prune.selector == Distinct(cutoff=1.0) and prune.selector != Spectrum(cutoff=1.0)
+    assert prune.cutoff == 1.0 and isinstance(prune.cutoff, float)
+    assert (str(prune.selector), prune.selector.name) == ("distinct", "distinct")
+    assert (
+        prune
+        == Prune(**PRUNE, selector=Distinct(), cutoff=1.0)
+        == Prune(**PRUNE, selector=Distinct(cutoff=1))
+    )
+    assert Prune(**PRUNE, selector=Spectrum(energy="ratio"), cutoff=0.5).energy == "ratio"
+    merge = Merge(**MERGE, pairing="shared")
+    assert merge.method == Oim(pairing="shared") and merge.pairing == "shared"
+    with pytest.raises(AttributeError, match="'Prune' object has no attribute 'seed'"):
+        _ = prune.seed
+
+
+def test_with_another_selector_the_rest_stays() -> None:
+    prune = Prune(tokens=7, depth=0.5, coverage="global", absorb=True, cutoff=0.5)
+    random = Prune(tokens=7, depth=0.5, coverage="global", absorb=True, selector="random", seed=3)
+    assert prune.with_selector("random", seed=3) == random
+    assert dataclasses.replace(prune, selector="random", seed=3) == random  # type: ignore[arg-type, call-arg]
+    assert prune.with_selector(prune.selector, energy="ratio").selector == Spectrum(
+        energy="ratio", cutoff=0.5
+    )
+    assert dataclasses.replace(prune, tokens=8).selector == Spectrum(cutoff=0.5)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [Prune(**PRUNE, selector="pact"), Merge(**MERGE, method="tome"), Schedule.preset("video")],
+    ids=["prune", "merge", "schedule"],
+)
+def test_copies_are_equal(item: Any) -> None:
+    for again in (pickle.loads(pickle.dumps(item)), copy.copy(item), copy.deepcopy(item)):
+        assert again == item and hash(again) == hash(item) and repr(again) == repr(item)
+
+
+@pytest.mark.parametrize("field", ["selector", "coverage", "absorb"])
 def test_only_what_has_an_alternative_may_be_none(field: str) -> None:
     with pytest.raises(ValueError, match=rf"Prune\.{field} is None; allowed: "):
         Prune(**{**PRUNE, field: None})
@@ -298,13 +386,20 @@ def test_equal_by_value_and_hashable() -> None:
     assert hash(one) == hash(other)
     assert {one: 1}[other] == 1
     changed: dict[str, Any] = {"keep": 0.25, "tokens": 3, "layer": 2, "depth": 0.5, "selector": "random"}
-    changed |= {"energy": "ratio", "coverage": "global", "cutoff": 0.75, "seed": 7, "normalize": "rms"}
-    changed |= {"per_image": True, "realization": "fir", "absorb": True}
-    changed |= {"axis": "height", "length": 3, "pairing": "shared", "feature": "keys", "method": "tome"}
+    changed |= {"coverage": "global", "absorb": True, "axis": "height", "length": 3, "method": "tome"}
+    changed |= {
+        "energy": "ratio",
+        "cutoff": 0.75,
+        "normalize": "rms",
+        "per_image": True,
+        "realization": "fir",
+    }
+    changed |= {"pairing": "shared", "feature": "keys"}
     instead = {"keep": ("tokens", "length"), "tokens": ("keep",), "length": ("keep",)}
     instead |= {"layer": ("depth",), "depth": ("layer",)}
     for where, item in (("merge", Merge(**MERGE)), ("prune", Prune(**PRUNE))):
-        for name in (field.name for field in dataclasses.fields(item)):
+        method = item.method if isinstance(item, Merge) else item.selector
+        for name in (*(field.name for field in dataclasses.fields(item)), *method.parameters()):
             none = {other: None for other in instead.get(name, ()) if hasattr(item, other)}
             with_it = dataclasses.replace(item, **{**none, name: changed[name]})
             assert dataclasses.replace(one, **{where: (with_it,)}) != one, name
@@ -342,7 +437,7 @@ def test_presets_fit_models(make: Callable[[str], Schedule], kind: str, blocks: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_luvc_is_the_literal_reading(kind: str) -> None:
     for prune in Schedule.luvc(kind).prune:
-        assert (prune.selector, prune.energy, prune.coverage) == ("spectrum", "lowpass", "global")
+        assert (prune.selector, prune.coverage) == (Spectrum(energy="lowpass"), "global")
 
 
 def test_of() -> None:
@@ -362,7 +457,7 @@ def test_of() -> None:
 
 def test_a_schedule_of_a_budget() -> None:
     schedule = Schedule.at_budget(0.5, 28)
-    assert {(prune.selector, prune.absorb) for prune in schedule.prune} == {("distinct", True)}
+    assert {(prune.selector.name, prune.absorb) for prune in schedule.prune} == {("distinct", True)}
     entering, keep = [], 1.0
     places = {prune.layer: prune.keep for prune in schedule.prune}
     for layer in range(28):

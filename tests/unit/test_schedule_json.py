@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from luvc_fx import selectors
+from luvc_fx.mergers import MERGERS
 from luvc_fx.schedule import (
     AXES,
     COVERAGES,
@@ -19,12 +21,24 @@ from luvc_fx.schedule import (
     NORMALIZATIONS,
     PAIRINGS,
     REALIZATIONS,
-    SELECTORS,
     Merge,
     Prune,
     Schedule,
 )
 from tests.support.oracle import schedules
+
+PRUNE_PARAMETERS: dict[str, st.SearchStrategy[Any]] = {
+    "energy": st.sampled_from(ENERGIES),
+    "cutoff": st.floats(0.001, 1.0),
+    "seed": st.integers(0, 2**40),
+    "normalize": st.sampled_from(NORMALIZATIONS),
+    "per_image": st.booleans(),
+    "realization": st.sampled_from(REALIZATIONS),
+}
+MERGE_PARAMETERS: dict[str, st.SearchStrategy[Any]] = {
+    "pairing": st.sampled_from(PAIRINGS),
+    "feature": st.sampled_from(FEATURES),
+}
 
 
 @given(schedules(blocks=5, grid=(7, 9), layers=6))
@@ -38,42 +52,91 @@ def test_json_round_trip(schedule: Schedule) -> None:
 
 
 @given(
-    st.sampled_from(SELECTORS),
-    st.sampled_from(ENERGIES),
+    st.sampled_from(selectors.SHIPPED),
     st.sampled_from(COVERAGES),
     st.floats(0.0, 1.0),
-    st.floats(0.001, 1.0),
-    st.integers(0, 2**40),
-    st.tuples(st.sampled_from(NORMALIZATIONS), st.booleans(), st.sampled_from(REALIZATIONS), st.booleans()),
+    st.booleans(),
+    st.data(),
 )
 def test_json_keeps_every_field_of_a_prune(
-    selector: str,
-    energy: str,
-    coverage: str,
-    keep: float,
-    cutoff: float,
-    seed: int,
-    the_rest: tuple[str, bool, str, bool],
+    selector: str, coverage: str, keep: float, absorb: bool, data: st.DataObject
 ) -> None:
-    how = (selector, energy, coverage, cutoff, seed, *the_rest)
-    prune = Prune(keep, None, -3, None, *how)
-    assert dataclasses.astuple(prune)[4:] == how, "a field without a test"
+    own = selectors.SELECTORS.get(selector).parameters()
+    how = {name: data.draw(PRUNE_PARAMETERS[name]) for name in own}
+    prune = Prune(keep, layer=-3, selector=selector, coverage=coverage, absorb=absorb, **how)
+    (item,) = json.loads(Schedule(prune=prune).to_json())["prune"]
+    flat = {"keep": keep, "layer": -3, "selector": selector, "coverage": coverage, "absorb": absorb, **how}
+    assert item == flat
     assert Schedule.from_json(Schedule(prune=prune).to_json()).prune == (prune,)
 
 
 @given(
     st.sampled_from(AXES),
     st.floats(0.01, 1.0),
-    st.sampled_from(PAIRINGS),
-    st.sampled_from(FEATURES),
     st.sampled_from(METHODS),
+    st.data(),
 )
-def test_json_keeps_every_field_of_a_merge(
-    axis: str, keep: float, pairing: str, feature: str, method: str
-) -> None:
-    merge = Merge(axis, keep, None, -2, None, pairing, feature, method)
-    assert dataclasses.astuple(merge) == (axis, keep, None, -2, None, pairing, feature, method)
+def test_json_keeps_every_field_of_a_merge(axis: str, keep: float, method: str, data: st.DataObject) -> None:
+    how = {name: data.draw(MERGE_PARAMETERS[name]) for name in MERGERS.get(method).parameters()}
+    merge = Merge(axis, keep, layer=-2, method=method, **how)
+    (item,) = json.loads(Schedule(merge=merge).to_json())["merge"]
+    assert item == {"axis": axis, "keep": keep, "layer": -2, "method": method, **how}
     assert Schedule.from_json(Schedule(merge=merge).to_json()).merge == (merge,)
+
+
+# What luvc_fx 0.1.0 wrote: the parameters of all methods, whether the one in use has them or not.
+OLD_PRUNE = {
+    "keep": 0.5,
+    "layer": 2,
+    "selector": "random",
+    "energy": "lowpass",
+    "coverage": "block",
+    "cutoff": 0.3,
+    "seed": 4,
+    "normalize": "rms",
+    "per_image": True,
+    "realization": "fft",
+    "absorb": False,
+}
+OLD_MERGE = {
+    "axis": "width",
+    "keep": 0.5,
+    "layer": 1,
+    "pairing": "shared",
+    "feature": "keys",
+    "method": "tome",
+}
+
+
+def read(**items: Any) -> Schedule:
+    return Schedule.from_json(json.dumps({"version": 1, **{kind: [item] for kind, item in items.items()}}))
+
+
+@pytest.mark.parametrize("selector", selectors.SHIPPED)
+def test_files_that_list_the_parameters_of_all_methods_mean_what_they_meant(selector: str) -> None:
+    (prune,) = read(prune=OLD_PRUNE | {"selector": selector}).prune
+    used = prune.selector.parameters()
+    assert used == {name: OLD_PRUNE[name] for name in used}
+    assert read(merge=OLD_MERGE).merge == (Merge("width", keep=0.5, layer=1, method="tome", feature="keys"),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "item", "message"),
+    [
+        ("prune", OLD_PRUNE | {"cutoff": 0}, r"Spectrum\.cutoff is 0; allowed"),
+        ("prune", OLD_PRUNE | {"energy": "high"}, r"Spectrum\.energy is 'high'; allowed"),
+        ("prune", OLD_PRUNE | {"selector": "norm", "seed": -1}, r"Random\.seed is -1; allowed"),
+        ("prune", OLD_PRUNE | {"selector": 3}, r"Prune\.selector is 3; allowed: 'distinct'"),
+        ("merge", OLD_MERGE | {"pairing": "column"}, r"Oim\.pairing is 'column'; allowed"),
+        ("merge", OLD_MERGE | {"method": "mean"}, r"Merge\.method is 'mean'; allowed: 'oim', 'tome'"),
+        ("merge", OLD_MERGE | {"cutoff": 0.5}, r"Merge has unknown keys \['cutoff'\]"),
+    ],
+)
+def test_what_a_method_does_not_use_is_checked_all_the_same(
+    kind: str, item: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(**{kind: item})
 
 
 def test_json_from_before_the_newest_fields_means_what_it_meant() -> None:
@@ -83,7 +146,7 @@ def test_json_from_before_the_newest_fields_means_what_it_meant() -> None:
                    "coverage": "block", "cutoff": 0.25, "seed": 0}]}"""
     merge, prune = Merge("width", keep=0.75, depth=0.5), Prune(keep=0.5, layer=2)
     assert Schedule.from_json(text) == Schedule(merge, prune)
-    assert (merge.pairing, merge.feature, merge.method) == ("line", "hidden", "oim")
+    assert (merge.pairing, merge.feature, merge.method.name) == ("line", "hidden", "oim")
     newest = (prune.normalize, prune.per_image, prune.realization, prune.absorb)
     assert newest == ("none", False, "auto", False)
 

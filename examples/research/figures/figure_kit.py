@@ -188,7 +188,7 @@ class Bench:
 
 def _cell(name: str, schedule: Schedule) -> Cell:
     """With several seeds where one decides, as one seed is the same places in every image."""
-    drawn = any(prune.selector in SEEDED for prune in schedule.prune)
+    drawn = any(prune.selector.name in SEEDED for prune in schedule.prune)
     return Cell(name, None, schedule, seeds=tuple(range(SEEDS)) if drawn else ())
 
 

@@ -23,9 +23,6 @@ from luvc_fx.selectors import Site, choose_mask
 _PROJECTORS = ("multi_modal_projector", "merger")
 """What models call the module between encoder and text."""
 
-_OF_THE_TOKENS = ("spectrum", "random", "uniform", "norm", "diversity", "distinct")
-"""Selectors that look at nothing but the tokens."""
-
 Part = Sequence[Callable[[], Any]]
 """Calls that together are one part of a run."""
 
@@ -74,7 +71,7 @@ def selectors(model: Any, schedule: Schedule, report: Report, batch: int, mode: 
             continue
         assert insertion.before is not None, "the tokens before a prune are always known"
         layer, prune = insertion.layer, prunes[insertion.layer]
-        if prune.selector not in _OF_THE_TOKENS:
+        if prune.selector.needs_attention:
             return ()
         tokens = torch.randn(batch, insertion.before, width, dtype=model.dtype, device=model.device)
         site = Site(layer, layers, None, 1)

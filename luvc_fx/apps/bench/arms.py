@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from luvc_fx.schedule import Merge, Prune, Schedule
@@ -49,7 +48,7 @@ def arms_of(schedule: Schedule, budget: float, layers: int) -> list[Arm]:
 
     FastV, which keeps all tokens in the first layers, is left out where the budget does not allow that.
     """
-    random = tuple(dataclasses.replace(prune, selector="random") for prune in schedule.prune)
+    random = tuple(prune.with_selector("random") for prune in schedule.prune)
     behind = (budget * layers - FASTV_LAYER) / max(1, layers - FASTV_LAYER)
     found = [
         Arm(EAGER, None),

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from luvc_fx.dynamo.fingerprint import COMPILE_TIME, hash_of_sources
-from luvc_fx.registry import selector_fingerprint
 from luvc_fx.schedule import Schedule
+from luvc_fx.selectors import selector_fingerprint
 
 # What draws, counts or prints has no part in an answer.
 _PLACES = (
@@ -48,7 +48,7 @@ def run_key(model: str, schedule: Schedule, **settings: Any) -> str:
         settings: device, inner compiler, dtype, batch, number of new tokens: anything that JSON can hold.
     """
     hasher = hashlib.sha256(f"{model}\n{code_key()}\n{schedule.to_json()}\n".encode())
-    for name in sorted({prune.selector for prune in schedule.prune}):
+    for name in sorted({prune.selector.name for prune in schedule.prune}):
         # Those of third parties are not among our files.
         hasher.update(f"{name}={selector_fingerprint(name)}\n".encode())
     hasher.update(json.dumps(settings, sort_keys=True).encode())

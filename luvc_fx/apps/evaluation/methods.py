@@ -13,15 +13,16 @@ from types import MappingProxyType
 
 from luvc_fx.schedule import Merge, Prune, Schedule, presets, round_half_up
 from luvc_fx.schedule.budget import cascade
+from luvc_fx.selectors import SELECTORS, SHIPPED
 
 DEFAULT = "default"
 SPECTRUM = "spectrum"
 RANDOM = "random"
 RANDOM_BLOCK = "random-block"
 
-SEEDED = (RANDOM, RANDOM_BLOCK)
-"""Selectors that a seed decides. One seed is one set of places, the same in every image, so that one alone
-would say much about that set."""
+SEEDED = tuple(selector.name for selector in SELECTORS.holders("seed") if selector.name in SHIPPED)
+"""Selectors of luvc_fx that a seed decides. One seed is one set of places, the same in every image, so that
+one alone would say much about that set."""
 
 SEEDS = 3
 """So many are asked, and their answers counted together."""
@@ -73,8 +74,9 @@ def once(budget: float, layers: int, layer: int, **options: object) -> Schedule 
 
 
 def with_selector(schedule: Schedule, selector: str, seed: int = 0) -> Schedule:
-    """The same merges, layers and counts, but the tokens picked by `selector`."""
-    prune = tuple(dataclasses.replace(p, selector=selector, seed=seed) for p in schedule.prune)
+    """The same merges, layers and counts, but the tokens picked by `selector` (with `seed`, if it draws)."""
+    options = {"seed": seed} if "seed" in SELECTORS.get(selector).parameters() else {}
+    prune = tuple(p.with_selector(selector, **options) for p in schedule.prune)
     return dataclasses.replace(schedule, prune=prune)
 
 
@@ -98,7 +100,12 @@ def _merged(budget: float, layers: int) -> Schedule | None:
 
 
 def _control(selector: str, **options: object) -> Maker:
-    return lambda budget, layers: progressive(budget, layers, selector=selector, **options)
+    def make(budget: float, layers: int) -> Schedule | None:
+        schedule = progressive(budget, layers, selector=selector, **options)
+        asked_first = schedule is not None and schedule.prune[0].layer == 0 and schedule.prune[0].keep != 0.0
+        return None if asked_first and SELECTORS.get(selector).needs_attention else schedule
+
+    return make
 
 
 def _fastv(budget: float, layers: int) -> Schedule | None:
@@ -161,5 +168,9 @@ _TABLE = (
 
 
 def methods() -> Mapping[str, Method]:
-    """All methods by name, in the order of the table."""
-    return MappingProxyType({method.name: method for method in _TABLE})
+    """All methods by name: those of the table, then the selectors of luvc_fx that it leaves out."""
+    table = {method.name: method for method in _TABLE}
+    for name in SHIPPED:
+        about = f"the same counts, by the selector {name!r}"
+        table.setdefault(name, Method(name, _control(name), about))
+    return MappingProxyType(table)

@@ -45,10 +45,12 @@ class Cell:
 
 
 def with_seed(schedule: Schedule, seed: int) -> Schedule:
-    """The same schedule, whose prunes draw with `seed`."""
-    return dataclasses.replace(
-        schedule, prune=tuple(dataclasses.replace(prune, seed=seed) for prune in schedule.prune)
+    """The same schedule, whose prunes draw with `seed` where they draw."""
+    prunes = (
+        prune.with_selector(prune.selector, seed=seed) if "seed" in prune.selector.parameters() else prune
+        for prune in schedule.prune
     )
+    return dataclasses.replace(schedule, prune=tuple(prunes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,10 +33,10 @@ from luvc_fx.apps.evaluation.timing import time_prefills
 from luvc_fx.apps.images_only import VIDEO
 from luvc_fx.apps.inputs import read_schedule
 from luvc_fx.apps.local_model import load
-from luvc_fx.registry import registered
 from luvc_fx.report import NotRewritten
 from luvc_fx.report.errors import InputError, one_line
 from luvc_fx.schedule import Schedule
+from luvc_fx.selectors import registered
 
 BUDGETS = (0.75, 0.5, 0.33, 0.25, 0.125)
 
@@ -238,7 +238,7 @@ def _cells(options: Options, names: Sequence[str], layers: int) -> list[Cell]:
 
 def _seeded(cell: Cell, seed: int) -> Cell:
     """With several seeds where a selector draws."""
-    draws = cell.schedule is not None and any(prune.selector in SEEDED for prune in cell.schedule.prune)
+    draws = cell.schedule is not None and any(prune.selector.name in SEEDED for prune in cell.schedule.prune)
     return dataclasses.replace(cell, seeds=tuple(range(seed, seed + SEEDS)) if draws else ())
 
 

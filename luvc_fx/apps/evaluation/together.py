@@ -19,7 +19,6 @@ from transformers import DynamicCache
 from luvc_fx.apps.evaluation.prompts import Prompts, Row, collate
 from luvc_fx.generate.cache import layers_of, unsupported
 from luvc_fx.generate.limits import PLAIN, makes_own_masks
-from luvc_fx.registry import wants_attention
 from luvc_fx.schedule import Schedule
 
 TEXT_STEP = 4
@@ -51,8 +50,10 @@ class Group:
 def why_apart(model: Any, schedule: Schedule) -> str:
     """Why each question needs a prefill of its own, or nothing."""
     for prune in schedule.prune:
-        if wants_attention(prune.selector):
-            return f"selector {prune.selector!r} looks at the attention of the last token, of the question"
+        if prune.selector.needs_last_query_attention:
+            return (
+                f"selector {prune.selector.name!r} looks at the attention of the last token, of the question"
+            )
     if model.config.is_encoder_decoder:
         return f"{type(model).__name__} has a decoder of its own for the answer"
     if makes_own_masks(model):

@@ -97,7 +97,7 @@ def _one(numbers: random.Random, layers: int) -> Schedule | None:
     if not first + stages <= last:
         return None
     ranking = numbers.choice(RANKINGS)
-    if ranking.get("selector") == "fastv" and first == 0:
+    if first == 0 and Prune(keep=1.0, layer=first, **ranking).selector.needs_attention:
         return None  # nobody has paid attention yet
     places = [first, *sorted(numbers.sample(range(first + 1, last), stages - 1)), last]
     keep, prunes = 1.0, []
@@ -110,5 +110,5 @@ def _one(numbers: random.Random, layers: int) -> Schedule | None:
 
 def at_random(schedule: Schedule) -> Schedule:
     """The same counts before the same layers with tokens at random: what a search has to beat."""
-    prune = tuple(dataclasses.replace(item, selector="random") for item in schedule.prune)
+    prune = tuple(item.with_selector("random") for item in schedule.prune)
     return dataclasses.replace(schedule, prune=prune)

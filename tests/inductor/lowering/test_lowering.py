@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from luvc_fx import registry
+from luvc_fx import selectors
 from luvc_fx.ops import lowpass
 from luvc_fx.schedule import Schedule
 from tests.inductor.lowering.fake_cuda import (
@@ -95,9 +95,9 @@ def by_topk() -> Iterator[None]:
     def select(x: torch.Tensor, prune: Any, count: int, site: Any) -> torch.Tensor:
         return x.float().square().sum(-1).topk(count).indices
 
-    registry.register("topk", select)
+    selectors.register("topk", select)
     yield
-    registry._functions.pop("topk")
+    selectors.unregister("topk")
 
 
 def test_a_topk_is_seen(by_topk: None) -> None:

@@ -158,7 +158,7 @@ def _decode(
             if paid is not None:
                 weights = paid.weights[:, :, -1, -seq.hidden.shape[1] :].mean(dim=1)
                 seen.paid = weights[at, places].double().cpu().numpy()
-            if prunes[index].selector == "pact":
+            if prunes[index].selector.name == "pact":
                 here = looked(index)
                 seen.attended = attended(here, seq.valid, places, layer.self_attn.scaling)
                 seen.keys = here.turned.transpose(1, 2).flatten(2)[at, places].double().cpu().numpy()
@@ -171,7 +171,7 @@ def _decode(
             seq = drop(seq, places, kept[index])
             alive = alive.gather(1, kept[index])
             count = keep
-        asks = index + 1 in prunes and prunes[index + 1].selector == "fastv"
+        asks = index + 1 in prunes and prunes[index + 1].selector.name == "fastv"
         paid = looked(index) if asks else None
         layer_rows.append(seq.rows)
         tokens_per_layer.append(count)

@@ -179,7 +179,7 @@ def encode_packed(
             replace(frame, x=x, keys=key)
             for frame, x, key in zip(frames, _blocks(hidden, frames, unit), keys, strict=True)
         ]
-        if any(merge.method == "tome" for merge in here):
+        if any(merge.method.name == "tome" for merge in here):
             turned = tower.keys(block, before, angles).unflatten(1, (block.attn.num_heads, -1)).mean(1)
             by_frame = [part[None] for part in turned.split([row.sizes.numel() for row in rows])]
             for number, (frame, key) in enumerate(zip(frames, by_frame, strict=True)):
@@ -206,7 +206,7 @@ def encode_packed(
             deep.append(reader(_patches([frame.x for frame in frames], unit)))
     features = tower.tower.merger(_patches([frame.x for frame in frames], unit))
     counts = [frame.sizes.numel() for frame in frames]
-    if any(merge.method == "tome" for _, merge in merges):
+    if any(merge.method.name == "tome" for _, merge in merges):
         for frame, row, length in zip(frames, rows, lengths, strict=True):
             frame.slots = placed(row.slots.reshape(1, -1, unit**2)[..., 0], length // unit**2, unit == 1)
             frame.sizes = (row.sizes.reshape(-1, unit**2).sum(1) / unit**2).reshape(frame.sizes.shape)

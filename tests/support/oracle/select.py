@@ -90,22 +90,22 @@ def _scores(
     """What `prune` ranks the tokens [B, N, D] by, and the units, each [B, N]."""
     values = x.detach().double().cpu().numpy()
     batch, count, channels = values.shape
-    if prune.selector == "norm":
+    if prune.selector.name == "norm":
         score = (values**2).sum(axis=-1)
         return score, score
-    if prune.selector == "fastv" and seen.paid is not None:
+    if prune.selector.name == "fastv" and seen.paid is not None:
         return seen.paid, seen.paid
-    if prune.selector == "diversity":
+    if prune.selector.name == "diversity":
         score = _unlike_pivots(values, keep)
         return score, np.ones_like(score)
-    if prune.selector not in ("spectrum", "distinct"):
-        raise NotImplementedError(f"the oracle does not know the selector {prune.selector!r}")
+    if prune.selector.name not in ("spectrum", "distinct"):
+        raise NotImplementedError(f"the oracle does not know the selector {prune.selector.name!r}")
     if prune.per_image and grid is not None:
         values = values.reshape(-1, grid[0] * grid[1], channels)
     score, unit = (
         e.reshape(batch, count) for e in _spectrum(values, prune.energy, prune.cutoff, prune.normalize)
     )
-    if prune.selector == "distinct":
+    if prune.selector.name == "distinct":
         factor = 1.0 + _unlike_pivots(values.reshape(batch, count, channels), keep)
         return score * factor, np.maximum(unit * factor, score)
     return score, unit
@@ -182,13 +182,13 @@ def select(
         chosen = [list(range(count))] * batch
     elif keep == 0:
         chosen = [[] for _ in range(batch)]
-    elif prune.selector == "uniform":
+    elif prune.selector.name == "uniform":
         chosen = [[(2 * i + 1) * count // (2 * keep) for i in range(keep)]] * batch
-    elif prune.selector == "random":
+    elif prune.selector.name == "random":
         scores = random_scores(count, prune.seed, layer)
         order = sorted(range(count), key=lambda i: (-scores[i], i))
         chosen = [sorted(order[:keep])] * batch
-    elif prune.selector == "pact" and seen is not None:
+    elif prune.selector.name == "pact" and seen is not None:
         chosen = _pact(x, keep, seen, gaps)
     else:
         chosen = []

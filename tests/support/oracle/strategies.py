@@ -19,9 +19,10 @@ from luvc_fx.schedule import (
     Schedule,
     round_half_up,
 )
+from luvc_fx.selectors import SELECTORS, Selector
 from tests.support.oracle.vision import target_blocks
 
-_SELECTORS = ("spectrum", "random", "uniform", "norm")
+_SELECTORS = (*["spectrum"] * 4, "random", "uniform", "norm")
 _EXACT = ("auto", "fft", "basis")
 """Realizations that keep what the definition keeps; a short window may differ in close cases."""
 
@@ -67,6 +68,20 @@ def _merge_items(
     return tuple(items[i] for i in range(len(places))), left
 
 
+def _selectors(name: str) -> st.SearchStrategy[Selector]:
+    """Any parameters of the selector of that name."""
+    of_all: dict[str, st.SearchStrategy[Any]] = {
+        "energy": st.sampled_from(ENERGIES),
+        "cutoff": st.one_of(st.sampled_from([0.1, 0.25, 0.5, 1.0]), st.floats(0.01, 1.0)),
+        "seed": st.integers(0, 5),
+        "normalize": st.sampled_from(NORMALIZATIONS),
+        "per_image": st.booleans(),
+        "realization": st.sampled_from(_EXACT),
+    }
+    default = SELECTORS.get(name)
+    return st.builds(type(default), **{field: of_all[field] for field in default.parameters()})
+
+
 @st.composite
 def _prune_items(draw: st.DrawFn, layers: int, fused: int, most: int) -> tuple[Prune, ...]:
     places = draw(st.lists(st.integers(0, layers - 1), unique=True, max_size=most))
@@ -88,14 +103,8 @@ def _prune_items(draw: st.DrawFn, layers: int, fused: int, most: int) -> tuple[P
         items[layer] = Prune(
             **amount,
             **where,
-            selector=draw(st.sampled_from((*_SELECTORS[:1] * 3, *_SELECTORS))),
-            energy=draw(st.sampled_from(ENERGIES)),
+            selector=draw(st.sampled_from(_SELECTORS).flatmap(_selectors)),
             coverage=draw(st.sampled_from(COVERAGES)),
-            cutoff=draw(st.one_of(st.sampled_from([0.1, 0.25, 0.5, 1.0]), st.floats(0.01, 1.0))),
-            seed=draw(st.integers(0, 5)),
-            normalize=draw(st.sampled_from(NORMALIZATIONS)),
-            per_image=draw(st.booleans()),
-            realization=draw(st.sampled_from(_EXACT)),
         )
         left = items[layer].count(fused)
         most_keep = keep if "keep" in amount else most_keep

@@ -189,7 +189,7 @@ def encode(
         before, hidden = hidden, family.run(block, hidden)
         if not here:
             continue
-        if here[0].method == "tome":
+        if here[0].method.name == "tome":
             heads = model.config.vision_config.num_attention_heads
             keys = family.keys(block, before)[:, 1:].unflatten(2, (heads, -1)).mean(2)
             row = Patches(hidden[:, 1:], row.sizes, row.slots, keys)
@@ -211,7 +211,7 @@ def encode(
             )
             height, width = (unit * side for side in grid.sizes.shape[1:])
         hidden = torch.cat([hidden[:, :1], from_blocks(grid.x, unit)], dim=1)
-    if any(merge.method == "tome" for _, merge in merges):
+    if any(merge.method.name == "tome" for _, merge in merges):
         first = to_blocks(row.slots[..., None], height, width, unit)
         grid.slots = placed(first[..., 0].flatten(1), placeholders, unit == 1)
         grid.sizes = to_blocks(row.sizes[..., None], height, width, unit).sum(-1) / unit**2

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from luvc_fx import schedule
 from luvc_fx.ops import reference, select_blocks, select_global, spectral_energy
 from luvc_fx.schedule import COVERAGES, ENERGIES, NORMALIZATIONS, Prune
-from luvc_fx.selectors import Selector, Site, choose, selector
+from luvc_fx.selectors import SELECTORS, Selector, Site, choose
 
 OURS = schedule.SELECTORS
 VALUES = st.integers(-2, 2).map(float) | st.sampled_from([float("nan"), float("inf"), 1e38])
@@ -28,7 +28,9 @@ def prune(**options):
 
 def told(site, x):
     """`site` with something that was paid and some keys, for the selectors that want to know."""
-    return dataclasses.replace(site, paid=x.sum(-1), attended=x.sum(-1).abs(), keys=x)
+    return dataclasses.replace(
+        site, last_query_attention=x.sum(-1), mean_query_attention=x.sum(-1).abs(), keys=x
+    )
 
 
 def tokens(seed, batch, length, channels):
@@ -38,7 +40,7 @@ def tokens(seed, batch, length, channels):
 @pytest.mark.parametrize("name", OURS)
 def test_ours_have_the_one_signature(name):
     wanted = list(inspect.signature(Selector.__call__).parameters)[1:]
-    assert list(inspect.signature(selector(name)).parameters) == wanted == ["x", "prune", "count", "site"]
+    assert list(inspect.signature(SELECTORS.get(name)).parameters) == wanted == ["x", "count", "site"]
 
 
 @given(
@@ -60,7 +62,10 @@ def test_positions_are_valid_whatever_the_values(
     count = data.draw(st.integers(0, length))
     flat = data.draw(st.lists(VALUES, min_size=batch * length, max_size=batch * length))
     x = torch.tensor(flat).reshape(batch, length, 1)
-    item = prune(selector=name, energy=energy, coverage=coverage, normalize=normalize, per_image=per_image)
+    options = {"energy": energy, "normalize": normalize, "per_image": per_image}
+    own = SELECTORS.get(name).parameters()
+    options = {option: value for option, value in options.items() if option in own}
+    item = prune(selector=name, coverage=coverage, **options)
     site = data.draw(st.sampled_from([Site(3, 4), Site(3, 4, (height, width), images)]))
     got = choose(x, item, count, told(site, x))
     assert got.dtype == torch.int64 and got.shape == (batch, count)
@@ -169,7 +174,7 @@ def test_pact_equals_twin(seed, length, data):
     count = data.draw(st.integers(1, length - 1))
     x, keys = tokens(seed, 2, length, 3), tokens(seed + 1, 2, length, 4)
     attended = tokens(seed + 2, 2, length, 1).squeeze(-1).softmax(-1)
-    site = dataclasses.replace(SITE, attended=attended, keys=keys)
+    site = dataclasses.replace(SITE, mean_query_attention=attended, keys=keys)
     got = choose(x, prune(selector="pact"), count, site)
     want = reference.pact_positions(x.numpy(), attended.numpy(), keys.numpy(), count)
     np.testing.assert_array_equal(got.numpy(), want)
@@ -180,7 +185,7 @@ def test_pact_keeps_one_of_each_cluster():
     angle = torch.tensor([0.0, 0.01, 2.0, 2.01, 4.0, 4.01, 0.5, 1.0, 3.0, 5.0, 5.5, 6.0])
     keys = torch.stack([angle.cos(), angle.sin()], -1)[None]
     attended = torch.tensor([[1.0] * 6 + [0.1] * 6])
-    site = dataclasses.replace(SITE, attended=attended, keys=keys)
+    site = dataclasses.replace(SITE, mean_query_attention=attended, keys=keys)
     (kept,) = choose(torch.ones(1, 12, 2), prune(selector="pact"), 3, site).tolist()
     assert [token // 2 for token in kept] == [0, 1, 2]
 

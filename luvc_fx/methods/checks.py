@@ -1,4 +1,4 @@
-"""Checks of single values that name the field, what it holds and what is allowed."""
+"""Checks of single values, whose messages name the field, its value and what is allowed."""
 
 from __future__ import annotations
 

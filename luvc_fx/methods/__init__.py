@@ -1,0 +1,1 @@
+"""What selectors and mergers share: a name, parameters that check themselves, and a registry of names."""
