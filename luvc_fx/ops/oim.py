@@ -23,7 +23,7 @@ _COSINE_OF_NAN = -2.0
 def orthogonal_merge(
     x: Tensor,
     sizes: Tensor,
-    slots: Tensor,
+    representatives: Tensor,
     axis: str,
     length: int,
     pairing: str = "line",
@@ -42,7 +42,7 @@ def orthogonal_merge(
         x: ``[B, H, W, C]``, any floating dtype; float64 is computed in float64, all else in
             float32.
         sizes: float32 ``[B, H, W]``, how many original tokens each token stands for.
-        slots: int64 ``[B, H, W]``, the original raster index of each token's representative.
+        representatives: int64 ``[B, H, W]``, the original raster index of each token's representative.
         axis: ``"width"`` (each row is a line) or ``"height"`` (each column is).
         length: of the axis after the merge, at least 1 and at most what it is.
         pairing: ``"line"``: each line chooses for itself; ``"shared"``: all lines of a grid merge at
@@ -54,7 +54,7 @@ def orthogonal_merge(
             1 + (what the axis loses).
 
     Returns:
-        `x`, `sizes` and `slots`, and `feature` where it was given, with the axis shortened:
+        `x`, `sizes` and `representatives`, and `feature` where it was given, with the axis shortened:
         contiguous, or the arguments themselves when the axis has that length already.
 
     Raises:
@@ -71,7 +71,9 @@ def orthogonal_merge(
         raise ValueError(
             f"feature has shape {list(feature.shape)}; allowed: {list(x.shape[:3])} and channels, as x has"
         )
-    parts: tuple[Tensor, ...] = (x, sizes, slots) if feature is None else (x, sizes, slots, feature)
+    parts: tuple[Tensor, ...] = (
+        (x, sizes, representatives) if feature is None else (x, sizes, representatives, feature)
+    )
     if length == before:
         return parts
     if axis == "height":
@@ -109,7 +111,7 @@ def _merge_round(
     parts: tuple[Tensor, ...], merges: int, shared: bool, runs: Tensor | None
 ) -> tuple[Tensor, ...]:
     """``[B, L, n, ...]`` -> ``[B, L, n - merges, ...]`` each; `merges` is at most n // 2."""
-    x, sizes, slots, *feature = parts
+    x, sizes, representatives, *feature = parts
     length = x.shape[2]
     goes = _proposals(feature[0] if feature else x, merges, shared, runs)
 
@@ -137,7 +139,7 @@ def _merge_round(
         weighted = weighted + _weighted(_tokens(tokens, right), size_right)
         return torch.where(joined, (weighted / total.unsqueeze(-1)).to(tokens.dtype), own)
 
-    return merged(x), total, slots.gather(2, here), *map(merged, feature)
+    return merged(x), total, representatives.gather(2, here), *map(merged, feature)
 
 
 def _proposals(compared: Tensor, merges: int, shared: bool, runs: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from luvc_fx.ops.compact import mask_to_index
 
 
-def surviving_rows(visual: Tensor, slots: Tensor, placeholders: int) -> tuple[Tensor, Tensor]:
+def surviving_rows(visual: Tensor, representatives: Tensor, placeholders: int) -> tuple[Tensor, Tensor]:
     """Which rows of a prompt stay when its images were merged.
 
     Of the placeholders those of the representatives stay. The j-th merged token of a row sits at the
@@ -17,7 +17,7 @@ def surviving_rows(visual: Tensor, slots: Tensor, placeholders: int) -> tuple[Te
 
     Args:
         visual: bool ``[B, S]``, True on placeholders; each row has ``placeholders / B`` of them.
-        slots: int64, of any shape with B N' entries: the representative of each merged token, in
+        representatives: int64, of any shape with B N' entries: the representative of each merged token, in
             order, among the placeholders of all rows.
         placeholders: of all rows, before merging.
 
@@ -26,9 +26,9 @@ def surviving_rows(visual: Tensor, slots: Tensor, placeholders: int) -> tuple[Te
         and the same rows in sequence order.
     """
     batch, length = visual.shape
-    merged, each = slots.numel() // batch, placeholders // batch
-    before = torch.arange(batch, device=slots.device).unsqueeze(1) * each
-    chosen = mask_to_index(visual, each).gather(1, slots.reshape(batch, merged) - before)
+    merged, each = representatives.numel() // batch, placeholders // batch
+    before = torch.arange(batch, device=representatives.device).unsqueeze(1) * each
+    chosen = mask_to_index(visual, each).gather(1, representatives.reshape(batch, merged) - before)
     stays = visual.logical_not().scatter(1, chosen, True)
     ascending = mask_to_index(stays, length - each + merged)
     short = visual.gather(1, ascending)

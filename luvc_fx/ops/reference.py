@@ -17,7 +17,7 @@ Array = np.ndarray
 def orthogonal_merge(
     x: Array,
     sizes: Array,
-    slots: Array,
+    representatives: Array,
     axis: str,
     length: int,
     pairing: str = "line",
@@ -30,7 +30,7 @@ def orthogonal_merge(
     `cast` rounds one token ``[C]`` to the values that a narrower dtype can hold. The shortest of `runs`
     ``[B, 2]`` is found here.
     """
-    parts = [x, sizes, slots] if feature is None else [x, sizes, slots, feature]
+    parts = [x, sizes, representatives] if feature is None else [x, sizes, representatives, feature]
     if axis == "height":
         turn = [np.swapaxes(part, 1, 2) for part in parts]
         last = None if feature is None else turn[3]
@@ -41,7 +41,7 @@ def orthogonal_merge(
     padding = [0] * len(x) if runs is None else [x.shape[2] - (end - first) for first, end in runs.tolist()]
     for b in range(len(x)):
         lines = [
-            list(zip(x[b, row], sizes[b, row], slots[b, row], compared[b, row], strict=True))
+            list(zip(x[b, row], sizes[b, row], representatives[b, row], compared[b, row], strict=True))
             for row in range(x.shape[1])
         ]
         while len(lines[0]) > length:
@@ -87,7 +87,7 @@ def _targets(cosine: list[float], merges: int, first: int, end: int) -> dict[int
 
 def _merge_line(line: list, target_of: dict[int, int], cast: Callable[[Array], Array]) -> list:
     out = []
-    for i, (token, size, slot, compared) in enumerate(line):
+    for i, (token, size, representative, compared) in enumerate(line):
         if i in target_of:
             continue
         joined = [j for j in (i - 1, i, i + 1) if j == i or target_of.get(j) == i]
@@ -97,7 +97,7 @@ def _merge_line(line: list, target_of: dict[int, int], cast: Callable[[Array], A
                 cast(sum((line[j][k] * line[j][1] for j in joined), np.zeros_like(line[i][k])) / size)
                 for k in (0, 3)
             )
-        out.append((token, size, slot, compared))
+        out.append((token, size, representative, compared))
     return out
 
 
@@ -111,12 +111,14 @@ def _cosine(a: Array, b: Array) -> float:
 
 
 def sequence_merge(
-    x: Array, sizes: Array, slots: Array, length: int, feature: Array | None = None
+    x: Array, sizes: Array, representatives: Array, length: int, feature: Array | None = None
 ) -> tuple[Array, ...]:
     """Twin of `luvc_fx.ops.sequence_merge` for float32 or float64 `x` ``[B, n, C]``."""
     out: list[list[Array]] = []
     for b in range(len(x)):
-        row = list(zip(x[b], sizes[b], slots[b], x[b] if feature is None else feature[b], strict=True))
+        row = list(
+            zip(x[b], sizes[b], representatives[b], x[b] if feature is None else feature[b], strict=True)
+        )
         while len(row) > length:
             merges = min(len(row) // 2, len(row) - length)
             proposals = []
@@ -134,12 +136,12 @@ def sequence_merge(
 
 
 def _merge_into(row: list, i: int, target_of: dict[int, int]) -> tuple:
-    token, size, slot, compared = row[i]
+    token, size, representative, compared = row[i]
     joined = [i, *(even for even, to in target_of.items() if to == i)]
     if len(joined) > 1:
         size = sum((row[j][1] for j in joined), np.float32(0))
         token, compared = (sum(row[j][k] * row[j][1] for j in joined) / size for k in (0, 3))
-    return token, size, slot, compared
+    return token, size, representative, compared
 
 
 def absorb(x: Array, kept: Array) -> Array:
@@ -240,14 +242,14 @@ def compact(x: Array, mask: Array, count: int) -> Array:
     return gather_rows(x, mask_to_index(mask, count), 1)
 
 
-def surviving_rows(visual: Array, slots: Array, placeholders: int) -> tuple[Array, Array]:
+def surviving_rows(visual: Array, representatives: Array, placeholders: int) -> tuple[Array, Array]:
     """Twin of `luvc_fx.ops.surviving_rows`."""
     batch, length = visual.shape
     all_of = [(b, row) for b in range(batch) for row in range(length) if visual[b, row]]
     assert len(all_of) == placeholders
     places: list[list[int]] = [[] for _ in range(batch)]
     ascending: list[list[int]] = [[] for _ in range(batch)]
-    chosen = [all_of[slot] for slot in slots.flatten()]
+    chosen = [all_of[representative] for representative in representatives.flatten()]
     for b in range(batch):
         tokens = iter([row for owner, row in chosen if owner == b])
         for row in range(length):
@@ -261,7 +263,7 @@ def surviving_rows(visual: Array, slots: Array, placeholders: int) -> tuple[Arra
 
 
 def random_positions(tokens: int, count: int, seed: int, layer: int) -> Array:
-    """Twin of `luvc_fx.selectors.select_random` for one row: ``[count]``."""
+    """Twin of `luvc_fx.selectors.random.Random` for one row: ``[count]``."""
     return select_global(np.array([[_hash(i, seed, layer) for i in range(tokens)]]), count)[0]
 
 
@@ -275,17 +277,17 @@ def _hash(i: int, seed: int, layer: int) -> int:
 
 
 def uniform_positions(tokens: int, count: int) -> Array:
-    """Twin of `luvc_fx.selectors.select_uniform` for one row: ``[count]``."""
+    """Twin of `luvc_fx.selectors.uniform.Uniform` for one row: ``[count]``."""
     return np.array([(2 * i + 1) * tokens // (2 * count) for i in range(count)], np.int64)
 
 
 def norm_scores(x: Array) -> Array:
-    """Twin of `luvc_fx.selectors.select_norm`: ``[B, N]``."""
+    """Twin of `luvc_fx.selectors.norm.Norm`: ``[B, N]``."""
     return np.array([[sum(float(value) ** 2 for value in token) for token in row] for row in x])
 
 
 def pact_positions(x: Array, attended: Array, keys: Array, count: int) -> Array:
-    """Twin of `luvc_fx.selectors.select_pact`, in float64: ``[B, count]``."""
+    """Twin of `luvc_fx.selectors.pact.Pact`, in float64: ``[B, count]``."""
     rows = []
     for tokens, paid, compared in zip(x.astype(np.float64), attended, keys.astype(np.float64), strict=True):
         scores = paid * np.sqrt((tokens**2).sum(-1))

@@ -18,7 +18,7 @@ _COSINE_OF_NAN = -2.0
 
 
 def sequence_merge(
-    x: Tensor, sizes: Tensor, slots: Tensor, length: int, feature: Tensor | None = None
+    x: Tensor, sizes: Tensor, representatives: Tensor, length: int, feature: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Shorten rows of tokens to `length` by merging similar pairs over the whole row.
 
@@ -30,12 +30,12 @@ def sequence_merge(
     Args:
         x: ``[B, n, C]``, any floating dtype; float64 is computed in float64, all else in float32.
         sizes: float32 ``[B, n]``, how many original tokens each token stands for.
-        slots: int64 ``[B, n]``, the original index of each token; a merged one has the odd one's.
+        representatives: int64 ``[B, n]``, the original index of each token; a merged one has the odd one's.
         length: of the rows after the merge, at least 1 and at most n.
         feature: ``[B, n, F]``, compared in place of `x` and merged as `x` is.
 
     Returns:
-        `x`, `sizes` and `slots`, and `feature` where it was given, with `length` tokens each; the
+        `x`, `sizes` and `representatives`, and `feature` where it was given, with `length` tokens each; the
         arguments themselves where the rows have that length already.
 
     Raises:
@@ -47,7 +47,9 @@ def sequence_merge(
         raise ValueError(
             f"feature has shape {list(feature.shape)}; allowed: {list(x.shape[:2])} and channels, as x has"
         )
-    parts: tuple[Tensor, ...] = (x, sizes, slots) if feature is None else (x, sizes, slots, feature)
+    parts: tuple[Tensor, ...] = (
+        (x, sizes, representatives) if feature is None else (x, sizes, representatives, feature)
+    )
     while parts[0].shape[1] > length:
         now = parts[0].shape[1]
         parts = _merge_round(parts, min(now // 2, now - length))
@@ -60,7 +62,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _merge_round(parts: tuple[Tensor, ...], merges: int) -> tuple[Tensor, ...]:
     """``[B, n, ...]`` -> ``[B, n - merges, ...]`` each; `merges` is at most n // 2."""
-    x, sizes, slots, *feature = parts
+    x, sizes, representatives, *feature = parts
     tokens = x.shape[1]
     places = torch.arange(tokens, device=x.device)
     even = places.narrow(0, 0, (tokens + 1) // 2) * 2
@@ -91,5 +93,5 @@ def _merge_round(parts: tuple[Tensor, ...], merges: int) -> tuple[Tensor, ...]:
         return gather_rows(values.index_select(1, even), rest, 1)
 
     sizes = torch.cat([left(sizes), total], dim=1)
-    slots = torch.cat([left(slots), slots.index_select(1, odd)], dim=1)
-    return merged(x), sizes, slots, *map(merged, feature)
+    representatives = torch.cat([left(representatives), representatives.index_select(1, odd)], dim=1)
+    return merged(x), sizes, representatives, *map(merged, feature)
