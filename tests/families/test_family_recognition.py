@@ -109,7 +109,7 @@ def test_no_module_stack_and_static_shapes(family: str, monkeypatch: pytest.Monk
     assert_as_declared(family, model, out, report)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_unless(FAMILIES, KINDS))
 @torch.no_grad()
 def test_symbolic_shapes_of_a_model_that_never_ran(family: str) -> None:
     """From the first call on: ``dynamic=True``, the prompt's length is a symbol."""

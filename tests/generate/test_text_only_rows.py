@@ -5,6 +5,7 @@ Each row equals the oracle of that row alone, without padding or neighbours.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule
 from luvc_fx.report import Reason
+from tests.support.cases import slow_unless
 from tests.support.family_matrix import FAMILIES, Batch
 from tests.support.oracle import OracleResult, oracle_continue, oracle_forward, oracle_greedy
 from tests.support.oracle.positions import generate_positions
@@ -79,7 +81,7 @@ def is_pixels(name: str) -> bool:
     return name.startswith("pixel")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_unless(CASES, ["qwen2", "onevision"]))
 @torch.no_grad()
 def test_each_row_is_what_it_is_alone(case: str) -> None:
     family, (spec, schedule) = case.split(",")[0], CASES[case]
@@ -106,8 +108,13 @@ def test_each_row_is_what_it_is_alone(case: str) -> None:
         assert torch.equal(said[number, -NEW_TOKENS:], oracle_greedy(model, want, NEW_TOKENS)[0])
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize(
+    ("kind", "attn"),
+    slow_unless(
+        itertools.product([DynamicCache, StaticCache], ["sdpa", "eager"]),
+        [(DynamicCache, "sdpa"), (StaticCache, "eager")],
+    ),
+)
 @torch.no_grad()
 def test_two_turns(kind: type[Any], attn: str) -> None:
     model = FAMILIES["qwen2"].make(**FAMILIES["qwen2"].size, attn=attn)

@@ -15,7 +15,7 @@ from luvc_fx.anatomy.recognise import recognise
 from luvc_fx.passes.support.site_keys import site_keys
 from luvc_fx.plan import make_plan
 from luvc_fx.report import Reason, Refused
-from tests.support.cases import GAP
+from tests.support.cases import GAP, slow_unless
 from tests.support.family_matrix import FAMILIES, Outcome, cell, note_rows, prompt_of
 from tests.support.models import inputs, tiny_llava
 from tests.support.oracle import oracle_forward
@@ -61,7 +61,10 @@ def compare(family: str, name: str, schedule: Schedule, layers: int = 4) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("llava", "two rows, left padding"), ("internvl", "an image in tiles"), ("qwen2", "an image")],
+    slow_unless(
+        [("llava", "two rows, left padding"), ("internvl", "an image in tiles"), ("qwen2", "an image")],
+        [("llava", "two rows, left padding"), ("qwen2", "an image")],
+    ),
 )
 @torch.no_grad()
 def test_a_method_is_the_oracle(family: str, name: str, method: str) -> None:

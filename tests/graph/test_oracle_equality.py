@@ -46,7 +46,7 @@ FEW = Schedule(
     merge=Merge("width", length=3, layer=0),
     prune=(Prune(tokens=5, layer=0, coverage="global"), Prune(tokens=0, layer=1)),
 )
-# 208 schedules in all, of which the default run draws a third.
+# 208 schedules in all, of which the default run draws a quarter.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one row": (56, {}),
     "two rows": (56, {"batch": 2}),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cases import slow_unless
 from tests.support.paths import RESEARCH, ROOT
 
 PROGRAMS = ROOT / "docs" / "programs"
@@ -23,7 +24,7 @@ ARGUMENTS = {
     "saved": ("{tmp}/saved",),
     "sizes": (str(RESEARCH / "models" / "qwen2_vl"), "eager"),
 }
-SLOW = ("saved", "tune")
+FAST = ("forward", "generate")
 MEASURED = re.compile(r"\d+ ms|[\d.]+ s\b|\d+ -> \d+ nodes")
 """What differs from run to run, or with the version of torch."""
 
@@ -33,9 +34,7 @@ def names() -> list[str]:
 
 
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names()]
-)
+@pytest.mark.parametrize("name", slow_unless(names(), FAST))
 def test_a_program_runs_and_prints_what_stands_beside_it(name: str, tmp_path: Path) -> None:
     arguments = [argument.format(tmp=tmp_path) for argument in ARGUMENTS.get(name, ())]
     done = subprocess.run(
@@ -55,4 +54,4 @@ def test_a_program_runs_and_prints_what_stands_beside_it(name: str, tmp_path: Pa
 
 def test_settings_are_of_programs_that_exist() -> None:
     outputs = {path.stem for path in PROGRAMS.glob("*.out")}
-    assert {*ARGUMENTS, *SLOW, *outputs} <= set(names())
+    assert {*ARGUMENTS, *FAST, *outputs} <= set(names())

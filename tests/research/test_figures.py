@@ -86,6 +86,7 @@ def films() -> dict[str, Any]:
     return {"rows": rows, "hardware": {"device": "a CPU", "dtype": "float32"}}
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_and_described(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +210,7 @@ def test_what_is_left_over_is_told() -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_the_rows_left_over_are_visual_ones_of_the_last_layer(bench: Bench) -> None:
     images = [smoothing.textured("brick", np.random.default_rng(0), told=False)]
     question = bench.questions[0]

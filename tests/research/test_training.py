@@ -13,6 +13,7 @@ from examples.research.tinyvlm.families import family, more_words, redepthed
 from examples.research.tinyvlm.muon import BatchedMuon
 from examples.research.tinyvlm.packing import pack
 from examples.research.tinyvlm.scenes import SIZE, sample
+from tests.support.cases import slow_unless
 
 SHAPES = ((24, 16), (24, 16), (16, 24), (16, 16), (24, 16))
 
@@ -37,7 +38,7 @@ def test_batched_muon_is_torchs() -> None:
         steps[0].step(lambda: 0.0)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", slow_unless([0, 1], [0]))
 def test_a_draw_depends_on_its_step_alone(workers: int) -> None:
     """So a run that was stopped goes on with the scenes that it would have seen."""
     made = batches.Batches("internvl", warmup_batch=2, batch=2)
@@ -80,6 +81,7 @@ def test_an_image_of_the_public_set() -> None:
     assert len(set(images)) == 4
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_fewer_words_is_trained_on() -> None:
     model = family("qwen2_vl").build()
     before = model.get_input_embeddings().weight.detach().clone()
@@ -89,6 +91,7 @@ def test_a_model_that_knows_fewer_words_is_trained_on() -> None:
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [8, 24])
 def test_a_trained_decoder_of_another_depth(layers: int) -> None:
     torch.manual_seed(0)

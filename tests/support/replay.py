@@ -26,8 +26,8 @@ PROFILE = os.environ.get("LUVC_HYPOTHESIS", "fast")
 
 
 def examples(full: int) -> int:
-    """How many examples a property that compiles gets: a third in the default run, `full` in test-all."""
-    return {"fast": max(3, full // 3), "full": full, "thorough": 10 * full}[PROFILE]
+    """How many examples a property that compiles gets: a quarter in the default run, `full` in test-all."""
+    return {"fast": max(3, full // 4), "full": full, "thorough": 10 * full}[PROFILE]
 
 
 # ------------------------------------------------------------------------------------------ capturing
