@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import luvc_fx
 from luvc_fx.dynamo.backend import set_up_dynamo
 from luvc_fx.graph.emit import inserted
 from luvc_fx.schedule import AXES, Merge, Prune, Schedule
+from tests.support.cases import slow_unless
 from tests.support.oracle import oracle_forward
 from tests.support.replay import (
     Outputs,
@@ -85,10 +87,16 @@ def flat(result: Any) -> list[Tensor]:
     return [outputs.logits, *outputs.keys, *outputs.values]
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("schedule", [Schedule(), KEEP_ALL], ids=["empty", "keep all"])
+@pytest.mark.parametrize(
+    ("inner", "name"),
+    slow_unless(
+        itertools.product(["eager", "inductor"], ["empty", "keep all"]),
+        [("eager", "empty"), ("eager", "keep all"), ("inductor", "keep all")],
+    ),
+)
 @torch.no_grad()
-def test_bit_equal_to_the_inner_compiler_alone(inner: str, schedule: Schedule) -> None:
+def test_bit_equal_to_the_inner_compiler_alone(inner: str, name: str) -> None:
+    schedule = DOES_NOTHING[name]
     if inner == "inductor" and schedule is KEEP_ALL:
         # The small model has no block 2 and no layer 2.
         schedule = Schedule(merge=KEEP_ALL.merge[:2], prune=KEEP_ALL.prune[::2])
@@ -192,6 +200,7 @@ def test_the_rows_of_a_forced_prune_are_all_rows_in_order() -> None:
     assert not any(torch.equal(candidate, rows) for candidate in candidates)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_forced_sites_through_inductor() -> None:
     model, batch = llava(**dict(SMALL)), prompt(batch=2, padding=(2, 0), model=SMALL)
