@@ -96,7 +96,7 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 def test_numbers_of_a_cpu_are_no_results(
     given: list[str], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(campaign, "_has_gpu", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(campaign, "campaign", lambda *_: pytest.fail("it ran"))
     monkeypatch.setattr(sys, "argv", ["campaign.py", *given])
     with pytest.raises(SystemExit):
