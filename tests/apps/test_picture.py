@@ -220,6 +220,24 @@ def test_pruned_areas_are_what_the_oracle_drops(case: Case) -> None:
     assert [stage.tokens for stage in (plain, absorbed, none)] == [len(case.kept[i][0]) for i in (1, 2, 3)]
 
 
+@pytest.mark.slow
+def test_compiled_code_keeps_what_is_drawn() -> None:
+    model = tiny_llava()
+    prompt = inputs(model)
+    schedule = dataclasses.replace(SCHEDULE, prune=SCHEDULE.prune[:2])
+    last = stages_of(record(model, prompt, schedule))[-1]
+    luvc_fx.compile(model, schedule, strict=True)
+    with torch.inference_mode():
+        rows = model(**prompt).row_index[0]
+        drawn = stages_of(record(model, prompt, schedule))[-1]
+    visual = prompt["input_ids"][0, rows] == model.config.image_token_id
+    first = int((prompt["input_ids"][0] == model.config.image_token_id).int().argmax())
+    owner = last.owners[0].flatten()[rows[visual] - first]
+    assert sorted(owner.tolist()) == list(range(last.tokens))
+    assert not last.absorbed[0].flatten()[rows[visual] - first].any()
+    assert torch.equal(drawn.owners[0], last.owners[0])
+
+
 # -- the drawing ------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from luvc_fx.generate.frontdoor import door_of
 from luvc_fx.schedule import Schedule
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    import PIL.Image
 
 
 def picture(
@@ -26,7 +26,7 @@ def picture(
     schedule: Schedule | str | None = None,
     processor: Any = None,
     path: str | os.PathLike[str] | None = None,
-) -> Image:
+) -> PIL.Image.Image:
     """Draw which visual tokens of one prompt a schedule keeps: a panel for each stage, a row for each image.
 
     A merged token is drawn as the area of all patches that went into it, in their mean colour; the area of a

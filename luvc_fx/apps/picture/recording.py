@@ -90,7 +90,8 @@ def record(model: Any, inputs: Mapping[str, Any], schedule: Schedule) -> Recordi
         return lambda *args: _Recorder(gm, recording).run(*args)
 
     _compat.forget_shapes()
-    with luvc_fx.applied(model, schedule, inner=inner, on_no_match="ignore"), torch.no_grad():
+    # Inference tensors have no gradients, which the recorder asks for.
+    with torch.inference_mode(False), luvc_fx.applied(model, schedule, inner=inner, on_no_match="ignore"):
         model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
         report = luvc_fx.report_of(model)
     found = [*report.refusals, *(refusal for graph in report.graphs for refusal in graph.refusals)]
