@@ -27,11 +27,16 @@ class InPlaceOfPixels(list[torch.Tensor]):
 
     def __init__(self, features: Any, extra: dict[str, list[torch.Tensor]]) -> None:
         super().__init__([features] if isinstance(features, torch.Tensor) else features)
+        self.features_are_stacked = isinstance(features, torch.Tensor)
         self.extra = extra
 
     def size(self, axis: int) -> int:
         """LLaVA-NeXT wants to know whether there are any images."""
         return len(self)
+
+    def encoder_output(self) -> Any:
+        """What the forward gets when it asks for the features of these pixels."""
+        return encoder_output(self[0] if self.features_are_stacked else [*self], self.extra)
 
 
 def extra_features(output: Any) -> dict[str, list[torch.Tensor]]:

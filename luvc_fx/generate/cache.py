@@ -19,8 +19,8 @@ class PrunedRows:
     dropped_rows: int = 0
     """Rows of the conversation that are missing in layer 0: those merged away."""
 
-    textual: tuple[int, ...] = ()
-    """Rows of the batch without images: of these left padding was dropped."""
+    rows_without_images: tuple[int, ...] = ()
+    """Of the batch, beside rows with images: of these left padding was dropped."""
 
     is_croppable = False
 
@@ -32,7 +32,7 @@ class PrunedRows:
     def reset(self) -> None:
         """Empty it for another conversation."""
         super().reset()  # type: ignore[misc]
-        self.dropped_rows, self.textual = 0, ()
+        self.dropped_rows, self.rows_without_images = 0, ()
 
     def crop(self, *args: object, **kwargs: object) -> None:
         """Raises `NotImplementedError`: which rows a length means differs from layer to layer."""
@@ -63,10 +63,10 @@ def adopt(cache: object, rows: int) -> None:
         return
     lengths = [layer.get_seq_length() for layer in layers_of(cache)]
     if any(length < rows for length in lengths):
-        follow(cache).dropped_rows = rows - lengths[0]
+        as_pruned(cache).dropped_rows = rows - lengths[0]
 
 
-def follow(cache: DynamicCache) -> PrunedCache:
+def as_pruned(cache: DynamicCache) -> PrunedCache:
     """Turn a cache into a `PrunedCache` in place, whether or not it has dropped any rows yet."""
     if not isinstance(cache, PrunedCache):
         cache.__class__ = PrunedCache

@@ -1,4 +1,4 @@
-"""The vision side of the front door: one compiled encoder a modality, for `generate` and `forward`."""
+"""One compiled vision encoder a modality: pixels in, features and what the prompt must know out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from luvc_fx import _compat
-from luvc_fx.generate import constants as controls
+from luvc_fx.generate import constants
 from luvc_fx.graph import markers
 
 
@@ -60,77 +60,101 @@ def placeholders(model: Any, ids: Tensor) -> Tensor:
     return found
 
 
-Compile = Callable[[Callable[..., Any], bool], Callable[..., Any]]
+EncoderBody = Callable[..., tuple[Tensor, Tensor, list[int], bool, dict[str, list[Tensor]]]]
+"""``(pixels, options, text_options, layout)`` to
+
+- the features of all images or videos ``[N, D]``;
+- int64 ``[n, H', W']`` or ``[1, 1, N]``: the placeholder that each feature stands for (its representative);
+- how many placeholders each image or video has;
+- whether the model's own encoder stacks its features in one tensor ``[images, n, D]`` (else it returns one
+  tensor for each image);
+- features that enter the decoder late, by their attribute.
+"""
+
+Compile = Callable[[EncoderBody, bool], EncoderBody]
 """``(body, whether it merges) -> compiled body``."""
 
 
-class Encoder:
-    """One compiled encoder; made for a modality of one model.
+@dataclass(frozen=True)
+class CompiledEncoder:
+    """The encoder of one modality of one model; made by `compile_encoder`. A call changes nothing of it.
+
+    Attributes:
+        base: the model whose method the encoder is.
+        signature: of that method.
+        merging, unmerged: the compiled encoder, with the merges of the schedule and without.
+    """
+
+    base: Any
+    modality: Modality
+    signature: inspect.Signature
+    merging: EncoderBody
+    unmerged: EncoderBody
+
+    def options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Of a forward's keyword arguments those that the encoder takes, without its pixels."""
+        names = set(self.signature.parameters) - {self.modality.pixels, "kwargs", "return_dict"}
+        return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+    def __call__(self, pixels: Tensor, options: dict[str, Any], merge: bool, rows: int) -> Any:
+        """The encoder's output as the model gives it, and what the prefill must know about it.
+
+        Args:
+            options: of the model's own encoder, beside the pixels.
+            rows: of the prompt that have images; each has as many placeholders as the others.
+
+        Returns:
+            An output with `pooler_output`, the features: ``[images, n, D]``, or a sequence of ``[n, D]``;
+            after a merge ``[1, N', D]``, or a sequence of one ``[N', D]``. Its `luvc_representatives` are the
+            placeholders of the features that are left, int64 ``[n, H', W']`` where they lie on grids and
+            ``[1, 1, N']`` else, and `luvc_placeholders` is how many placeholders there are.
+        """
+        plain, text = constants.constants(self.base, self.modality.name, options)
+        layout = {"rows": str(rows)}
+        grids = text.get(f"{self.modality.name}_grid_thw")
+        if grids is not None:
+            layout |= {"unit": str(self.base.visual.config.spatial_merge_size), "grids": grids}
+        run = self.merging if merge else self.unmerged
+        flat, representatives, lengths, features_are_stacked, late = run(pixels, plain, text, layout)
+        total = sum(lengths)
+        features: Any = flat.unsqueeze(0) if features_are_stacked else (flat,)
+        if flat.shape[0] == total:
+            features = flat.unflatten(0, (len(lengths), -1)) if features_are_stacked else flat.split(lengths)
+        output = _compat.encoder_output(features, late)
+        output.luvc_representatives, output.luvc_placeholders = representatives, total
+        return output
+
+
+def compile_encoder(
+    model: Any, modality: Modality, encode: Callable[..., Any], compile: Compile
+) -> CompiledEncoder:
+    """The encoder of one modality of a model.
 
     Args:
         encode: the model's own method.
         compile: compiles a body, with the merges of the schedule or without.
     """
+    merging, unmerged = (compile(_body(modality.pixels, encode), merges) for merges in (True, False))
+    return CompiledEncoder(model.base_model, modality, inspect.signature(encode), merging, unmerged)
 
-    def __init__(self, model: Any, kind: Modality, encode: Callable[..., Any], compile: Compile) -> None:
-        self.base = model.base_model
-        self.kind = kind
-        self.whole = False  # whether the model's own gives one tensor for all images, not a list
-        self.signature = inspect.signature(encode)
-        self.merging = compile(self._body(encode), True)
-        self.plain = compile(self._body(encode), False)
 
-    def options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Of a forward's keyword arguments those that the encoder takes, without its pixels."""
-        names = set(self.signature.parameters) - {self.kind.pixels, "kwargs", "return_dict"}
-        return {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+def _body(pixels_name: str, encode: Callable[..., Any]) -> EncoderBody:
+    def body(
+        pixels: Tensor, plain: dict[str, Any], text: dict[str, str], layout: dict[str, str]
+    ) -> tuple[Tensor, Tensor, list[int], bool, dict[str, list[Tensor]]]:
+        options = {**plain, **{name: constants.from_text(name, value) for name, value in text.items()}}
+        if "grids" in layout:
+            # A packed encoder gets the patches of all images in a row, and no graph shows their grids.
+            grids = [size for row in constants.rows_of(layout["grids"]) for size in row]
+            pixels = markers.PATCHES(pixels, grids, int(layout["unit"]))
+        output = encode(**{pixels_name: pixels}, return_dict=True, **options)
+        features = output.pooler_output
+        parts = list(features)
+        features_are_stacked = isinstance(features, Tensor)
+        flat = features.flatten(0, 1) if features_are_stacked else torch.cat(parts)
+        # Dynamo takes these sizes for constants, so a merge does not change them: they count placeholders.
+        lengths = [part.shape[0] for part in parts]
+        representatives = markers.SLOTS(flat, int(layout["rows"]))
+        return flat, representatives, lengths, features_are_stacked, _compat.extra_features(output)
 
-    def __call__(self, pixels: Tensor, options: dict[str, Any], merge: bool, rows: int) -> Any:
-        """The encoder's output, and what the prefill must know about it.
-
-        The images belong to `rows` rows of a prompt, with as many placeholders in each.
-
-        `luvc_slots` are the placeholders of the tokens that are left, ``[n, H', W']`` where they are
-        grids and ``[1, 1, N']`` else; `luvc_placeholders` is how many there were.
-        """
-        plain, text = controls.constants(self.base, self.kind.name, options)
-        grid = text.get(f"{self.kind.name}_grid_thw")
-        told = {"rows": str(rows)}
-        if grid is not None:
-            told |= {"unit": str(self.base.visual.config.spatial_merge_size), "grids": grid}
-        run = self.merging if merge else self.plain
-        flat, slots, lengths, self.whole, extra = run(pixels, plain, text, told)
-        total = sum(lengths)
-        features: Any = flat.unsqueeze(0) if self.whole else (flat,)
-        if flat.shape[0] == total:
-            features = flat.unflatten(0, (len(lengths), -1)) if self.whole else flat.split(lengths)
-        output = _compat.encoder_output(features, extra)
-        output.luvc_slots, output.luvc_placeholders = slots, total
-        return output
-
-    def _body(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        pixels_name = self.kind.pixels
-
-        def body(
-            pixels: Tensor, plain: dict[str, Any], text: dict[str, str], told: dict[str, str]
-        ) -> tuple[Tensor, Tensor, list[int], bool, dict[str, Any]]:
-            options = {**plain, **{name: controls.from_text(name, value) for name, value in text.items()}}
-            if "grids" in told:
-                # A packed encoder gets patches in a row: only the front door knows their grids.
-                grids = [size for row in controls.rows_of(told["grids"]) for size in row]
-                pixels = markers.PATCHES(pixels, grids, int(told["unit"]))
-            output = encode(**{pixels_name: pixels}, return_dict=True, **options)
-            found = output.pooler_output
-            parts = list(found)
-            flat = found.flatten(0, 1) if isinstance(found, Tensor) else torch.cat(parts)
-            # Dynamo takes these sizes for constants, so a merge does not change them: the placeholders.
-            lengths = [part.shape[0] for part in parts]
-            return (
-                flat,
-                markers.SLOTS(flat, int(told["rows"])),
-                lengths,
-                isinstance(found, Tensor),
-                _compat.extra_features(output),
-            )
-
-        return _compat.with_own_code(body)
+    return _compat.with_own_code(body)

@@ -3,17 +3,83 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from transformers.masking_utils import create_masks_for_generate
+
 from luvc_fx.dynamo.backend import backend, prepare
 from luvc_fx.dynamo.generate_warning import take_generate_warning_off
+from luvc_fx.generate import constants
+from luvc_fx.generate.calls import Calls
+from luvc_fx.generate.compiled_encoder import modalities
+from luvc_fx.generate.graphs import GraphSet
+from luvc_fx.generate.hooks import HookedMethod
 from luvc_fx.generate.model_check import check_schedule, check_supported
-from luvc_fx.generate.wiring import FrontDoor
-from luvc_fx.report import Report
+from luvc_fx.report import LuvcWarning, NotRewritten, Refusal, Report
 from luvc_fx.schedule import Schedule
 
 _STATE = "_luvc_fx"
+
+
+class FrontDoor:
+    """The hooks and compiled graphs of one model instance; made by `compile`.
+
+    `generate` encodes the image, prefills and decodes in separate calls, so no graph sees all of it. The
+    instance gets hooks on `generate`, on `forward`, and on the encoders of the base model,
+    `get_image_features` and `get_video_features`. Between encoder and prefill the prompt is cut to the
+    placeholders whose tokens are left, so that the prefill graph sees a shorter but consistent prompt.
+
+    Attributes:
+        settings, dynamic: what `compile` was given.
+        report: what happened to every graph, and what was refused.
+        graphs: what is compiled, which other schedules of the model may share.
+    """
+
+    def __init__(self, model: Any, settings: dict[str, Any], dynamic: bool | None) -> None:
+        base = model.base_model
+        self.settings = settings
+        self.dynamic = dynamic
+        self.report = Report()
+        hooked = [
+            HookedMethod(model, "forward"),
+            HookedMethod(model, "generate"),
+            HookedMethod(model, "create_masks_for_generate", create_masks_for_generate),
+            *(HookedMethod(base, modality.method) for modality in modalities(model)),
+        ]
+        self._hooked = {method.name: method for method in hooked}
+        self._replaced = {HookedMethod(base, name): own for name, own in constants.numpy_free(base).items()}
+        originals = {name: method.original for name, method in self._hooked.items()}
+        self.graphs = GraphSet(model, originals, settings, dynamic, self.report)
+        self._calls = Calls(model, originals, self.graphs, settings, self._refuse)
+
+    @property
+    def schedule(self) -> Schedule:
+        """What is merged and pruned."""
+        schedule: Schedule = self.settings["schedule"]
+        return schedule
+
+    def install(self) -> None:
+        """Put the hooks on the instance."""
+        for name, body in self._calls.bodies().items():
+            self._hooked[name].hook(body)
+        for method, replacement in self._replaced.items():
+            method.replace(replacement)
+
+    def remove(self) -> None:
+        """Take the hooks off; what was on the instance before is there again."""
+        for method in (*self._hooked.values(), *self._replaced):
+            method.restore()
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Note once why a call keeps its visual tokens; warn or raise, as the settings say."""
+        if not self.report.refuse(refusal):
+            return
+        if self.settings["strict"] or self.settings["on_no_match"] == "raise":
+            raise NotRewritten(str(refusal))
+        if self.settings["on_no_match"] == "warn":
+            warnings.warn(f"luvc_fx left this alone: {refusal}", LuvcWarning, stacklevel=5)
 
 
 def compile(

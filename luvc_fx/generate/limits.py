@@ -27,30 +27,33 @@ PLAIN = (
 
 
 @dataclass(frozen=True, slots=True)
-class Allowed:
-    """What one call may do, with a prompt of `rows` rows that have images.
+class CallLimits:
+    """What one call may do.
 
     Attributes:
-        textual: the other rows, whose left padding has room for as many tokens as the images have.
+        merge: whether the encoder may merge visual tokens.
+        shorten: whether visual tokens may go at all; without it the call runs with all of them.
+        rows: of the prompt that have images.
+        rows_without_images: the others, whose left padding has room for as many tokens as the images have.
         decode_mode: the Inductor mode that transformers would compile the decoding of this call with.
     """
 
     merge: bool
     shorten: bool
     rows: int = 1
-    textual: tuple[int, ...] = ()
+    rows_without_images: tuple[int, ...] = ()
     decode_mode: str | None = None
 
 
-ALL = Allowed(merge=True, shorten=True)
-UNMERGED = Allowed(merge=False, shorten=True)
-NOTHING = Allowed(merge=False, shorten=False)
+FULL = CallLimits(merge=True, shorten=True)
+UNMERGED = CallLimits(merge=False, shorten=True)
+UNTOUCHED = CallLimits(merge=False, shorten=False)
 
 Note = Callable[[Refusal], None]
 """Where limits are noted; it may raise."""
 
 
-def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
+def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> CallLimits:
     """What this `generate` call may do; each limit is noted."""
     config = kwargs.get("generation_config") or model.generation_config
 
@@ -62,23 +65,23 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
             given = option(name)
             shown = type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
             note(Refusal(Reason.INPUTS, f"{name}={shown}: all visual tokens stay"))
-            return NOTHING
+            return UNTOUCHED
     refused = _refusal_of_attention(model)
     if refused is None and _is_static(option):
         refused = _refusal_of_static(model)
     if refused is not None:
         note(refused)
-        return NOTHING
-    allowed = for_images(model, kwargs, note)
-    if allowed.shorten and ((option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1):
-        if allowed.textual:
+        return UNTOUCHED
+    limits = for_images(model, kwargs, note)
+    if limits.shorten and ((option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1):
+        if limits.rows_without_images:
             text = "num_beams or num_return_sequences above 1 beside rows without images"
             note(Refusal(Reason.UNEVEN_BATCH, f"{text}: all visual tokens stay"))
-            return NOTHING
+            return UNTOUCHED
         text = "num_beams or num_return_sequences above 1: transformers expands unmerged features only"
         note(Refusal(Reason.INPUTS, text + "; pruned, but not merged"))
         return UNMERGED
-    return dataclasses.replace(allowed, decode_mode=_decode_mode(model, option))
+    return dataclasses.replace(limits, decode_mode=_decode_mode(model, option))
 
 
 def _is_static(option: Callable[[str], Any]) -> bool:
@@ -132,28 +135,28 @@ def pixels_in(kwargs: dict[str, Any]) -> list[str]:
     return [name for name, given in kwargs.items() if name.startswith("pixel_values") and given is not None]
 
 
-def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
+def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> CallLimits:
     """Whether each row has the same number of visual tokens, and a prompt that can be cut."""
     ids, mask = kwargs.get("input_ids", kwargs.get("inputs")), kwargs.get("attention_mask")
     if ids is None:
         note(Refusal(Reason.INPUTS, "inputs_embeds without input_ids: all visual tokens stay"))
-        return NOTHING
+        return UNTOUCHED
     kinds = modalities(model)
     for name in pixels_in(kwargs):
         if name not in {kind.pixels for kind in kinds}:
             # Encoded in the text graph, out of sight of what counts its tokens and adopts its cache.
             note(Refusal(Reason.INPUTS, f"{name} has no known encoder in this model: all visual tokens stay"))
-            return NOTHING
+            return UNTOUCHED
     if not pixels_in(kwargs):
-        return dataclasses.replace(ALL, rows=ids.shape[0])
+        return dataclasses.replace(FULL, rows=ids.shape[0])
     counts = torch.stack(
         [(ids == getattr(model.config, kind.token)).sum(1) for kind in kinds], dim=1
     ).tolist()
-    textual = tuple(row for row, count in enumerate(counts) if not any(count))
-    uneven = _why_uneven(kwargs, counts, textual)
+    without_images = tuple(row for row, count in enumerate(counts) if not any(count))
+    uneven = _why_uneven(kwargs, counts, without_images)
     if uneven:
         note(Refusal(Reason.UNEVEN_BATCH, f"{uneven}: all visual tokens stay"))
-        return NOTHING
+        return UNTOUCHED
     later = refusal_of_later_images(model, kwargs)
     if later is not None:
         note(later)
@@ -168,24 +171,26 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> Allowed:
                 "an attention_mask with more than left padding, under FlashAttention: all visual tokens stay"
             )
             note(Refusal(Reason.INPUTS, text))
-            return NOTHING
-    return dataclasses.replace(ALL, rows=ids.shape[0] - len(textual), textual=textual)
+            return UNTOUCHED
+    return dataclasses.replace(
+        FULL, rows=ids.shape[0] - len(without_images), rows_without_images=without_images
+    )
 
 
-def _why_uneven(kwargs: dict[str, Any], counts: list[list[int]], textual: tuple[int, ...]) -> str:
+def _why_uneven(kwargs: dict[str, Any], counts: list[list[int]], without_images: tuple[int, ...]) -> str:
     """Why the rows of a batch cannot get shorter by the same number of rows, or nothing.
 
     Args:
-        counts: per row the visual tokens of each modality; `textual`: the rows without any.
+        counts: per row the visual tokens of each modality; `without_images`: the rows without any.
     """
-    if any(count != max(counts) for row, count in enumerate(counts) if row not in textual):
+    if any(count != max(counts) for row, count in enumerate(counts) if row not in without_images):
         return "rows with different numbers of visual tokens"
-    if not textual or len(textual) == len(counts):
+    if not without_images or len(without_images) == len(counts):
         return ""
     mask = kwargs.get("attention_mask")
     if not is_empty(kwargs.get("past_key_values")) or (mask is not None and mask.dim() != 2):
         return "rows without images beside others, over a cache or under a mask that is not 2-D"
-    padding = 0 if mask is None else int((mask[list(textual)].cumsum(1) == 0).sum(1).min())
+    padding = 0 if mask is None else int((mask[list(without_images)].cumsum(1) == 0).sum(1).min())
     tokens = sum(max(counts))
     if padding < tokens:
         return (

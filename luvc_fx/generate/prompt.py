@@ -3,13 +3,51 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from luvc_fx.ops import gather_rows, surviving_rows
+
+_NAMES = {
+    "ids": "input_ids",
+    "mask": "attention_mask",
+    "positions": "position_ids",
+    "cache": "past_key_values",
+}
+"""Fields of a `PromptState`, and the keyword arguments of a forward that they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptState:
+    """The keyword arguments of one forward, those by name that change when the prompt gets shorter.
+
+    Attributes:
+        ids: `input_ids` ``[B, S]``, or None beside `inputs_embeds`.
+        mask: `attention_mask`: ``[B, past + S]``, one of another form, or None.
+        positions: `position_ids` ``[B or 1, S]`` or ``[axes, B or 1, S]``, or None.
+        cache: `past_key_values`, or None.
+        rest: all others, as they were given.
+    """
+
+    ids: Any
+    mask: Any
+    positions: Any
+    cache: Any
+    rest: dict[str, Any]
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any]) -> PromptState:
+        """The state that the keyword arguments of a forward are."""
+        rest = {name: given for name, given in kwargs.items() if name not in _NAMES.values()}
+        return cls(**{field: kwargs.get(name) for field, name in _NAMES.items()}, rest=rest)
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of a forward; what is None is left out, which a forward takes for the same."""
+        fields = {name: getattr(self, field) for field, name in _NAMES.items()}
+        return {**{name: given for name, given in fields.items() if given is not None}, **self.rest}
 
 
 def with_positions(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -32,135 +70,106 @@ def with_positions(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What an encoder made: its features, their `slots`, and how many placeholders there were.
+    """What an encoder made of the images, or the videos, of a prompt.
 
     Attributes:
         features: ``[N, D]`` or ``[1, N, D]``, or a sequence of ``[n, D]``.
-        extra: what enters the decoder late, each level ``[N, D]``.
+        representatives: int64 ``[n, H', W']`` or ``[1, 1, N]``: the placeholder that each feature stands for,
+            counted over all placeholders of the batch.
+        placeholders: how many there are in the batch.
+        late: features that enter the decoder late, by their attribute, each level ``[N, D]``.
     """
 
     features: Any
-    slots: Tensor
+    representatives: Tensor
     placeholders: int
-    extra: dict[str, list[Tensor]]
+    late: dict[str, list[Tensor]]
 
 
-def stand_in(
-    ids: Tensor, start: int, token: int, given: Encoded, textual: tuple[int, ...]
+def treat_padding_as_visual(
+    ids: Tensor, start: int, token: int, encoded: Encoded, rows_without_images: tuple[int, ...]
 ) -> tuple[Tensor, Encoded]:
-    """Let left padding of rows without images stand for as many visual tokens as the other rows have.
+    """Let left padding of rows without images pass for as many visual tokens as the other rows have.
 
-    Nothing sees padding, so zeros do for features, and it goes as visual tokens go: each row gets
-    shorter by the same number of rows, and none of text.
+    No token sees padding, so zeros do for its features, and it goes where visual tokens go: each row gets
+    shorter by the same number of rows, and none loses text.
 
     Args:
-        ids: ``[B, S]``; in the `textual` rows the places from `start` on are padding.
+        ids: ``[B, S]``; in `rows_without_images` the places from `start` on are padding.
         token: the placeholder.
+
+    Returns:
+        `ids` with placeholders in the padding, and `encoded` with zeros for them.
     """
     batch = ids.shape[0]
-    rows = [row for row in range(batch) if row not in textual]
-    each, left = given.placeholders // len(rows), given.slots.numel() // len(rows)
+    with_images = [row for row in range(batch) if row not in rows_without_images]
+    each = encoded.placeholders // len(with_images)
+    left = encoded.representatives.numel() // len(with_images)
     ids = ids.clone()
-    ids[list(textual), start : start + each] = token
+    ids[list(rows_without_images), start : start + each] = token
     first = torch.arange(batch, device=ids.device).unsqueeze(1) * each
-    slots = (first + torch.arange(left, device=ids.device)).clone()
-    among = torch.arange(len(rows), device=ids.device).unsqueeze(1) * each
-    slots[rows] = given.slots.reshape(len(rows), left) - among + first[rows]
+    # Padding keeps its first tokens; with images, representatives are counted anew among more rows.
+    representatives = (first + torch.arange(left, device=ids.device)).clone()
+    first_before = torch.arange(len(with_images), device=ids.device).unsqueeze(1) * each
+    of_images = encoded.representatives.reshape(len(with_images), left)
+    representatives[with_images] = of_images - first_before + first[with_images]
 
-    def spread(flat: Tensor) -> Tensor:
+    def with_zeros(flat: Tensor) -> Tensor:
         full = flat.new_zeros(batch, left, flat.shape[-1])
-        full[rows] = flat.unflatten(0, (len(rows), left))
+        full[with_images] = flat.unflatten(0, (len(with_images), left))
         return full.flatten(0, 1)
 
-    extra = {name: [spread(level) for level in levels] for name, levels in given.extra.items()}
-    shape = (-1, *given.slots.shape[1:]) if given.slots.shape[1] > 1 else (1, 1, -1)
-    if isinstance(given.features, Tensor):
-        features: Any = spread(given.features.flatten(0, -2)).unsqueeze(0)
+    late = {name: [with_zeros(level) for level in levels] for name, levels in encoded.late.items()}
+    grids = encoded.representatives.shape[1:]
+    shape = (-1, *grids) if grids[0] > 1 else (1, 1, -1)
+    if isinstance(encoded.features, Tensor):
+        features: Any = with_zeros(encoded.features.flatten(0, -2)).unsqueeze(0)
     else:
-        features = (spread(torch.cat(list(given.features))),)
-    return ids, Encoded(features, slots.reshape(shape), each * batch, extra)
-
-
-def without_full_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`kwargs` without a 2-D mask that hides nothing: attention is then causal by itself.
-
-    So transformers does it, but not in a graph. This waits for the device.
-    """
-    mask = kwargs.get("attention_mask")
-    full = isinstance(mask, Tensor) and mask.shape == kwargs["input_ids"].shape and bool((mask != 0).all())
-    return {**kwargs, "attention_mask": None} if full else kwargs
+        features = (with_zeros(torch.cat(list(encoded.features))),)
+    return ids, Encoded(features, representatives.reshape(shape), each * batch, late)
 
 
 def compact(
-    kwargs: dict[str, Any], visual: Tensor, slots: Tensor, placeholders: int, masked: bool, past: int = 0
-) -> tuple[dict[str, Any], Tensor]:
+    prompt: PromptState,
+    visual: Tensor,
+    representatives: Tensor,
+    placeholders: int,
+    needs_mask: bool,
+    past: int = 0,
+) -> tuple[PromptState, Tensor]:
     """The prompt without the placeholders that were merged away, and each row's old number.
 
     Args:
-        kwargs: of a forward with `input_ids` ``[B, S]``.
-        visual: bool ``[B, S]``, the placeholders of one modality; `slots`, `placeholders`: see
-            `luvc_fx.ops.surviving_rows`.
+        prompt: with `ids` ``[B, S]``.
+        visual: bool ``[B, S]``, the placeholders of one modality.
+        representatives, placeholders: see `luvc_fx.ops.surviving_rows`.
+        needs_mask: give a prompt without an attention mask one, full of ones.
         past: rows of the conversation before this prompt.
-        masked: give a prompt without an attention mask one, full of ones.
 
     Returns:
-        The shorter keyword arguments and int64 ``[B, S']``.
+        The shorter prompt and int64 ``[B, S']``.
     """
-    ids = kwargs["input_ids"]
-    places, ascending = surviving_rows(visual, slots, placeholders)
-    positions = kwargs.get("position_ids")
+    ids, rest = prompt.ids, dict(prompt.rest)
+    old_rows, ascending = surviving_rows(visual, representatives, placeholders)
+    positions = prompt.positions
     if positions is None:
         positions = torch.arange(past, past + ids.shape[1], device=ids.device).expand(ids.shape)
-    short = {
-        **kwargs,
-        "input_ids": ids.gather(1, ascending),
-        "position_ids": _at(positions, places),
-    }
-    if kwargs.get("labels") is not None:
-        short["labels"] = kwargs["labels"].gather(1, places)
-    for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
-        if kwargs.get(name) is not None:
-            short[name] = kwargs[name].gather(1, ascending)
-    if masked and kwargs.get("attention_mask") is None:
-        short["attention_mask"] = torch.ones_like(short["input_ids"])
-    return short, places
+    short_ids, mask = ids.gather(1, ascending), prompt.mask
+    if mask is not None:
+        mask = mask.gather(1, ascending)
+    elif needs_mask:
+        mask = torch.ones_like(short_ids)
+    if rest.get("labels") is not None:
+        rest["labels"] = rest["labels"].gather(1, old_rows)
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if rest.get(name) is not None:
+            rest[name] = rest[name].gather(1, ascending)
+    positions = _at(positions, old_rows)
+    return replace(prompt, ids=short_ids, mask=mask, positions=positions, rest=rest), old_rows
 
 
-def _at(positions: Tensor, places: Tensor) -> Tensor:
-    """``positions`` ``[B or 1, S]`` or ``[axes, B or 1, S]`` at ``places`` ``[B, S']``."""
+def _at(positions: Tensor, rows: Tensor) -> Tensor:
+    """``positions`` ``[B or 1, S]`` or ``[axes, B or 1, S]`` at ``rows`` ``[B, S']``."""
     if positions.dim() == 2:
-        return gather_rows(positions, places, 1)
-    return torch.stack([gather_rows(axis, places, 1) for axis in positions])
-
-
-def left_padding(ids: Tensor, mask: Tensor | None, textual: tuple[int, ...] = ()) -> Tensor:
-    """Int64 ``[B]``: how many rows of padding each row of a batch begins with, all told.
-
-    Args:
-        ids: ``[B, S]``; mask: ``[B, past + S]``.
-        textual: rows of which padding goes instead of visual tokens. What is left of it is counted from the
-            end, as minus the number of rows behind it.
-
-    Raises:
-        NotImplementedError: the mask has other than two axes.
-    """
-    if mask is None:
-        padding = torch.zeros(ids.shape[0], dtype=torch.int64, device=ids.device)
-    elif mask.dim() == 2:
-        seen = mask != 0
-        padding = (seen.cumsum(1) == 0).sum(1)
-        rows = torch.arange(mask.shape[1], device=mask.device)
-        torch._assert_async(
-            (seen == (rows >= padding.unsqueeze(1))).all(),
-            "luvc_fx: over a cache with dropped visual tokens only left padding can be masked",
-        )
-    else:
-        raise NotImplementedError(
-            f"luvc_fx: a {mask.dim()}-D attention_mask cannot be followed over a cache with dropped "
-            "visual tokens; pass a 2-D mask with left padding, or none"
-        )
-    if textual:
-        seen_rows = ids.shape[1] if mask is None else mask.shape[1]
-        index = torch.tensor(textual, device=ids.device)
-        padding = padding.index_add(0, index, torch.full_like(index, -seen_rows))
-    return padding
+        return gather_rows(positions, rows, 1)
+    return torch.stack([gather_rows(axis, rows, 1) for axis in positions])

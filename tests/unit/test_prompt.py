@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from luvc_fx.generate.prompt import compact, with_positions
+from luvc_fx.generate.prompt import PromptState, compact, with_positions
 from tests.support.models import tiny_llava
 from tests.support.models_qwen import qwen_inputs, tiny_qwen2_5_vl, tiny_qwen2_vl, tiny_qwen3_vl
 
@@ -56,7 +56,8 @@ def test_everything_follows_the_representatives(
     case: tuple[dict[str, Tensor], Tensor, Tensor, int],
 ) -> None:
     kwargs, visual, slots, placeholders = case
-    short, places = compact(kwargs, visual, slots, placeholders, masked=False)
+    shorter, places = compact(PromptState.of(kwargs), visual, slots, placeholders, needs_mask=False)
+    short = shorter.as_kwargs()
     batch, length = kwargs["input_ids"].shape
     each = placeholders // batch
     chosen = (slots.reshape(batch, -1) - torch.arange(batch).unsqueeze(1) * each).tolist()
@@ -79,24 +80,25 @@ def test_everything_follows_the_representatives(
 def test_what_is_not_given_is_not_made() -> None:
     ids = torch.tensor([[5, IMAGE, IMAGE, 6]])
     kwargs = {"input_ids": ids, "labels": None, "attention_mask": None}
-    short, places = compact(kwargs, ids == IMAGE, torch.tensor([[[1]]]), 2, masked=False)
-    assert short["labels"] is None and short["attention_mask"] is None
-    assert "mm_token_type_ids" not in short
-    assert places.tolist() == short["position_ids"].tolist() == [[0, 2, 3]]
-    assert short["input_ids"].tolist() == [[5, IMAGE, 6]]
-    later, _ = compact(kwargs, ids == IMAGE, torch.tensor([[[1]]]), 2, masked=False, past=7)
-    assert later["position_ids"].tolist() == [[7, 9, 10]], "counted on from the conversation before"
-    short, _ = compact(kwargs, ids == IMAGE, torch.tensor([[[1]]]), 2, masked=True)
-    assert short["attention_mask"].tolist() == [[1, 1, 1]]
-    assert kwargs["attention_mask"] is None, "what was given is not changed"
+    prompt = PromptState.of(kwargs)
+    short, places = compact(prompt, ids == IMAGE, torch.tensor([[[1]]]), 2, needs_mask=False)
+    assert short.as_kwargs().keys() == {"input_ids", "position_ids", "labels"}
+    assert short.rest == {"labels": None} and short.mask is None
+    assert places.tolist() == short.positions.tolist() == [[0, 2, 3]]
+    assert short.ids.tolist() == [[5, IMAGE, 6]]
+    later, _ = compact(prompt, ids == IMAGE, torch.tensor([[[1]]]), 2, needs_mask=False, past=7)
+    assert later.positions.tolist() == [[7, 9, 10]], "counted on from the conversation before"
+    short, _ = compact(prompt, ids == IMAGE, torch.tensor([[[1]]]), 2, needs_mask=True)
+    assert short.mask.tolist() == [[1, 1, 1]]
+    assert prompt.mask is None, "what was given is not changed"
 
 
 def test_a_mask_that_is_given_stays_one() -> None:
     ids = torch.tensor([[0, 5, IMAGE, IMAGE], [6, IMAGE, 7, IMAGE]])
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     kwargs = {"input_ids": ids, "attention_mask": mask}
-    short, _ = compact(kwargs, ids == IMAGE, torch.tensor([0, 3]), 4, masked=True)
-    assert short["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
+    short, _ = compact(PromptState.of(kwargs), ids == IMAGE, torch.tensor([0, 3]), 4, needs_mask=True)
+    assert short.mask.tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
 # --------------------------------------------------------------------------- positions of the prompt
@@ -137,7 +139,8 @@ def test_positions_of_several_axes_follow_the_representatives() -> None:
     visual = batch["input_ids"] == model.config.image_token_id
     first = int(visual[0].int().argmax())
     slots = torch.tensor([[[1, 3], [4, 6]]])
-    short, places = compact(whole, visual, slots, 8, masked=False)
+    shorter, places = compact(PromptState.of(whole), visual, slots, 8, needs_mask=False)
+    short = shorter.as_kwargs()
     assert places[0].tolist()[first : first + 4] == [first + slot for slot in (1, 3, 4, 6)]
     time, row, column = short["position_ids"][-3:, 0, first : first + 4] - first
     assert (time.tolist(), row.tolist(), column.tolist()) == ([0] * 4, [0, 0, 1, 1], [1, 3, 0, 2])

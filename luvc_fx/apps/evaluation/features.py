@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from luvc_fx.generate.frontdoor import door_of
+from luvc_fx.generate.graphs import DecodeGraphs
 from luvc_fx.schedule import Schedule
 
 MOST_BYTES = 2 << 30
@@ -37,21 +38,22 @@ class Features:
     def share(self, model: Any) -> None:
         """Let the encoders of a model that is compiled now look here first; `restore` ends it."""
         if model.device.type == "cpu":
-            door = door_of(model)
-            for encoder in door.encoders.values():
-                encoder.plain = self._remembering((encoder.kind.name, door.prunes), encoder.plain)
+            graphs = door_of(model).graphs
+            graphs.wrap_unmerged_encoders(
+                lambda modality, run: self._remembering((modality, graphs.prunes), run)
+            )
 
     def _remembering(self, of: tuple[str, bool], run: Callable[..., Any]) -> Callable[..., Any]:
-        def call(pixels: Tensor, plain: dict[str, Any], text: dict[str, str], told: dict[str, str]) -> Any:
+        def call(pixels: Tensor, plain: dict[str, Any], text: dict[str, str], layout: dict[str, str]) -> Any:
             if any(isinstance(value, Tensor) for value in plain.values()):
-                return run(pixels, plain, text, told)
-            about = repr((of, pixels.shape, pixels.dtype, sorted(plain.items()), text, told))
+                return run(pixels, plain, text, layout)
+            about = repr((of, pixels.shape, pixels.dtype, sorted(plain.items()), text, layout))
             hasher = hashlib.blake2b(about.encode(), digest_size=24)
             hasher.update(pixels.contiguous().flatten().view(dtype=torch.uint8).numpy().data)
             key = hasher.digest()
             if key in self.kept:
                 return self.kept[key]
-            found = run(pixels, plain, text, told)
+            found = run(pixels, plain, text, layout)
             size = sum(part.nbytes for part in _tensors(found))
             if self._bytes + size <= MOST_BYTES:
                 self.kept[key] = found
@@ -69,15 +71,15 @@ class Decoders:
     """
 
     def __init__(self) -> None:
-        self.kept: dict[tuple[Any, ...], dict[str | None, Callable[..., Any]]] = {}
+        self._shared: dict[tuple[Any, ...], DecodeGraphs] = {}
         self._numbers: dict[Schedule, int] = {}
 
     def share(self, model: Any) -> None:
         """Let a model that is compiled now decode with the graphs of earlier schedules."""
         door = door_of(model)
         number = self._numbers.setdefault(door.schedule, len(self._numbers))
-        key = (door.settings["inner"], door.prunes, number // TOGETHER)
-        door.decoders = self.kept.setdefault(key, door.decoders)
+        key = (door.settings["inner"], door.graphs.prunes, number // TOGETHER)
+        door.graphs.share_decoding(self._shared.setdefault(key, door.graphs.decode))
 
 
 def _tensors(value: Any) -> list[Tensor]:

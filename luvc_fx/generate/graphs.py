@@ -1,0 +1,172 @@
+"""The compiled callables of one model under one schedule: encoders, prefill, decode step."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luvc_fx import _compat
+from luvc_fx.dynamo.backend import LuvcBackend
+from luvc_fx.generate import constants
+from luvc_fx.generate.compiled_encoder import (
+    CompiledEncoder,
+    EncoderBody,
+    Modality,
+    compile_encoder,
+    modalities,
+)
+from luvc_fx.graph import flash, markers
+from luvc_fx.report import Report
+from luvc_fx.schedule import Schedule
+
+GraphFeatures = tuple[Any, str, dict[str, list[Tensor]]]
+"""Features of one modality as the prefill graph takes them.
+
+The features themselves (``[N, D]`` or ``[1, N, D]``, or a sequence of ``[n, D]``); the text of the height and
+width of the grid that they lie on (``""`` without one); and those that enter the decoder late, by their
+attribute, each level ``[N, D]``.
+"""
+
+
+class DecodeGraphs:
+    """Compiled decode steps, one for each Inductor mode that is asked for; several models may share them.
+
+    Args:
+        compile: compiles the decode step in a mode; None is the mode of `luvc_fx.compile`.
+    """
+
+    def __init__(self, compile: Callable[[str | None], Callable[..., Any]]) -> None:
+        self._compile = compile
+        self._by_mode: dict[str | None, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+
+    def in_mode(self, mode: str | None) -> Callable[..., Any]:
+        """The decode step in `mode`, made at the first request, once for all threads."""
+        with self._lock:
+            if mode not in self._by_mode:
+                self._by_mode[mode] = self._compile(mode)
+            return self._by_mode[mode]
+
+
+class GraphSet:
+    """The compiled callables of one model under one schedule. Each compiles when it is first called.
+
+    Args:
+        originals: the model's own methods by their names: `forward` and the encoders.
+        settings: arguments of `luvc_fx.backend`, the schedule among them.
+        dynamic: as of `torch.compile`, for the text.
+        report: where each graph is reported.
+
+    Attributes:
+        prunes: whether the schedule prunes.
+        encoders: by the modality's name.
+        prefill: a forward whose images are encoded already; prunes, and merges nothing.
+        decode: a forward without images, over the cache that prefill left.
+        unchanged: a forward with all visual tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        originals: Mapping[str, Callable[..., Any]],
+        settings: Mapping[str, Any],
+        dynamic: bool | None,
+        report: Report,
+    ) -> None:
+        self._settings = dict(settings)
+        self._report = report
+        schedule: Schedule = settings["schedule"]
+        self.prunes = bool(schedule.prune)
+        unmerged = Schedule(prune=schedule.prune)
+        known = modalities(model)
+
+        def forward_graph(schedule: Schedule, mode: str | None = None) -> Callable[..., Any]:
+            body = _forward_body(model, originals["forward"], known)
+            return self._compile(body, schedule, dynamic, mode)
+
+        def encoder_graph(body: EncoderBody, merges: bool) -> EncoderBody:
+            # A plan is for one number of images of one shape: nothing of it may become symbolic.
+            return self._compile(body, schedule if merges else unmerged, dynamic=False)
+
+        self.encoders: dict[str, CompiledEncoder] = {
+            modality.name: compile_encoder(model, modality, originals[modality.method], encoder_graph)
+            for modality in known
+        }
+        self.prefill = forward_graph(unmerged)
+        self.decode = DecodeGraphs(lambda mode: forward_graph(unmerged, mode))
+        self.unchanged = forward_graph(Schedule())
+
+    def share_decoding(self, decode: DecodeGraphs) -> None:
+        """Decode with the graphs of another `GraphSet` of this model from now on.
+
+        Both schedules must prune, or neither: a decode graph of one that does not has no masks rebuilt.
+        """
+        self.decode = decode
+
+    def wrap_unmerged_encoders(self, wrap: Callable[[str, EncoderBody], EncoderBody]) -> None:
+        """Let `wrap(modality, run)` stand for each encoder that merges nothing; `run` is the compiled one."""
+        self.encoders = {
+            name: replace(encoder, unmerged=wrap(name, encoder.unmerged))
+            for name, encoder in self.encoders.items()
+        }
+
+    def _compile(
+        self, body: Callable[..., Any], schedule: Schedule, dynamic: bool | None, mode: str | None = None
+    ) -> Callable[..., Any]:
+        settings = {**self._settings, "schedule": schedule}
+        if mode is not None:
+            settings["mode"] = mode
+        rewriting = LuvcBackend(**settings, report=self._report, front_door=True)
+        compiled = torch.compile(body, backend=rewriting, dynamic=dynamic)
+
+        def call(*args: Any, late_features: bool = False, **kwargs: Any) -> Any:
+            # Features that enter late are added by a mask, which a pass writes anew without its dynamic size.
+            with _compat.tracing_settings(dynamic_outputs=late_features):
+                return compiled(*args, **kwargs)
+
+        return call
+
+
+def _forward_body(
+    model: Any, forward: Callable[..., Any], known: Sequence[Modality]
+) -> Callable[..., tuple[Any, Tensor | None]]:
+    """What is compiled for a forward: the model's own, told what its graph cannot show."""
+    takes_features = "mm_encoder_outputs" in inspect.signature(forward).parameters
+    pixels = {modality.name: modality.pixels for modality in known}
+    text_config = model.config.get_text_config()
+
+    def body(
+        kwargs: dict[str, Any],
+        padding: Tensor | None = None,
+        encoded: dict[str, GraphFeatures] | None = None,
+        wants_row_index: bool = False,
+    ) -> tuple[Any, Tensor | None]:
+        if padding is not None:
+            length = kwargs["input_ids"].shape[1]
+            if _compat.is_flash(text_config):
+                kwargs = {**kwargs, **flash.segments(markers.CACHE_MASK(padding), length)}
+            else:
+                kwargs = {**kwargs, "attention_mask": markers.CACHE_MASK(padding, length)}
+        outputs = {}
+        for name, (features, grid, late) in (encoded or {}).items():
+            if grid:
+                ((height, width),) = constants.rows_of(grid)
+                parts = [features] if isinstance(features, Tensor) else features
+                parts = [markers.IMAGE_GRID(part, height, width) for part in parts]
+                features = parts[0] if isinstance(features, Tensor) else parts
+            if takes_features:
+                outputs[name] = _compat.encoder_output(features, late)
+            else:
+                kwargs = {**kwargs, pixels[name]: _compat.InPlaceOfPixels(features, late)}
+        if outputs:
+            kwargs = {**kwargs, "mm_encoder_outputs": outputs}
+        row_index = markers.PROMPT_ROWS(kwargs["input_ids"]) if wants_row_index else None
+        return forward(**kwargs), row_index
+
+    return _compat.with_own_code(body)

@@ -1,0 +1,195 @@
+"""The prefill of a prompt whose images are encoded: cut the prompt, run the graph, account for the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, StaticCache
+
+from luvc_fx import _compat
+from luvc_fx.generate import constants
+from luvc_fx.generate.cache import PrunedRows, adopt, as_pruned, fill, is_empty, unsupported
+from luvc_fx.generate.compiled_encoder import Modality
+from luvc_fx.generate.graphs import GraphFeatures, GraphSet
+from luvc_fx.generate.limits import makes_own_masks
+from luvc_fx.generate.masks import left_padding, over_pruned_cache, takes_segments, without_full_mask
+from luvc_fx.generate.prompt import Encoded, PromptState, compact, treat_padding_as_visual
+
+
+def prefill(
+    model: Any,
+    graphs: GraphSet,
+    prompt: PromptState,
+    encoder_outputs: Mapping[str, Any],
+    rows_without_images: tuple[int, ...],
+    wants_row_index: bool,
+) -> Any:
+    """Run the forward of a prompt with encoded images; the cache it filled counts the rows that went, too.
+
+    Args:
+        prompt: the whole prompt; its cache is None or what `luvc_fx.generate.limits` lets through.
+        encoder_outputs: by the modality's name: of a `CompiledEncoder`, whose merged placeholders leave the
+            prompt, or anybody else's.
+        rows_without_images: of the batch, where other rows have some.
+        wants_row_index: give the output `row_index` ``[B, S']``, each row's old number.
+    """
+    given_cache, rows = prompt.cache, prompt.ids.shape[1]
+    prompt, past = choose_cache(model, prompt)
+    prompt, padding, needs_mask = choose_mask(model, prompt, given_cache, past)
+    prompt, features, old_rows = cut_prompt(
+        model, graphs, prompt, encoder_outputs, rows_without_images, needs_mask, past
+    )
+    if padding is None and takes_segments(model):
+        padding = left_padding(prompt.ids, prompt.mask, rows_without_images)
+        prompt = replace(prompt, mask=None)
+    output, kept_rows = graphs.prefill(
+        prompt.as_kwargs(), padding, features, wants_row_index, late_features=prunes_late(graphs, features)
+    )
+    hand_back_cache(output, given_cache, past, rows, rows_without_images)
+    if kept_rows is not None:
+        output.row_index = kept_rows if old_rows is None else old_rows.gather(1, kept_rows)
+    return output
+
+
+def choose_cache(model: Any, prompt: PromptState) -> tuple[PromptState, int]:
+    """The prompt with the cache that the graph is to fill, and how many rows of the conversation it holds."""
+    cache = prompt.cache
+    if isinstance(cache, StaticCache):
+        # How many rows each layer keeps is known afterwards: `hand_back_cache` writes them to the static one.
+        return replace(prompt, cache=DynamicCache(config=model.config.get_text_config())), 0
+    if cache is not None and not is_empty(cache):
+        past = cache.get_seq_length()
+        as_pruned(cache)
+        return prompt, past
+    if cache is None and makes_own_masks(model) and uses_cache(model, prompt):
+        # Its decoder would make the same one, but only after the masks.
+        fresh = DynamicCache(config=model.config.get_text_config())
+        return replace(prompt, cache=fresh if unsupported(fresh) is None else None), 0
+    return prompt, 0
+
+
+def uses_cache(model: Any, prompt: PromptState) -> bool:
+    """Whether the decoder keeps keys and values: as the call says, or else as the config does."""
+    given = prompt.rest.get("use_cache")
+    return bool(model.config.get_text_config().use_cache if given is None else given)
+
+
+def choose_mask(
+    model: Any, prompt: PromptState, cache: object, past: int
+) -> tuple[PromptState, Tensor | None, bool]:
+    """The prompt with its mask, or with padding in the mask's place; and whether there has to be a mask.
+
+    Args:
+        cache: that was given, full or empty.
+
+    Returns:
+        The prompt; its padding as of `over_pruned_cache`; whether a prompt that gets shorter needs a mask.
+    """
+    prompt, padding = over_pruned_cache(model, prompt, cache)
+    segments = padding is None and takes_segments(model)
+    # Without mask and cache transformers takes gaps in the position ids for the bounds of packed rows.
+    reads_gaps = prompt.cache is None and (makes_own_masks(model) or not uses_cache(model, prompt))
+    needs_mask = reads_gaps and not segments
+    if past == 0 and not needs_mask:
+        prompt = without_full_mask(prompt)
+    return prompt, padding, needs_mask
+
+
+def cut_prompt(
+    model: Any,
+    graphs: GraphSet,
+    prompt: PromptState,
+    encoder_outputs: Mapping[str, Any],
+    rows_without_images: tuple[int, ...],
+    needs_mask: bool,
+    past: int,
+) -> tuple[PromptState, dict[str, GraphFeatures], Tensor | None]:
+    """The prompt without the placeholders that were merged away, one modality after the other.
+
+    Returns:
+        The shorter prompt, the features of each modality for the graph, and int64 ``[B, S']``: each row's old
+        number, or None where none went.
+    """
+    features: dict[str, GraphFeatures] = {}
+    old_rows: Tensor | None = None
+    padding_used = 0
+    for name, encoder in graphs.encoders.items():
+        output = encoder_outputs.get(name)
+        if output is None:
+            continue
+        encoded = what_was_encoded(output)
+        if encoded is None:
+            features[name] = (output.pooler_output, "", _compat.extra_features(output))
+            continue
+        if rows_without_images:
+            prompt, encoded = with_padding_as_visual(
+                model, encoder.modality, prompt, encoded, rows_without_images, padding_used
+            )
+            padding_used += encoded.placeholders // prompt.ids.shape[0]
+        features[name] = graph_features(encoded)
+        if encoded.representatives.numel() < encoded.placeholders:
+            visual = prompt.ids == getattr(model.config, encoder.modality.token)
+            representatives, count = encoded.representatives, encoded.placeholders
+            prompt, rows = compact(prompt, visual, representatives, count, needs_mask, past)
+            old_rows = rows if old_rows is None else old_rows.gather(1, rows)
+    return prompt, features, old_rows
+
+
+def what_was_encoded(output: Any) -> Encoded | None:
+    """What a `CompiledEncoder` says of its output; None of an output that is not one's."""
+    representatives = getattr(output, "luvc_representatives", None)
+    if representatives is None:
+        return None
+    late = _compat.extra_features(output)
+    return Encoded(output.pooler_output, representatives, output.luvc_placeholders, late)
+
+
+def with_padding_as_visual(
+    model: Any,
+    modality: Modality,
+    prompt: PromptState,
+    encoded: Encoded,
+    rows_without_images: tuple[int, ...],
+    padding_used: int,
+) -> tuple[PromptState, Encoded]:
+    """The prompt in which each row has as many placeholders: see `treat_padding_as_visual`."""
+    token = getattr(model.config, modality.token)
+    ids, encoded = treat_padding_as_visual(prompt.ids, padding_used, token, encoded, rows_without_images)
+    return replace(prompt, ids=ids), encoded
+
+
+def graph_features(encoded: Encoded) -> GraphFeatures:
+    """The features as the graph takes them; their sizes never become symbolic: each is a plan of its own."""
+    features = encoded.features
+    for part in [features] if isinstance(features, Tensor) else features:
+        torch._dynamo.mark_static(part)
+    count, *grid = encoded.representatives.shape
+    return features, constants.as_text([grid]) if grid[0] > 1 and count > 0 else "", encoded.late
+
+
+def prunes_late(graphs: GraphSet, features: Mapping[str, GraphFeatures]) -> bool:
+    """Whether features that enter the decoder late are pruned, too.
+
+    Their additions by a mask are written anew where one modality has some; of two, they end the graph.
+    """
+    return graphs.prunes and len(features) == 1 and any(late for _, _, late in features.values())
+
+
+def hand_back_cache(
+    output: Any, given: Cache | None, past: int, rows: int, rows_without_images: tuple[int, ...]
+) -> None:
+    """Let the cache of `output` be the one that was given, and count the rows that went.
+
+    Args:
+        past, rows: rows of the conversation before this prompt, and of the whole prompt.
+    """
+    if isinstance(given, StaticCache):
+        fill(given, output.past_key_values, rows)
+        output.past_key_values = given
+    adopt(output.past_key_values, past + rows)
+    if rows_without_images and isinstance(output.past_key_values, PrunedRows):
+        output.past_key_values.rows_without_images = rows_without_images
