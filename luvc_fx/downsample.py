@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from luvc_fx.generate.families import family_of
 from luvc_fx.generate.sizes.buckets import SizeBuckets
 
 if TYPE_CHECKING:
@@ -69,9 +69,10 @@ def downsample(model: Any, processor: Any, image: Image, budget: float) -> Downs
     ours = getattr(processor, "image_processor", None)
     if vision is None or ours is None:
         raise ValueError(f"{type(model).__name__} and {type(processor).__name__} are for no images")
-    if hasattr(vision, "spatial_merge_size") and hasattr(ours, "merge_size"):
+    family = family_of(model)
+    if family.takes_any_size(ours):
         return _any_size(model, ours, image, budget)
-    if _takes_squares(model, ours):
+    if family.takes_squares(ours):
         return _square(vision, ours, image, budget)
     raise ValueError(
         f"{type(model).__name__} takes images, or tiles of them, of one size only: a smaller image has as "
@@ -115,14 +116,6 @@ def _nearest(high: int, wide: int, budget: float) -> tuple[int, int]:
         return count + aspect, aspect
 
     return min(((h, w) for h in range(1, high + 1) for w in range(1, wide + 1)), key=misses)
-
-
-def _takes_squares(model: Any, processor: Any) -> bool:
-    """Whether there is one square grid of patches a picture, of positions that can be interpolated."""
-    tower = getattr(model.base_model, "vision_tower", None)
-    tiled = hasattr(model.config, "image_grid_pinpoints") or hasattr(processor, "crop_to_patches")
-    known = tower is not None and "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
-    return known and not tiled and isinstance(model.config.vision_config.image_size, int)
 
 
 def _square(vision: Any, processor: Any, image: Image, budget: float) -> Downsampled:

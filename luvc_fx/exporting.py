@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from luvc_fx import _compat
 from luvc_fx.dynamo.backend import backend, prepare
-from luvc_fx.generate import constants as controls
+from luvc_fx.generate.families import STEERING
 from luvc_fx.generate.model_check import check_schedule, check_supported
 from luvc_fx.graph import markers
 from luvc_fx.graph.emit import emit
@@ -66,7 +66,7 @@ def export(
             raise ValueError(f"input {name!r} is {type(given).__name__}; allowed: tensors")
     if "input_ids" not in inputs:
         raise ValueError("inputs have no input_ids")
-    if steering := [name for name in inputs if name in (*controls.LISTS, *controls.GRIDS)]:
+    if steering := [name for name in inputs if name in STEERING]:
         raise ValueError(
             f"{', '.join(steering)} of {type(model).__name__} steers Python code, so its forward is not one "
             "graph and cannot be exported; luvc_fx.compile runs it"

@@ -29,14 +29,10 @@ from luvc_fx._compat.torch import (
     with_own_code,
 )
 from luvc_fx._compat.transformers import (
-    InPlaceOfPixels,
     calls_flash_attn,
-    encoder_output,
-    extra_features,
     install_output_hooks,
     is_flash,
     reads_one_position,
-    takes_varlen,
 )
 
 __all__ = [
@@ -44,7 +40,6 @@ __all__ = [
     "RECOMPILE_LIMIT",
     "FakeTensor",
     "FakeTensorMode",
-    "InPlaceOfPixels",
     "NameForTorchCompile",
     "OptimizedModule",
     "Shares",
@@ -58,8 +53,6 @@ __all__ = [
     "counters",
     "dynamo_patches",
     "enable_scalar_capture",
-    "encoder_output",
-    "extra_features",
     "fake_run",
     "forget_shapes",
     "hint",
@@ -70,7 +63,6 @@ __all__ = [
     "reads_one_position",
     "recompile_reason",
     "shares_of",
-    "takes_varlen",
     "tracing_settings",
     "watch_recompile_limit",
     "with_own_code",

@@ -8,46 +8,6 @@ from typing import Any
 import torch
 
 
-def encoder_output(features: Any, extra: dict[str, list[torch.Tensor]] | None = None) -> Any:
-    """Image features, `[N, dim]` each or `[images, N, dim]`, as `generate` passes them to `forward`.
-
-    Args:
-        extra: what `extra_features` found.
-    """
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    output = BaseModelOutputWithPooling(pooler_output=features)
-    for name, levels in (extra or {}).items():
-        setattr(output, name, [(level,) for level in levels])
-    return output
-
-
-class InPlaceOfPixels(list[torch.Tensor]):
-    """Features for a forward that takes none (5.17): it asks for those of its pixels, and has them back."""
-
-    def __init__(self, features: Any, extra: dict[str, list[torch.Tensor]]) -> None:
-        super().__init__([features] if isinstance(features, torch.Tensor) else features)
-        self.features_are_stacked = isinstance(features, torch.Tensor)
-        self.extra = extra
-
-    def size(self, axis: int) -> int:
-        """LLaVA-NeXT wants to know whether there are any images."""
-        return len(self)
-
-    def encoder_output(self) -> Any:
-        """What the forward gets when it asks for the features of these pixels."""
-        return encoder_output(self[0] if self.features_are_stacked else [*self], self.extra)
-
-
-def extra_features(output: Any) -> dict[str, list[torch.Tensor]]:
-    """Features of an encoder's output that enter the decoder later, each level ``[N, dim]``.
-
-    (deepstack, 5.17 - 5.23)
-    """
-    found = getattr(output, "deepstack_features", None)
-    return {} if found is None else {"deepstack_features": [torch.cat(list(level)) for level in found]}
-
-
 def install_output_hooks(model: torch.nn.Module) -> int:
     """Install transformers' lazy output-capturing hooks now; returns how many modules were asked.
 
@@ -72,11 +32,6 @@ def install_output_hooks(model: torch.nn.Module) -> int:
 
 def _has_output_hooks(model: torch.nn.Module) -> bool:
     return bool(getattr(model, "_output_capturing_hooks_installed", False))
-
-
-def takes_varlen(base: Any) -> bool:
-    """Whether the vision encoder's attention wants its segments as a tensor (flash attention)."""
-    return is_flash(getattr(getattr(base, "visual", None), "config", None))
 
 
 def is_flash(config: Any) -> bool:

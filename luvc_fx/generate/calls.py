@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from luvc_fx import _compat
-from luvc_fx.generate import prompt as prompts
 from luvc_fx.generate.cache import PrunedRows, is_empty, unsupported
+from luvc_fx.generate.families import FeaturesInPlaceOfPixels, pixels_in
 from luvc_fx.generate.graphs import GraphSet
 from luvc_fx.generate.hooks import arguments_by_name
 from luvc_fx.generate.limits import (
@@ -23,7 +22,6 @@ from luvc_fx.generate.limits import (
     Note,
     for_generate,
     for_images,
-    pixels_in,
     refusal_of_forward,
     refusal_of_later_images,
 )
@@ -115,7 +113,7 @@ class Calls:
         encoder, limits = self._graphs.encoders[name], self._limits
         original = self._originals[encoder.modality.method]
         pixels = kwargs.get(encoder.modality.pixels, args[0] if args else None)
-        if isinstance(pixels, _compat.InPlaceOfPixels):  # while the prefill is traced
+        if isinstance(pixels, FeaturesInPlaceOfPixels):  # while the prefill is traced
             return pixels.encoder_output()
         if torch.compiler.is_dynamo_compiling():  # one encoder calls another: videos as images
             return original(*args, **kwargs)
@@ -162,7 +160,11 @@ class Calls:
 
         Positions are computed first: a prompt that was cut does not show the images' sizes any more.
         """
-        positioned = prompts.with_positions(self._model, kwargs)
+        rest = dict(kwargs)
+        if kwargs.get("position_ids") is None:
+            positions = self._graphs.family.positions(kwargs)
+            if positions is not None:
+                rest["position_ids"] = positions
         merge = limits.merge and self._merges
         outputs, steering = {}, set()
         for name, encoder in self._graphs.encoders.items():
@@ -170,5 +172,5 @@ class Calls:
             pixels = kwargs.get(encoder.modality.pixels)
             if pixels is not None:
                 outputs[name] = encoder(pixels, encoder.options(kwargs), merge, limits.rows)
-        rest = {name: given for name, given in positioned.items() if name not in steering}
+        rest = {name: given for name, given in rest.items() if name not in steering}
         return {**rest, "mm_encoder_outputs": outputs}

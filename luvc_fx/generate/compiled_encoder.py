@@ -11,56 +11,11 @@ import torch
 from torch import Tensor
 
 from luvc_fx import _compat
-from luvc_fx.generate import constants
+from luvc_fx.generate.constants import rows_of
+from luvc_fx.generate.families import Family, LateFeatures, Modality, encoder_output
 from luvc_fx.graph import markers
 
-
-@dataclass(frozen=True, slots=True)
-class Modality:
-    """What a model calls one kind of visual input.
-
-    Attributes:
-        pixels: the keyword argument of `forward` and of the encoder.
-        token: the attribute of the config that holds the placeholder's id.
-        method: the encoder, a method of the base model.
-    """
-
-    name: str
-    pixels: str
-    token: str
-
-    @property
-    def method(self) -> str:
-        """The encoder, a method of the base model."""
-        return f"get_{self.name}_features"
-
-
-ALL = (
-    Modality("image", "pixel_values", "image_token_id"),
-    Modality("video", "pixel_values_videos", "video_token_id"),
-)
-
-
-def modalities(model: Any) -> tuple[Modality, ...]:
-    """Those that this model encodes by a method of its own and has a placeholder for."""
-    return tuple(
-        kind
-        for kind in ALL
-        if callable(getattr(model.base_model, kind.method, None))
-        and kind.pixels in inspect.signature(getattr(model.base_model, kind.method)).parameters
-        and isinstance(getattr(model.config, kind.token, None), int)
-    )
-
-
-def placeholders(model: Any, ids: Tensor) -> Tensor:
-    """Which of ``ids`` ``[batch, rows]`` stand for visual tokens: bool ``[batch, rows]``."""
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for kind in modalities(model):
-        found = found | (ids == getattr(model.config, kind.token))
-    return found
-
-
-EncoderBody = Callable[..., tuple[Tensor, Tensor, list[int], bool, dict[str, list[Tensor]]]]
+EncoderBody = Callable[..., tuple[Tensor, Tensor, list[int], bool, LateFeatures]]
 """``(pixels, options, text_options, layout)`` to
 
 - the features of all images or videos ``[N, D]``;
@@ -80,12 +35,12 @@ class CompiledEncoder:
     """The encoder of one modality of one model; made by `compile_encoder`. A call changes nothing of it.
 
     Attributes:
-        base: the model whose method the encoder is.
+        family: what is known of the model.
         signature: of that method.
         merging, unmerged: the compiled encoder, with the merges of the schedule and without.
     """
 
-    base: Any
+    family: Family
     modality: Modality
     signature: inspect.Signature
     merging: EncoderBody
@@ -109,24 +64,21 @@ class CompiledEncoder:
             placeholders of the features that are left, int64 ``[n, H', W']`` where they lie on grids and
             ``[1, 1, N']`` else, and `luvc_placeholders` is how many placeholders there are.
         """
-        plain, text = constants.constants(self.base, self.modality.name, options)
-        layout = {"rows": str(rows)}
-        grids = text.get(f"{self.modality.name}_grid_thw")
-        if grids is not None:
-            layout |= {"unit": str(self.base.visual.config.spatial_merge_size), "grids": grids}
+        plain, text = self.family.encoder_constants(self.modality, options)
+        layout = {"rows": str(rows), **self.family.patch_layout(self.modality, text)}
         run = self.merging if merge else self.unmerged
         flat, representatives, lengths, features_are_stacked, late = run(pixels, plain, text, layout)
         total = sum(lengths)
         features: Any = flat.unsqueeze(0) if features_are_stacked else (flat,)
         if flat.shape[0] == total:
             features = flat.unflatten(0, (len(lengths), -1)) if features_are_stacked else flat.split(lengths)
-        output = _compat.encoder_output(features, late)
+        output = encoder_output(features, late)
         output.luvc_representatives, output.luvc_placeholders = representatives, total
         return output
 
 
 def compile_encoder(
-    model: Any, modality: Modality, encode: Callable[..., Any], compile: Compile
+    family: Family, modality: Modality, encode: Callable[..., Any], compile: Compile
 ) -> CompiledEncoder:
     """The encoder of one modality of a model.
 
@@ -134,18 +86,20 @@ def compile_encoder(
         encode: the model's own method.
         compile: compiles a body, with the merges of the schedule or without.
     """
-    merging, unmerged = (compile(_body(modality.pixels, encode), merges) for merges in (True, False))
-    return CompiledEncoder(model.base_model, modality, inspect.signature(encode), merging, unmerged)
+    merging, unmerged = (compile(_body(family, modality, encode), merges) for merges in (True, False))
+    return CompiledEncoder(family, modality, inspect.signature(encode), merging, unmerged)
 
 
-def _body(pixels_name: str, encode: Callable[..., Any]) -> EncoderBody:
+def _body(family: Family, modality: Modality, encode: Callable[..., Any]) -> EncoderBody:
+    pixels_name, option_of, late_features = modality.pixels, family.option_of, family.late_features
+
     def body(
         pixels: Tensor, plain: dict[str, Any], text: dict[str, str], layout: dict[str, str]
-    ) -> tuple[Tensor, Tensor, list[int], bool, dict[str, list[Tensor]]]:
-        options = {**plain, **{name: constants.from_text(name, value) for name, value in text.items()}}
+    ) -> tuple[Tensor, Tensor, list[int], bool, LateFeatures]:
+        options = {**plain, **{name: option_of(name, value) for name, value in text.items()}}
         if "grids" in layout:
             # A packed encoder gets the patches of all images in a row, and no graph shows their grids.
-            grids = [size for row in constants.rows_of(layout["grids"]) for size in row]
+            grids = [size for row in rows_of(layout["grids"]) for size in row]
             pixels = markers.PATCHES(pixels, grids, int(layout["unit"]))
         output = encode(**{pixels_name: pixels}, return_dict=True, **options)
         features = output.pooler_output
@@ -155,6 +109,6 @@ def _body(pixels_name: str, encode: Callable[..., Any]) -> EncoderBody:
         # Dynamo takes these sizes for constants, so a merge does not change them: they count placeholders.
         lengths = [part.shape[0] for part in parts]
         representatives = markers.SLOTS(flat, int(layout["rows"]))
-        return flat, representatives, lengths, features_are_stacked, _compat.extra_features(output)
+        return flat, representatives, lengths, features_are_stacked, late_features(output)
 
     return _compat.with_own_code(body)

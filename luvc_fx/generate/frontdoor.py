@@ -11,9 +11,8 @@ from transformers.masking_utils import create_masks_for_generate
 
 from luvc_fx.dynamo.backend import backend, prepare
 from luvc_fx.dynamo.generate_warning import take_generate_warning_off
-from luvc_fx.generate import constants
 from luvc_fx.generate.calls import Calls
-from luvc_fx.generate.compiled_encoder import modalities
+from luvc_fx.generate.families import family_of
 from luvc_fx.generate.graphs import GraphSet
 from luvc_fx.generate.hooks import HookedMethod
 from luvc_fx.generate.model_check import check_schedule, check_supported
@@ -38,7 +37,7 @@ class FrontDoor:
     """
 
     def __init__(self, model: Any, settings: dict[str, Any], dynamic: bool | None) -> None:
-        base = model.base_model
+        base, family = model.base_model, family_of(model)
         self.settings = settings
         self.dynamic = dynamic
         self.report = Report()
@@ -46,10 +45,11 @@ class FrontDoor:
             HookedMethod(model, "forward"),
             HookedMethod(model, "generate"),
             HookedMethod(model, "create_masks_for_generate", create_masks_for_generate),
-            *(HookedMethod(base, modality.method) for modality in modalities(model)),
+            *(HookedMethod(base, modality.method) for modality in family.modalities()),
         ]
         self._hooked = {method.name: method for method in hooked}
-        self._replaced = {HookedMethod(base, name): own for name, own in constants.numpy_free(base).items()}
+        traceable = family.traceable_methods()
+        self._replaced = {HookedMethod(base, name): method for name, method in traceable.items()}
         originals = {name: method.original for name, method in self._hooked.items()}
         self.graphs = GraphSet(model, originals, settings, dynamic, self.report)
         self._calls = Calls(model, originals, self.graphs, settings, self._refuse)

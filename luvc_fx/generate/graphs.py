@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,19 +12,14 @@ from torch import Tensor
 
 from luvc_fx import _compat
 from luvc_fx.dynamo.backend import LuvcBackend
-from luvc_fx.generate import constants
-from luvc_fx.generate.compiled_encoder import (
-    CompiledEncoder,
-    EncoderBody,
-    Modality,
-    compile_encoder,
-    modalities,
-)
+from luvc_fx.generate.compiled_encoder import CompiledEncoder, EncoderBody, compile_encoder
+from luvc_fx.generate.constants import rows_of
+from luvc_fx.generate.families import Family, LateFeatures, family_of
 from luvc_fx.graph import flash, markers
 from luvc_fx.report import Report
 from luvc_fx.schedule import Schedule
 
-GraphFeatures = tuple[Any, str, dict[str, list[Tensor]]]
+GraphFeatures = tuple[Any, str, LateFeatures]
 """Features of one modality as the prefill graph takes them.
 
 The features themselves (``[N, D]`` or ``[1, N, D]``, or a sequence of ``[n, D]``); the text of the height and
@@ -64,6 +58,7 @@ class GraphSet:
         report: where each graph is reported.
 
     Attributes:
+        family: what is known of the model.
         prunes: whether the schedule prunes.
         encoders: by the modality's name.
         prefill: a forward whose images are encoded already; prunes, and merges nothing.
@@ -84,10 +79,10 @@ class GraphSet:
         schedule: Schedule = settings["schedule"]
         self.prunes = bool(schedule.prune)
         unmerged = Schedule(prune=schedule.prune)
-        known = modalities(model)
+        self.family = family_of(model)
 
         def forward_graph(schedule: Schedule, mode: str | None = None) -> Callable[..., Any]:
-            body = _forward_body(model, originals["forward"], known)
+            body = _forward_body(self.family, originals["forward"])
             return self._compile(body, schedule, dynamic, mode)
 
         def encoder_graph(body: EncoderBody, merges: bool) -> EncoderBody:
@@ -95,8 +90,8 @@ class GraphSet:
             return self._compile(body, schedule if merges else unmerged, dynamic=False)
 
         self.encoders: dict[str, CompiledEncoder] = {
-            modality.name: compile_encoder(model, modality, originals[modality.method], encoder_graph)
-            for modality in known
+            modality.name: compile_encoder(self.family, modality, originals[modality.method], encoder_graph)
+            for modality in self.family.modalities()
         }
         self.prefill = forward_graph(unmerged)
         self.decode = DecodeGraphs(lambda mode: forward_graph(unmerged, mode))
@@ -133,13 +128,11 @@ class GraphSet:
         return call
 
 
-def _forward_body(
-    model: Any, forward: Callable[..., Any], known: Sequence[Modality]
-) -> Callable[..., tuple[Any, Tensor | None]]:
+def _forward_body(family: Family, forward: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor | None]]:
     """What is compiled for a forward: the model's own, told what its graph cannot show."""
-    takes_features = "mm_encoder_outputs" in inspect.signature(forward).parameters
-    pixels = {modality.name: modality.pixels for modality in known}
-    text_config = model.config.get_text_config()
+    enter = family.feature_entry()
+    known = {modality.name: modality for modality in family.modalities()}
+    text_config = family.model.config.get_text_config()
 
     def body(
         kwargs: dict[str, Any],
@@ -153,19 +146,13 @@ def _forward_body(
                 kwargs = {**kwargs, **flash.segments(markers.CACHE_MASK(padding), length)}
             else:
                 kwargs = {**kwargs, "attention_mask": markers.CACHE_MASK(padding, length)}
-        outputs = {}
         for name, (features, grid, late) in (encoded or {}).items():
             if grid:
-                ((height, width),) = constants.rows_of(grid)
+                ((height, width),) = rows_of(grid)
                 parts = [features] if isinstance(features, Tensor) else features
                 parts = [markers.IMAGE_GRID(part, height, width) for part in parts]
                 features = parts[0] if isinstance(features, Tensor) else parts
-            if takes_features:
-                outputs[name] = _compat.encoder_output(features, late)
-            else:
-                kwargs = {**kwargs, pixels[name]: _compat.InPlaceOfPixels(features, late)}
-        if outputs:
-            kwargs = {**kwargs, "mm_encoder_outputs": outputs}
+            kwargs = enter(kwargs, known[name], features, late)
         row_index = markers.PROMPT_ROWS(kwargs["input_ids"]) if wants_row_index else None
         return forward(**kwargs), row_index
 

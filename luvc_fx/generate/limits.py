@@ -13,7 +13,7 @@ from transformers import CompileConfig, StaticCache
 
 from luvc_fx import _compat
 from luvc_fx.generate.cache import PrunedCache, PrunedRows, is_empty, unsupported
-from luvc_fx.generate.compiled_encoder import modalities
+from luvc_fx.generate.families import family_of, modalities, pixels_in
 from luvc_fx.report import Reason, Refusal
 
 PLAIN = (
@@ -104,14 +104,14 @@ def _refusal_of_attention(model: Any) -> Refusal | None:
     name = config._attn_implementation
     if not _compat.calls_flash_attn(config):
         text = f"attn_implementation={name!r} is not a call of the package flash-attn (2.7 or later)"
-    elif _has_windows(config):
+    elif has_windows(config):
         text = "sliding windows under FlashAttention, which count rows"
     else:
         return None
     return Refusal(Reason.NO_ATTENTION, f"{text}: all visual tokens stay")
 
 
-def _has_windows(config: Any) -> bool:
+def has_windows(config: Any) -> bool:
     """Whether a decoder layer sees a window only."""
     everywhere = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return bool(everywhere) or "sliding_attention" in (getattr(config, "layer_types", None) or ())
@@ -128,11 +128,6 @@ def _decode_mode(model: Any, option: Callable[[str], Any]) -> str | None:
         return None
     mode = (CompileConfig() if config is None else config).mode
     return None if mode == "default" else mode
-
-
-def pixels_in(kwargs: dict[str, Any]) -> list[str]:
-    """The arguments that bring images or videos."""
-    return [name for name, given in kwargs.items() if name.startswith("pixel_values") and given is not None]
 
 
 def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> CallLimits:
@@ -200,11 +195,6 @@ def _why_uneven(kwargs: dict[str, Any], counts: list[list[int]], without_images:
     return ""
 
 
-def makes_own_masks(model: Any) -> bool:
-    """Whether masks are made outside of the decoder, before it has a cache (Gemma 3, PaliGemma, Molmo2)."""
-    return hasattr(type(model), "create_masks_for_generate")
-
-
 def refusal_of_later_images(model: Any, kwargs: dict[str, Any]) -> Refusal | None:
     """Why images of a later turn keep all their tokens, or None.
 
@@ -215,7 +205,7 @@ def refusal_of_later_images(model: Any, kwargs: dict[str, Any]) -> Refusal | Non
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     if is_empty(cache):
         return None
-    own_masks = makes_own_masks(model)
+    own_masks = family_of(model).makes_own_masks()
     if own_masks and isinstance(cache, PrunedRows):
         raise NotImplementedError(
             f"luvc_fx: {type(model).__name__} makes attention masks of its own, and an image of a later turn "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from luvc_fx.generate.families import family_of
 from luvc_fx.schedule import Schedule
 
 
@@ -44,29 +45,13 @@ def check_schedule(model: Any, schedule: Schedule) -> None:
     Only sizes that the config states are checked; the graph has the last word. How many visual tokens
     there are it does not state: a row may hold several images.
     """
-    config = model.config
-    text = config.get_text_config()
-    schedule.prunes_at(text.num_hidden_layers)
-    vision = getattr(config, "vision_config", None)
-    tap = getattr(config, "vision_feature_layer", None)
-    if vision is None or not isinstance(tap, int):
+    schedule.prunes_at(model.config.get_text_config().num_hidden_layers)
+    family = family_of(model)
+    blocks, grid = family.encoder_blocks(), family.patch_grid()
+    if blocks is None:
         return
-    blocks = vision.num_hidden_layers + 1 + tap if tap < 0 else tap
-    sites = schedule.merges_at(blocks)
-    grid = _patch_grid(vision)
+    merges = schedule.merges_at(blocks)
     if grid is None:
         return
-    for _, merge in sites:
+    for _, merge in merges:
         grid[merge.axis] = merge.target(grid[merge.axis])
-
-
-def _patch_grid(vision: Any) -> dict[str, int] | None:
-    """Patches along each axis, where the config states both sizes."""
-    sizes = []
-    for size in (getattr(vision, "image_size", None), getattr(vision, "patch_size", None)):
-        pair = (size, size) if isinstance(size, int) else size
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            return None
-        sizes.append(pair)
-    (height, width), (high, wide) = sizes
-    return {"height": height // high, "width": width // wide}

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-from luvc_fx import _compat
-from luvc_fx.generate import constants
 from luvc_fx.generate.cache import PrunedRows, adopt, as_pruned, fill, is_empty, unsupported
-from luvc_fx.generate.compiled_encoder import Modality
+from luvc_fx.generate.constants import as_text
+from luvc_fx.generate.families import Modality, family_of
 from luvc_fx.generate.graphs import GraphFeatures, GraphSet
-from luvc_fx.generate.limits import makes_own_masks
 from luvc_fx.generate.masks import left_padding, over_pruned_cache, takes_segments, without_full_mask
 from luvc_fx.generate.prompt import Encoded, PromptState, compact, treat_padding_as_visual
 
@@ -65,7 +63,7 @@ def choose_cache(model: Any, prompt: PromptState) -> tuple[PromptState, int]:
         past = cache.get_seq_length()
         as_pruned(cache)
         return prompt, past
-    if cache is None and makes_own_masks(model) and uses_cache(model, prompt):
+    if cache is None and family_of(model).makes_own_masks() and uses_cache(model, prompt):
         # Its decoder would make the same one, but only after the masks.
         fresh = DynamicCache(config=model.config.get_text_config())
         return replace(prompt, cache=fresh if unsupported(fresh) is None else None), 0
@@ -92,7 +90,8 @@ def choose_mask(
     prompt, padding = over_pruned_cache(model, prompt, cache)
     segments = padding is None and takes_segments(model)
     # Without mask and cache transformers takes gaps in the position ids for the bounds of packed rows.
-    reads_gaps = prompt.cache is None and (makes_own_masks(model) or not uses_cache(model, prompt))
+    bare = family_of(model).makes_own_masks() or not uses_cache(model, prompt)
+    reads_gaps = prompt.cache is None and bare
     needs_mask = reads_gaps and not segments
     if past == 0 and not needs_mask:
         prompt = without_full_mask(prompt)
@@ -121,10 +120,12 @@ def cut_prompt(
         output = encoder_outputs.get(name)
         if output is None:
             continue
-        encoded = what_was_encoded(output)
-        if encoded is None:
-            features[name] = (output.pooler_output, "", _compat.extra_features(output))
+        late = graphs.family.late_features(output)
+        representatives = getattr(output, "luvc_representatives", None)
+        if representatives is None:  # not of a `CompiledEncoder`
+            features[name] = (output.pooler_output, "", late)
             continue
+        encoded = Encoded(output.pooler_output, representatives, output.luvc_placeholders, late)
         if rows_without_images:
             prompt, encoded = with_padding_as_visual(
                 model, encoder.modality, prompt, encoded, rows_without_images, padding_used
@@ -137,15 +138,6 @@ def cut_prompt(
             prompt, rows = compact(prompt, visual, representatives, count, needs_mask, past)
             old_rows = rows if old_rows is None else old_rows.gather(1, rows)
     return prompt, features, old_rows
-
-
-def what_was_encoded(output: Any) -> Encoded | None:
-    """What a `CompiledEncoder` says of its output; None of an output that is not one's."""
-    representatives = getattr(output, "luvc_representatives", None)
-    if representatives is None:
-        return None
-    late = _compat.extra_features(output)
-    return Encoded(output.pooler_output, representatives, output.luvc_placeholders, late)
 
 
 def with_padding_as_visual(
@@ -168,7 +160,7 @@ def graph_features(encoded: Encoded) -> GraphFeatures:
     for part in [features] if isinstance(features, Tensor) else features:
         torch._dynamo.mark_static(part)
     count, *grid = encoded.representatives.shape
-    return features, constants.as_text([grid]) if grid[0] > 1 and count > 0 else "", encoded.late
+    return features, as_text([grid]) if grid[0] > 1 and count > 0 else "", encoded.late
 
 
 def prunes_late(graphs: GraphSet, features: Mapping[str, GraphFeatures]) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from luvc_fx.generate.families import TOKEN_TYPES, LateFeatures
 from luvc_fx.ops import gather_rows, surviving_rows
 
 _NAMES = {
@@ -50,24 +50,6 @@ class PromptState:
         return {**{name: given for name, given in fields.items() if given is not None}, **self.rest}
 
 
-def with_positions(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`kwargs` with the `position_ids` that the model would compute from the whole prompt itself.
-
-    A model with several position axes (M-RoPE) computes them from the grids of its images, which a
-    shorter prompt no longer shows. It also remembers where the text goes on.
-    """
-    compute = getattr(model.base_model, "compute_3d_position_ids", None)
-    grids = [kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw")]
-    if compute is None or kwargs.get("position_ids") is not None or all(grid is None for grid in grids):
-        return kwargs
-    names = inspect.signature(compute).parameters
-    given = {name: kwargs.get(name) for name in names}
-    if "inputs_embeds" in names and given["inputs_embeds"] is None:
-        given["inputs_embeds"] = model.get_input_embeddings()(kwargs["input_ids"])
-    positions = compute(**given)
-    return kwargs if positions is None else {**kwargs, "position_ids": positions}
-
-
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """What an encoder made of the images, or the videos, of a prompt.
@@ -77,13 +59,13 @@ class Encoded:
         representatives: int64 ``[n, H', W']`` or ``[1, 1, N]``: the placeholder that each feature stands for,
             counted over all placeholders of the batch.
         placeholders: how many there are in the batch.
-        late: features that enter the decoder late, by their attribute, each level ``[N, D]``.
+        late: features that enter the decoder late.
     """
 
     features: Any
     representatives: Tensor
     placeholders: int
-    late: dict[str, list[Tensor]]
+    late: LateFeatures
 
 
 def treat_padding_as_visual(
@@ -161,7 +143,7 @@ def compact(
         mask = torch.ones_like(short_ids)
     if rest.get("labels") is not None:
         rest["labels"] = rest["labels"].gather(1, old_rows)
-    for name in ("mm_token_type_ids", "token_type_ids"):
+    for name in TOKEN_TYPES:
         if rest.get(name) is not None:
             rest[name] = rest[name].gather(1, ascending)
     positions = _at(positions, old_rows)

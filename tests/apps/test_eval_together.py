@@ -27,7 +27,7 @@ from luvc_fx.apps.evaluation.result import Cell, Result, Score
 from luvc_fx.apps.evaluation.result import Row as Told
 from luvc_fx.apps.evaluation.together import Group, generate_together, groups, why_apart
 from luvc_fx.apps.local_model import load
-from luvc_fx.generate.compiled_encoder import placeholders
+from luvc_fx.generate.families import placeholders
 from tests.support.models import FIRST_TEXT, inputs, tiny_internvl, tiny_llava
 from tests.support.models_qwen import qwen_inputs, tiny_qwen2_vl
 

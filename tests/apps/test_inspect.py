@@ -21,7 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from luvc_fx.apps import inspection, local_model
 from luvc_fx.apps.demo import MODEL_DIR
 from luvc_fx.cli.main import main as cli
-from luvc_fx.generate.sizes.synthetic_image import preferred_size
+from luvc_fx.generate.families import Family
 from luvc_fx.schedule import Merge, Prune, Schedule
 from tests.support.models import inputs, tiny_internvl, tiny_llava, visual_tokens
 
@@ -321,13 +321,13 @@ def test_models_that_cannot_be_wired_or_run(
             (20, 20),
         ),
         ({"size": {"longest_edge": 64}}, {}, (64, 64)),
-        ({"size": {"shortest_edge": 3136, "longest_edge": 12845056}}, {}, (336, 336)),
+        ({"size": {"shortest_edge": 3136, "longest_edge": 12845056}}, {}, None),
         ({}, {"image_size": 48}, (48, 48)),
         ({}, {"image_size": [48, 32]}, (48, 32)),
     ],
 )
 def test_the_size_of_the_synthetic_image(
-    image_processor: dict[str, Any], vision: dict[str, Any], size: tuple[int, int]
+    image_processor: dict[str, Any], vision: dict[str, Any], size: tuple[int, int] | None
 ) -> None:
-    config = SimpleNamespace(vision_config=SimpleNamespace(**vision))
-    assert preferred_size(SimpleNamespace(**image_processor), config) == size
+    model = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(**vision)))
+    assert Family(model).preferred_size(SimpleNamespace(**image_processor)) == size

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 import luvc_fx
 from luvc_fx import LuvcWarning, Schedule
 from luvc_fx.dynamo.backend import NotRewritten
-from luvc_fx.generate.compiled_encoder import ALL as ENCODED
+from luvc_fx.generate.families import MODALITIES
 from luvc_fx.report import Reason
 from tests.support.cases import GAP, slow_unless
 from tests.support.family_matrix import (
@@ -144,7 +144,7 @@ def test_strict_raises_what_is_refused(family: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["a video", "an image and a video"])
 def test_pixels_without_a_known_encoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As videos of LLaVA-OneVision in transformers 5.17: nothing is cut that the cache would not show."""
-    monkeypatch.setattr("luvc_fx.generate.compiled_encoder.ALL", ENCODED[:1])
+    monkeypatch.setattr("luvc_fx.generate.families.MODALITIES", MODALITIES[:1])
     given, batch = cell("qwen2", name), prompt_of("qwen2", name)
     model = model_of("qwen2", *given.model)
     plain = model(**batch).logits

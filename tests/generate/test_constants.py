@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import luvc_fx
-from luvc_fx.generate import constants as controls
-from luvc_fx.generate.constants import Grids, Lengths
+from luvc_fx.generate.constants import Grids, Lengths, as_text, rows_of
+from luvc_fx.generate.families import Family, Modality, family_of
 from luvc_fx.schedule import Merge, Schedule
 from tests.support.models_anyres import anyres_inputs, tiny_llava_next, tiny_onevision
 from tests.support.models_qwen import qwen_inputs, tiny_qwen2_5_vl, tiny_qwen2_vl, tiny_qwen3_vl
@@ -30,26 +30,26 @@ ROWS = st.integers(1, 4).flatmap(
 
 @given(ROWS)
 def test_rows_come_back_from_text(rows: list[list[int]]) -> None:
-    text = controls.as_text(torch.tensor(rows))
-    assert controls.rows_of(text) == rows
-    assert controls.as_text(rows) == controls.as_text([tuple(row) for row in rows]) == text
-    assert controls.as_text([torch.tensor(row) for row in rows]) == text
-    assert controls.from_text("image_sizes", text) == rows
-    assert controls.from_text("image_grid_thw", text).tolist() == rows
+    text = as_text(torch.tensor(rows))
+    assert rows_of(text) == rows
+    assert as_text(rows) == as_text([tuple(row) for row in rows]) == text
+    assert as_text([torch.tensor(row) for row in rows]) == text
+    assert Family.option_of("image_sizes", text) == rows
+    assert Family.option_of("image_grid_thw", text).tolist() == rows
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=5))
 def test_vectors_come_back_from_text(numbers: list[int]) -> None:
-    text = controls.as_text(torch.tensor(numbers))
-    assert text == controls.as_text(numbers) == ";".join(map(str, numbers))
-    assert controls.from_text("batch_num_images", text) == numbers
-    lengths = controls.from_text("image_cu_seqlens", ",".join(map(str, numbers)))
+    text = as_text(torch.tensor(numbers))
+    assert text == as_text(numbers) == ";".join(map(str, numbers))
+    assert Family.option_of("batch_num_images", text) == numbers
+    lengths = Family.option_of("image_cu_seqlens", ",".join(map(str, numbers)))
     assert isinstance(lengths, Lengths) and lengths.tolist() == numbers
 
 
 def test_text_as_it_is_written() -> None:
-    assert controls.as_text(torch.tensor([[1, 8, 8], [1, 4, 12]])) == "1,8,8;1,4,12"
-    assert controls.as_text([3, 1]) == "3;1"
+    assert as_text(torch.tensor([[1, 8, 8], [1, 4, 12]])) == "1,8,8;1,4,12"
+    assert as_text([3, 1]) == "3;1"
 
 
 @given(st.lists(st.lists(st.integers(1, 40), min_size=3, max_size=3), min_size=1, max_size=4))
@@ -75,6 +75,10 @@ QWEN: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def modality_of(model: Any, name: str) -> Modality:
+    return next(modality for modality in family_of(model).modalities() if modality.name == name)
+
+
 @pytest.mark.parametrize("kind", ["image", "video"])
 @pytest.mark.parametrize("make", QWEN)
 @torch.no_grad()
@@ -83,12 +87,13 @@ def test_an_encoder_takes_stand_ins_for_its_grid(make: str, kind: str) -> None:
     model = QWEN[make](decoder_layers=1)
     items = [("image", 4, 8), ("image", 8, 6)] if kind == "image" else [("video", 2, 4, 8)]
     batch = qwen_inputs(model, [[2, *items, 1]])  # type: ignore[list-item]
-    pixels, grid = batch["pixel_values" + "_videos" * (kind == "video")], batch[f"{kind}_grid_thw"]
-    encode = getattr(model.base_model, f"get_{kind}_features")
-    plain, text = controls.constants(model.base_model, kind, {f"{kind}_grid_thw": grid})
+    modality = modality_of(model, kind)
+    pixels, grid = batch[modality.pixels], batch[f"{kind}_grid_thw"]
+    encode = getattr(model.base_model, modality.method)
+    plain, text = family_of(model).encoder_constants(modality, {f"{kind}_grid_thw": grid})
     assert f"{kind}_grid_thw" in text and f"{kind}_grid_thw" not in plain
     assert all(isinstance(table, Tensor) for table in plain.values())
-    given_ = {**plain, **{name: controls.from_text(name, found) for name, found in text.items()}}
+    given_ = {**plain, **{name: Family.option_of(name, found) for name, found in text.items()}}
     assert isinstance(given_[f"{kind}_grid_thw"], Grids)
     got = encode(pixels, return_dict=True, **given_)
     want = encode(pixels, grid, return_dict=True)
@@ -104,7 +109,7 @@ def test_an_encoder_takes_stand_ins_for_its_grid(make: str, kind: str) -> None:
 def test_tables_that_the_caller_gives_stay() -> None:
     model = tiny_qwen2_vl(decoder_layers=1)
     options = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "image_position_ids": torch.zeros(16, 2)}
-    plain, text = controls.constants(model.base_model, "image", options)
+    plain, text = family_of(model).encoder_constants(modality_of(model, "image"), options)
     assert plain["image_position_ids"] is options["image_position_ids"]
     assert text == {"image_grid_thw": "1,4,4", "image_cu_seqlens": "0,16"}
 
@@ -112,7 +117,7 @@ def test_tables_that_the_caller_gives_stay() -> None:
 def test_other_options_stay_as_they_are() -> None:
     model = tiny_llava_next(decoder_layers=1)
     options = {"image_sizes": torch.tensor([[30, 40]]), "vision_feature_layer": -2}
-    plain, text = controls.constants(model.base_model, "image", options)
+    plain, text = family_of(model).encoder_constants(modality_of(model, "image"), options)
     assert (plain, text) == ({"vision_feature_layer": -2}, {"image_sizes": "30,40"})
 
 
@@ -177,7 +182,7 @@ def test_a_method_without_numpy_beside_the_class() -> None:
     base = model.base_model
     kind, module = type(base), sys.modules[type(base).__module__]
     before = (kind.pack_image_features, kind.pack_image_features.__globals__["np"], dict(vars(base)))
-    found = controls.numpy_free(base)
+    found = family_of(model).traceable_methods()
     assert list(found) == ["pack_image_features"]
     own = found["pack_image_features"]
     assert own.func.__globals__["np"] is not numpy  # type: ignore[attr-defined]
@@ -197,8 +202,9 @@ def test_a_method_without_numpy_beside_the_class() -> None:
 
 @pytest.mark.parametrize("make", [tiny_onevision, tiny_qwen2_vl], ids=lambda f: f.__name__)
 def test_models_that_ask_numpy_for_nothing_keep_their_methods(make: Callable[..., Any]) -> None:
-    base = make(decoder_layers=1).base_model
-    for name, method in controls.numpy_free(base).items():
+    model = make(decoder_layers=1)
+    base = model.base_model
+    for name, method in family_of(model).traceable_methods().items():
         assert method.func.__globals__["np"] is not numpy  # type: ignore[attr-defined]
         assert getattr(type(base), name).__globals__["np"] is numpy
 
@@ -222,7 +228,7 @@ def test_a_method_of_the_instances_own_stays() -> None:
         raise AssertionError("not called here")
 
     model.base_model.pack_image_features = mine
-    assert controls.numpy_free(model.base_model) == {}
+    assert family_of(model).traceable_methods() == {}
     luvc_fx.compile(model, Schedule(), inner="eager")
     assert model.base_model.pack_image_features is mine
     luvc_fx.restore(model)

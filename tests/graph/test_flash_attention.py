@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule, _compat
-from luvc_fx.generate import limits as allowance
+from luvc_fx.generate.limits import has_windows
 from luvc_fx.report import Reason
 from tests.support import stand_in_flash
 from tests.support.models import inputs, tiny_llava
@@ -194,13 +194,13 @@ def test_calls_that_cannot_be_followed_run_as_they_are(name: str, monkeypatch: p
 
 def test_a_window_that_is_not_used_is_none() -> None:
     config = flashing().config.get_text_config()
-    assert not allowance._has_windows(config)
+    assert not has_windows(config)
     config.sliding_window = 4
-    assert allowance._has_windows(config)
+    assert has_windows(config)
     config.use_sliding_window = False
-    assert not allowance._has_windows(config)
+    assert not has_windows(config)
     config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    assert allowance._has_windows(config)
+    assert has_windows(config)
 
 
 @pytest.mark.parametrize("reads", [True, False])

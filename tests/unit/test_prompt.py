@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from luvc_fx.generate.prompt import PromptState, compact, with_positions
+import luvc_fx
+from luvc_fx.generate.families import family_of
+from luvc_fx.generate.prompt import PromptState, compact
+from luvc_fx.schedule import Schedule
 from tests.support.models import tiny_llava
 from tests.support.models_qwen import qwen_inputs, tiny_qwen2_5_vl, tiny_qwen2_vl, tiny_qwen3_vl
 
@@ -123,11 +126,10 @@ def test_positions_are_the_stock_models(make: str, rows: str) -> None:
         lambda _m, _a, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
     )
     stock(**batch)
-    got = with_positions(model, batch)
-    assert torch.equal(got["position_ids"][-3:], seen[0][-3:])
+    positions = family_of(model).positions(batch)
+    assert positions is not None
+    assert torch.equal(positions[-3:], seen[0][-3:])
     assert torch.equal(model.model.rope_deltas, stock.model.rope_deltas)
-    assert {k: v for k, v in got.items() if k != "position_ids"} == batch
-    assert "position_ids" not in batch
 
 
 @torch.no_grad()
@@ -135,7 +137,7 @@ def test_positions_of_several_axes_follow_the_representatives() -> None:
     """Of 2 x 4 blocks the upper right and lower left of each half: rows and columns are theirs."""
     model = tiny_qwen2_vl(decoder_layers=1)
     batch = qwen_inputs(model, [[3, ("image", 4, 8), 2]])
-    whole = with_positions(model, batch)
+    whole = {**batch, "position_ids": family_of(model).positions(batch)}
     visual = batch["input_ids"] == model.config.image_token_id
     first = int(visual[0].int().argmax())
     slots = torch.tensor([[[1, 3], [4, 6]]])
@@ -151,12 +153,20 @@ def test_positions_of_several_axes_follow_the_representatives() -> None:
 
 @torch.no_grad()
 def test_positions_that_are_not_computed() -> None:
-    """Without a grid, with positions of the caller's own, and in a model that counts."""
-    model = tiny_qwen2_vl(decoder_layers=1)
+    """Without a grid, and in a model that counts."""
     text = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3)}
-    assert with_positions(model, text) is text
-    batch = qwen_inputs(model, [[3, ("image", 4, 4), 2]])
-    given_ = {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1]).unsqueeze(0)}
-    assert with_positions(model, given_) is given_
+    assert family_of(tiny_qwen2_vl(decoder_layers=1)).positions(text) is None
     llava = {**text, "pixel_values": torch.zeros(1, 3, 8, 8)}
-    assert with_positions(tiny_llava(decoder_layers=1), llava) is llava
+    assert family_of(tiny_llava(decoder_layers=1)).positions(llava) is None
+
+
+@torch.no_grad()
+def test_positions_of_the_callers_own_are_the_ones_that_count() -> None:
+    model = tiny_qwen2_vl(encoder_layers=1, decoder_layers=1)
+    batch = qwen_inputs(model, [[3, ("image", 8, 8), 2]])
+    own = torch.arange(batch["input_ids"].shape[1]).flip(0)[None]
+    stock, computed = model(**batch, position_ids=own).logits, model(**batch).logits
+    assert not torch.allclose(computed, stock, atol=1e-4)
+    with luvc_fx.applied(model, Schedule(), inner="eager"):
+        got = model(**batch, position_ids=own).logits
+    torch.testing.assert_close(got, stock, atol=1e-5, rtol=1e-5)

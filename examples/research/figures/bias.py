@@ -15,7 +15,7 @@ from luvc_fx.apps.evaluation.prompts import collate
 from luvc_fx.apps.evaluation.questions import read_frames
 from luvc_fx.apps.evaluation.statistics import ratio_interval
 from luvc_fx.apps.local_model import load
-from luvc_fx.generate.compiled_encoder import placeholders
+from luvc_fx.generate.families import placeholders
 from luvc_fx.ops import spectral_energy
 
 NAME, TITLE = "bias", "Spectral energy and attention against the token index"

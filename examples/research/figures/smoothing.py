@@ -20,7 +20,7 @@ from luvc_fx.apps.evaluation.prompts import collate
 from luvc_fx.apps.evaluation.questions import Question
 from luvc_fx.apps.evaluation.result import UNPRUNED, Cell, with_seed
 from luvc_fx.apps.evaluation.statistics import ratio_interval
-from luvc_fx.generate.compiled_encoder import placeholders
+from luvc_fx.generate.families import placeholders
 from luvc_fx.schedule import Prune, Schedule
 from luvc_fx.schedule.presets import PICK
 

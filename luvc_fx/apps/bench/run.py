@@ -21,7 +21,7 @@ from luvc_fx.apps.bench.running import Compiled, Reference, Stock
 from luvc_fx.apps.bench.shapes import SHAPES, Shape, Visual, smaller
 from luvc_fx.apps.bench.timing import PREFILL, PROJECTOR, SELECTOR, STAGES, Span, ratio_interval, spread
 from luvc_fx.apps.environment import hardware, versions
-from luvc_fx.generate.compiled_encoder import placeholders
+from luvc_fx.generate.families import placeholders
 from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Schedule
 

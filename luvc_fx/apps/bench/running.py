@@ -20,7 +20,7 @@ from luvc_fx.apps.bench.alone import projector_rows
 from luvc_fx.apps.bench.arms import Arm
 from luvc_fx.apps.bench.timing import DECODE, PREFILL, VISION, Clock, Stages
 from luvc_fx.dynamo.fingerprint import depends_on_us, fingerprint
-from luvc_fx.generate.compiled_encoder import modalities
+from luvc_fx.generate.families import modalities
 from luvc_fx.generate.frontdoor import put_on, take_off
 from luvc_fx.report import Report
 

@@ -15,7 +15,7 @@ from luvc_fx.apps.evaluation.questions import Question, read_frames
 from luvc_fx.apps.images_only import VIDEO
 from luvc_fx.downsample import Downsampled, downsample_all
 from luvc_fx.generate.chat_prompt import image_token
-from luvc_fx.generate.compiled_encoder import modalities, placeholders
+from luvc_fx.generate.families import modalities, placeholders
 from luvc_fx.report.errors import InputError, brief
 
 PIXEL_BYTES = 2 << 30

@@ -18,7 +18,8 @@ from transformers import DynamicCache
 
 from luvc_fx.apps.evaluation.prompts import Prompts, Row, collate
 from luvc_fx.generate.cache import layers_of, unsupported
-from luvc_fx.generate.limits import PLAIN, makes_own_masks
+from luvc_fx.generate.families import family_of
+from luvc_fx.generate.limits import PLAIN
 from luvc_fx.schedule import Schedule
 
 TEXT_STEP = 4
@@ -56,7 +57,7 @@ def why_apart(model: Any, schedule: Schedule) -> str:
             )
     if model.config.is_encoder_decoder:
         return f"{type(model).__name__} has a decoder of its own for the answer"
-    if makes_own_masks(model):
+    if family_of(model).makes_own_masks():
         return f"{type(model).__name__} makes masks of its own, in which images may see what is behind them"
     refusal = unsupported(DynamicCache(config=model.config.get_text_config()))
     if refusal is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import luvc_fx
 from luvc_fx import _compat
-from luvc_fx.generate.compiled_encoder import placeholders
+from luvc_fx.generate.families import placeholders
 from luvc_fx.report import unwrapped
 from luvc_fx.schedule import Schedule
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+from luvc_fx.generate.families import family_of
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -107,15 +109,13 @@ class SizeBuckets:
         >>> SizeBuckets.granularity_of(qwen2_vl)  # doctest: +SKIP
         28
         """
-        config = getattr(model, "config", None)
-        vision = getattr(config, "vision_config", None)
-        patch, merge = (getattr(vision, name, None) for name in ("patch_size", "spatial_merge_size"))
-        if not isinstance(patch, int) or not isinstance(merge, int):
+        granularity = family_of(model).granularity()
+        if granularity is None:
             raise ValueError(
                 f"the config of {type(model).__name__} has no vision_config with a patch_size and a "
                 "spatial_merge_size; its image sides have no known granularity"
             )
-        return patch * merge
+        return granularity
 
     def nearest(self, height: int, width: int) -> tuple[int, int]:
         """The bucket nearest to an image: by its aspect ratio and, at the same weight, its side length.

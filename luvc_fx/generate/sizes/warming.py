@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from luvc_fx import _compat
-from luvc_fx.generate import constants as controls
 from luvc_fx.generate.chat_prompt import make_prompt
-from luvc_fx.generate.compiled_encoder import modalities
+from luvc_fx.generate.constants import as_text
+from luvc_fx.generate.families import STEERING, TOKEN_TYPES, modalities, placeholders
 from luvc_fx.generate.frontdoor import report_of
 from luvc_fx.generate.sizes.buckets import SizeBuckets, checked_sizes
 from luvc_fx.generate.sizes.synthetic_image import synthetic_image
@@ -290,7 +290,7 @@ def _token_wise(given: Mapping[str, Any]) -> list[str]:
 
 
 def _lengthens(model: Any, given: Mapping[str, Any]) -> bool:
-    known = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
+    known = {"input_ids", "attention_mask", *TOKEN_TYPES}
     along = {name for name in given if name.endswith(("_ids", "_mask", "_embeds", "_position"))}
     return along <= known and along <= set(_token_wise(given)) and bool(_text(model, given).any())
 
@@ -302,10 +302,7 @@ def _pads(model: Any, given: Mapping[str, Any]) -> bool:
 
 def _text(model: Any, given: Mapping[str, Any]) -> Tensor:
     """Which tokens of the first row are text; with `attention_mask`, seen text."""
-    row = given["input_ids"][0]
-    text = torch.ones_like(row, dtype=torch.bool)
-    for kind in modalities(model):
-        text &= row != getattr(model.config, kind.token)
+    text = ~placeholders(model, given["input_ids"])[0]
     mask = given.get("attention_mask")
     return text if mask is None else text & (mask[0] != 0)
 
@@ -334,11 +331,7 @@ def _longer(model: Any, given: dict[str, Any], more: int, padded: bool) -> dict[
 
 def _told(model: Any, given: Mapping[str, Any]) -> str:
     """What graphs of this size are guarded on: what the model is told about its images, or their shape."""
-    found = [
-        f"{name} {controls.as_text(given[name])}"
-        for name in (*controls.GRIDS, *controls.LISTS)
-        if given.get(name) is not None
-    ]
+    found = [f"{name} {as_text(given[name])}" for name in STEERING if given.get(name) is not None]
     shapes = [
         f"{kind.pixels} {tuple(given[kind.pixels].shape)}"
         for kind in modalities(model)
