@@ -66,14 +66,14 @@ def downsample(model: Any, processor: Any, image: Image, budget: float) -> Downs
     if not 0.0 < budget <= 1.0:
         raise ValueError(f"budget is {budget!r}; allowed: a number in (0, 1]")
     vision = getattr(getattr(model, "config", None), "vision_config", None)
-    ours = getattr(processor, "image_processor", None)
-    if vision is None or ours is None:
+    image_processor = getattr(processor, "image_processor", None)
+    if vision is None or image_processor is None:
         raise ValueError(f"{type(model).__name__} and {type(processor).__name__} are for no images")
     family = family_of(model)
-    if family.takes_any_size(ours):
-        return _any_size(model, ours, image, budget)
-    if family.takes_squares(ours):
-        return _square(vision, ours, image, budget)
+    if family.takes_any_size(image_processor):
+        return _any_size(model, image_processor, image, budget)
+    if family.takes_squares(image_processor):
+        return _square(vision, image_processor, image, budget)
     raise ValueError(
         f"{type(model).__name__} takes images, or tiles of them, of one size only: a smaller image has as "
         "many visual tokens"
@@ -88,12 +88,12 @@ def downsample_all(
     Arguments and errors are those of `downsample`. The processing is that of the largest image, as the
     processor would make a larger one smaller once more; `tokens` and `of` are sums.
     """
-    found = [downsample(model, processor, image, budget) for image in images]
-    largest = max(found, key=lambda one: one.processing["size"].get("longest_edge", 0))
+    each = [downsample(model, processor, image, budget) for image in images]
+    largest = max(each, key=lambda one: one.processing["size"].get("longest_edge", 0))
     together = dataclasses.replace(
-        largest, tokens=sum(one.tokens for one in found), of=sum(one.of for one in found)
+        largest, tokens=sum(one.tokens for one in each), of=sum(one.of for one in each)
     )
-    return [one.image for one in found], together
+    return [one.image for one in each], together
 
 
 def _any_size(model: Any, processor: Any, image: Image, budget: float) -> Downsampled:

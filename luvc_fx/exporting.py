@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from luvc_fx import _compat
 from luvc_fx.dynamo.backend import backend, prepare
 from luvc_fx.generate.families import STEERING
+from luvc_fx.generate.frontdoor import is_compiled
 from luvc_fx.generate.model_check import check_schedule, check_supported
 from luvc_fx.graph import markers
 from luvc_fx.graph.emit import emit
@@ -57,7 +58,7 @@ def export(
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_supported(model)
     check_schedule(model, schedule)
-    if "_luvc_fx" in vars(model):
+    if is_compiled(model):
         raise ValueError("this model is compiled by luvc_fx; call luvc_fx.restore(model) before exporting it")
     if model.training:
         raise ValueError("the model is in training mode; call model.eval()")

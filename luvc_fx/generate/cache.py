@@ -1,4 +1,4 @@
-"""The cache of a prompt that was shortened: shorter than the conversation, and honest about it."""
+"""The cache of a prompt that was shortened: it holds fewer rows than the conversation, and counts all."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from luvc_fx.report import Reason, Refusal
 
 
 class PrunedRows:
-    """What a cache is whose layers hold fewer rows than the conversation has.
+    """A cache whose layers hold fewer rows than the conversation has.
 
     `get_seq_length` counts the dropped rows too, so that position ids and the slicing of a second turn
-    continue where the conversation is; each layer's own keys and values say what it really holds.
+    continue where the conversation is. Each layer's own keys and values say how many rows it holds.
     """
 
     dropped_rows: int = 0
     """Rows of the conversation that are missing in layer 0: those merged away."""
 
     rows_without_images: tuple[int, ...] = ()
-    """Of the batch, beside rows with images: of these left padding was dropped."""
+    """Rows of the batch without images: they lost left padding where the others lost visual tokens."""
 
     is_croppable = False
 
@@ -46,19 +46,19 @@ class PrunedCache(PrunedRows, DynamicCache):
 class PrunedStaticCache(PrunedRows, StaticCache):
     """A `StaticCache` whose layers hold fewer rows than the conversation has.
 
-    Each layer has room for as many rows less as were dropped on the way to it.
+    Each layer has less room than was asked for, by as many rows as were dropped before it.
     """
 
     def reset(self) -> None:
         """Empty it for another conversation, which may need the room that the first one did not."""
         super().reset()
         for layer in layers_of(self):
-            layer.max_cache_len += vars(layer).pop("luvc_spared", 0)
+            layer.max_cache_len += vars(layer).pop("luvc_dropped", 0)
             layer.is_initialized = False
 
 
 def adopt(cache: object, rows: int) -> None:
-    """Turn the cache that a conversation of `rows` rows filled into a `PrunedCache`, in place."""
+    """Turn a cache that holds fewer than the `rows` of its conversation into a `PrunedCache`, in place."""
     if not isinstance(cache, DynamicCache) or not cache.layers:
         return
     lengths = [layer.get_seq_length() for layer in layers_of(cache)]
@@ -76,17 +76,17 @@ def as_pruned(cache: DynamicCache) -> PrunedCache:
 def fill(cache: StaticCache, filled: DynamicCache, rows: int) -> None:
     """Write what a prompt of `rows` rows left in `filled` to an empty static cache, in place.
 
-    A layer without memory yet gets so much less of it as it was spared rows.
+    A layer that has no memory yet gets less of it, by as many rows as were dropped before it.
     """
-    spared = [rows - layer.keys.shape[-2] for layer in layers_of(filled)]
-    for layer, source, number in zip(layers_of(cache), layers_of(filled), spared, strict=True):
-        if number and not layer.is_initialized:
-            layer.max_cache_len -= number
-            layer.luvc_spared = number
+    dropped = [rows - layer.keys.shape[-2] for layer in layers_of(filled)]
+    for layer, source, fewer in zip(layers_of(cache), layers_of(filled), dropped, strict=True):
+        if fewer and not layer.is_initialized:
+            layer.max_cache_len -= fewer
+            layer.luvc_dropped = fewer
         layer.update(source.keys, source.values)
-    if any(spared):
+    if any(dropped):
         cache.__class__ = PrunedStaticCache
-        cache.dropped_rows = spared[0]  # type: ignore[attr-defined]
+        cache.dropped_rows = dropped[0]  # type: ignore[attr-defined]
 
 
 def layers_of(cache: Cache) -> list[Any]:
@@ -95,7 +95,7 @@ def layers_of(cache: Cache) -> list[Any]:
 
 
 def is_empty(cache: Any) -> bool:
-    """Whether a cache holds nothing yet; of a static one that has its memory, this waits for the device."""
+    """Whether a cache holds nothing yet; asking a static one that has its memory waits for the device."""
     if cache is None:
         return True
     if isinstance(cache, StaticCache) and not any(layer.is_initialized for layer in layers_of(cache)):

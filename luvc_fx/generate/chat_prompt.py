@@ -40,6 +40,7 @@ def make_prompt(model: Any, processor: Any, images: Sequence[Image], text: str) 
 
 
 def image_token(model: Any, processor: Any) -> str:
+    """The text that stands for an image in a prompt."""
     token = getattr(processor, "image_token", None)
     if token is None:
         token = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)

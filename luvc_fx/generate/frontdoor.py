@@ -112,7 +112,7 @@ def compile(
     >>> model.generate(**processor(images=image, text=prompt, return_tensors="pt"))  # doctest: +SKIP
     """
     parsed = Schedule.of(schedule)
-    given, model = model, _wired(model)
+    outer, model = model, _hooked_instance(model)
     check_supported(model)
     check_schedule(model, parsed)
     settings: dict[str, Any] = {
@@ -123,29 +123,29 @@ def compile(
         "on_no_match": on_no_match,
         "strict": strict,
     }
-    # Made for nothing, so that a wrong argument raises before anything changes.
+    # Only so that a wrong argument raises before anything changes.
     backend(**settings, capture_scalars=False, recompile_limit=None)
     door: FrontDoor | None = vars(model).get(_STATE)
     if door is not None and (door.settings, door.dynamic) == (settings, dynamic):
-        return given
+        return outer
     restore(model)
-    for instance in (given, model):
+    for instance in (outer, model):
         take_generate_warning_off(instance)
     prepare(model)
     door = FrontDoor(model, settings, dynamic)
     door.install()
     vars(model)[_STATE] = door
-    return given
+    return outer
 
 
-def _wired(model: Any) -> Any:
-    """The instance that gets the hooks: a PEFT model passes all calls on to the one it adapts."""
+def _hooked_instance(model: Any) -> Any:
+    """The instance that gets the hooks: of a PEFT model the one it adapts, to which it passes all calls."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def restore(model: Any) -> Any:
     """Take `compile` off a model instance; returns it. Without effect on one that was not compiled."""
-    door: FrontDoor | None = vars(_wired(model)).pop(_STATE, None)
+    door: FrontDoor | None = vars(_hooked_instance(model)).pop(_STATE, None)
     if door is not None:
         door.remove()
     return model
@@ -154,7 +154,7 @@ def restore(model: Any) -> Any:
 @contextlib.contextmanager
 def applied(model: Any, schedule: Schedule | str = "image", **settings: Any) -> Iterator[Any]:
     """`compile` for the length of a ``with`` block; what held before holds again afterwards."""
-    state = vars(_wired(model))
+    state = vars(_hooked_instance(model))
     before: FrontDoor | None = state.get(_STATE)
     compile(model, schedule, **settings)
     try:
@@ -168,7 +168,7 @@ def applied(model: Any, schedule: Schedule | str = "image", **settings: Any) -> 
 
 def take_off(model: Any) -> FrontDoor | None:
     """`restore`, keeping what was compiled: `put_on` brings it back."""
-    door: FrontDoor | None = vars(_wired(model)).get(_STATE)
+    door: FrontDoor | None = vars(_hooked_instance(model)).get(_STATE)
     restore(model)
     return door
 
@@ -177,7 +177,7 @@ def put_on(model: Any, door: FrontDoor) -> None:
     """Bring back what `take_off` took off this model; whatever is on it now goes."""
     restore(model)
     door.install()
-    vars(_wired(model))[_STATE] = door
+    vars(_hooked_instance(model))[_STATE] = door
 
 
 def report_of(model: Any) -> Report:
@@ -189,9 +189,14 @@ def report_of(model: Any) -> Report:
     return door_of(model).report
 
 
+def is_compiled(model: Any) -> bool:
+    """Whether `compile` holds for this model."""
+    return _STATE in vars(_hooked_instance(model))
+
+
 def door_of(model: Any) -> FrontDoor:
     """The hooks on a compiled model. Raises `ValueError` as `report_of`."""
-    door: FrontDoor | None = vars(_wired(model)).get(_STATE)
+    door: FrontDoor | None = vars(_hooked_instance(model)).get(_STATE)
     if door is None:
         raise ValueError("this model is not compiled by luvc_fx; call luvc_fx.compile(model) first")
     return door

@@ -16,14 +16,14 @@ from luvc_fx.generate.cache import PrunedCache, PrunedRows, is_empty, unsupporte
 from luvc_fx.generate.families import family_of, modalities, pixels_in
 from luvc_fx.report import Reason, Refusal
 
-PLAIN = (
+UNRESTRICTING_OPTIONS = (
     ("prefill_chunk_size", (None,)),
     ("assistant_model", (None,)),
     ("prompt_lookup_num_tokens", (None,)),
     ("cache_implementation", (None, "dynamic", "static")),
     ("use_cache", (None, True)),
 )
-"""Options of `generate`, and the values with which tokens may go."""
+"""Options of `generate`, and of each the values with which visual tokens may go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ UNMERGED = CallLimits(merge=False, shorten=True)
 UNTOUCHED = CallLimits(merge=False, shorten=False)
 
 Note = Callable[[Refusal], None]
-"""Where limits are noted; it may raise."""
+"""Called with the reason for each limit; it may raise."""
 
 
 def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> CallLimits:
@@ -60,7 +60,7 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> CallLimits:
     def option(name: str) -> Any:
         return kwargs[name] if name in kwargs else getattr(config, name, None)
 
-    for name, plain_values in PLAIN:
+    for name, plain_values in UNRESTRICTING_OPTIONS:
         if option(name) not in plain_values:
             given = option(name)
             shown = type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
@@ -131,21 +131,25 @@ def _decode_mode(model: Any, option: Callable[[str], Any]) -> str | None:
 
 
 def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> CallLimits:
-    """Whether each row has the same number of visual tokens, and a prompt that can be cut."""
+    """What a call may do as far as its images and rows tell; each limit is noted.
+
+    Args:
+        kwargs: of `forward` or `generate`.
+    """
     ids, mask = kwargs.get("input_ids", kwargs.get("inputs")), kwargs.get("attention_mask")
     if ids is None:
         note(Refusal(Reason.INPUTS, "inputs_embeds without input_ids: all visual tokens stay"))
         return UNTOUCHED
-    kinds = modalities(model)
+    known = modalities(model)
     for name in pixels_in(kwargs):
-        if name not in {kind.pixels for kind in kinds}:
-            # Encoded in the text graph, out of sight of what counts its tokens and adopts its cache.
+        if name not in {modality.pixels for modality in known}:
+            # The forward encodes them itself, and nobody here would learn how many tokens they are.
             note(Refusal(Reason.INPUTS, f"{name} has no known encoder in this model: all visual tokens stay"))
             return UNTOUCHED
     if not pixels_in(kwargs):
         return dataclasses.replace(FULL, rows=ids.shape[0])
     counts = torch.stack(
-        [(ids == getattr(model.config, kind.token)).sum(1) for kind in kinds], dim=1
+        [(ids == getattr(model.config, modality.token)).sum(1) for modality in known], dim=1
     ).tolist()
     without_images = tuple(row for row, count in enumerate(counts) if not any(count))
     uneven = _why_uneven(kwargs, counts, without_images)
@@ -176,7 +180,8 @@ def _why_uneven(kwargs: dict[str, Any], counts: list[list[int]], without_images:
     """Why the rows of a batch cannot get shorter by the same number of rows, or nothing.
 
     Args:
-        counts: per row the visual tokens of each modality; `without_images`: the rows without any.
+        counts: of each row the visual tokens of each modality.
+        without_images: the rows without any.
     """
     if any(count != max(counts) for row, count in enumerate(counts) if row not in without_images):
         return "rows with different numbers of visual tokens"

@@ -16,7 +16,7 @@ import luvc_fx
 from examples.research.mixed_sizes.qwen2_vl import build_processor
 from luvc_fx import LuvcWarning, SizeBuckets, _compat
 from luvc_fx.generate.chat_prompt import make_prompt
-from luvc_fx.generate.sizes import warming
+from luvc_fx.generate.sizes import longer_prompts, warming
 from luvc_fx.schedule import Merge, Prune, Schedule
 from tests.support.models import PAD, inputs, tiny_llava
 from tests.support.models_qwen import PATCH, UNIT, tiny_qwen2_vl
@@ -138,36 +138,34 @@ def test_more_sizes_than_the_limit_warn(qwen: Any, processor: Any, monkeypatch: 
     assert "Dynamo has reached its limit" in str(done)
     # Sizes that the processor brings to one grid are one.
     monkeypatch.setattr(_compat, "RECOMPILE_LIMIT", 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cases: list[Any] = [
-            warming._Sized(qwen, size, processor, 1, 1, "left") for size in ((32, 32), (33, 32), (32, 33))
-        ]
-        warming._warn_of_limit(qwen, cases)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        luvc_fx.warmup(qwen, [(32, 32), (33, 32), (32, 33)], processor)
+    assert not [warning for warning in caught if "sizes of images need" in str(warning.message)]
 
 
 def test_longer_prompts(qwen: Any, processor: Any) -> None:
     row = make_prompt(qwen, processor, [Image.new("RGB", (16, 16))], "left of")
     given = {name: torch.cat([value, value]) for name, value in row.items()}
     length = given["input_ids"].shape[1]
-    longer = warming._longer(qwen, given, 3, padded=False)
+    longer = longer_prompts.longer(qwen, given, 3, padded=False)
     assert torch.equal(longer["input_ids"][:, :length], given["input_ids"])
     assert (longer["input_ids"][:, length:] == given["input_ids"][:, -1:]).all()
     assert (longer["attention_mask"] == 1).all()
     assert (longer["mm_token_type_ids"][:, length:] == 0).all()
     assert longer["pixel_values"] is given["pixel_values"]
-    padded = warming._longer(qwen, given, 3, padded=True)
+    padded = longer_prompts.longer(qwen, given, 3, padded=True)
     assert padded["attention_mask"].tolist() == [[0] * 4 + [1] * length, [1] * (length + 4)]
     assert torch.equal(padded["input_ids"][0, 4:], given["input_ids"][0])
     assert torch.equal(padded["input_ids"][1, :length], given["input_ids"][1])
-    assert warming._longer(qwen, given, 0, padded=False) is given
+    assert longer_prompts.longer(qwen, given, 0, padded=False) is given
     # Position ids would have to go on, and nobody here knows how: such inputs stay as they are.
-    assert not warming._lengthens(qwen, {**given, "position_ids": torch.zeros(4, 2, length)})
+    assert not longer_prompts.can_lengthen(qwen, {**given, "position_ids": torch.zeros(4, 2, length)})
 
 
 def test_an_image_at_the_end_is_not_repeated(qwen: Any) -> None:
     ids = torch.tensor([[7, 8, 1, 1, 1, 1]])
-    longer = warming._longer(qwen, {"input_ids": ids}, 2, padded=False)
+    longer = longer_prompts.longer(qwen, {"input_ids": ids}, 2, padded=False)
     assert longer["input_ids"].tolist() == [[7, 8, 1, 1, 1, 1, 8, 8]]
 
 

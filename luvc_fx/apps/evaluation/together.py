@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from luvc_fx.apps.evaluation.prompts import Prompts, Row, collate
 from luvc_fx.generate.cache import layers_of, unsupported
 from luvc_fx.generate.families import family_of
-from luvc_fx.generate.limits import PLAIN
+from luvc_fx.generate.limits import UNRESTRICTING_OPTIONS
 from luvc_fx.schedule import Schedule
 
 TEXT_STEP = 4
@@ -63,7 +63,7 @@ def why_apart(model: Any, schedule: Schedule) -> str:
     if refusal is not None:
         return refusal.text
     config = model.generation_config
-    for name, plain in (*PLAIN, ("cache_implementation", (None,))):
+    for name, plain in (*UNRESTRICTING_OPTIONS, ("cache_implementation", (None,))):
         if getattr(config, name, None) not in plain:
             return f"the generation config says {name}={getattr(config, name)!r}"
     return ""

@@ -85,7 +85,7 @@ class SizeBuckets:
         ((448, 224), (336, 336), (224, 448))
         """
         for name, value in (("count", count), ("area", area), ("granularity", granularity)):
-            if not _whole(value) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; allowed: a whole number of at least 1")
         if not (math.isfinite(widest) and 0 < narrowest <= widest):
             raise ValueError(
@@ -95,8 +95,8 @@ class SizeBuckets:
         steps = (
             [(low + high) / 2] if count == 1 else [low + (high - low) * i / (count - 1) for i in range(count)]
         )
-        found = [_sides(math.exp(step), area, granularity) for step in steps]
-        return cls(tuple(dict.fromkeys(found)))
+        sizes = [_sides(math.exp(step), area, granularity) for step in steps]
+        return cls(tuple(dict.fromkeys(sizes)))
 
     @staticmethod
     def granularity_of(model: Any) -> int:
@@ -184,24 +184,24 @@ def checked_sizes(what: str, sizes: Iterable[Sequence[int]]) -> tuple[tuple[int,
     Raises:
         ValueError: none, or one that is no pair of positive whole numbers.
     """
-    found = []
+    pairs = []
     try:
         given = list(sizes)
     except TypeError:
         raise ValueError(f"{what} is {sizes!r}; allowed: (height, width) pairs") from None
     for size in given:
         pair = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else ()
-        if len(pair) != 2 or not all(_whole(side) and side >= 1 for side in pair):
+        if len(pair) != 2 or not all(_is_whole(side) and side >= 1 for side in pair):
             raise ValueError(
                 f"{what} holds {size!r}; allowed: a pair (height, width) of whole numbers of at least 1"
             )
-        found.append((int(pair[0]), int(pair[1])))
-    if not found:
+        pairs.append((int(pair[0]), int(pair[1])))
+    if not pairs:
         raise ValueError(f"{what} is empty; at least one (height, width) is needed")
-    return tuple(found)
+    return tuple(pairs)
 
 
-def _whole(value: object) -> bool:
+def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -211,13 +211,13 @@ def _sides(ratio: float, area: int, unit: int) -> tuple[int, int]:
     Nearest as `SizeBuckets.nearest` has it, so transposed ratios give transposed sides.
     """
     cells = area // unit**2
-    found = []
+    candidates = []
     for high in range(1, cells + 1):
         for rounded in (math.floor(high * ratio), math.ceil(high * ratio)):
             wide = min(max(1, rounded), cells // high)
             aspect, side = math.log(wide / high / ratio), math.log(high * wide / cells) / 2
-            found.append((round(aspect**2 + side**2, 9), -high * wide, high, wide))
-    if not found:
+            candidates.append((round(aspect**2 + side**2, 9), -high * wide, high, wide))
+    if not candidates:
         raise ValueError(f"area is {area}; allowed: at least the granularity's square, {unit**2}")
-    _, _, high, wide = min(found)
+    _, _, high, wide = min(candidates)
     return high * unit, wide * unit

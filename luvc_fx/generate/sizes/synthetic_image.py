@@ -23,8 +23,9 @@ def synthetic_image(model: Any, processor: Any, size: tuple[int, int] | None = N
     """
     from PIL import Image
 
-    preferred = family_of(model).preferred_size(processor.image_processor)
-    height, width = size or preferred or (DEFAULT_SIDE, DEFAULT_SIDE)
+    if size is None:
+        size = family_of(model).preferred_size(processor.image_processor)
+    height, width = size or (DEFAULT_SIDE, DEFAULT_SIDE)
     down = torch.linspace(0, 1, height).unsqueeze(1).expand(height, width)
     right = torch.linspace(0, 1, width).expand(height, width)
     disc = (down - 0.4) ** 2 + (right - 0.6) ** 2 < 0.06

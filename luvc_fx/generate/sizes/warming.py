@@ -14,9 +14,10 @@ from torch import Tensor
 from luvc_fx import _compat
 from luvc_fx.generate.chat_prompt import make_prompt
 from luvc_fx.generate.constants import as_text
-from luvc_fx.generate.families import STEERING, TOKEN_TYPES, modalities, placeholders
+from luvc_fx.generate.families import STEERING, modalities
 from luvc_fx.generate.frontdoor import report_of
 from luvc_fx.generate.sizes.buckets import SizeBuckets, checked_sizes
+from luvc_fx.generate.sizes.longer_prompts import can_lengthen, can_pad, longer
 from luvc_fx.generate.sizes.synthetic_image import synthetic_image
 from luvc_fx.report import GraphReport, LuvcWarning, Reason, Report
 
@@ -94,8 +95,8 @@ class WarmUp:
         for one in self.sizes:
             name = one.what if one.size is None else f"{one.size[0]} x {one.size[1]}"
             counts = (str(getattr(one, kind)) for kind in KINDS)
-            told = "" if one.settled else "not settled"
-            rows.append((name, f"{one.seconds:.1f}", *counts, str(one.prompts), told))
+            note = "" if one.settled else "not settled"
+            rows.append((name, f"{one.seconds:.1f}", *counts, str(one.prompts), note))
         totals = (str(sum(getattr(one, kind) for one in self.sizes)) for kind in KINDS)
         prompts = sum(one.prompts for one in self.sizes)
         rows.append(("total", f"{self.seconds:.1f}", *totals, str(prompts), ""))
@@ -179,20 +180,20 @@ def warmup(
             _Sized(model, size, processor, images_per_prompt, batch, prompt) for size in dict.fromkeys(wanted)
         ]
     _warn_of_limit(model, cases)
-    found: list[WarmedSize] = []
+    warmed: list[WarmedSize] = []
     for case in cases:
         # Beyond the limit a size would only be run eagerly, which warms nothing.
         if _gave_up(report):
             break
-        found.append(_run(model, case, report, new_tokens))
-    return WarmUp(tuple(found), len(cases) - len(found))
+        warmed.append(_run(model, case, report, new_tokens))
+    return WarmUp(tuple(warmed), len(cases) - len(warmed))
 
 
 # ------------------------------------------------------------------------------------------- one size
 
 
 class _Case:
-    """One size, and how to make its prompt; made again when it is needed, so pixels of one are held."""
+    """One size, and how to make its prompt; made again when it is needed, so that only one holds pixels."""
 
     size: tuple[int, int] | None = None
 
@@ -231,14 +232,14 @@ class _Ready(_Case):
 
 
 def _ready(inputs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    found = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-    for given in found:
+    prompts = [inputs] if isinstance(inputs, Mapping) else list(inputs)
+    for given in prompts:
         ids = given.get("input_ids") if isinstance(given, Mapping) else None
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             raise ValueError("inputs hold something without input_ids [batch, tokens]; allowed: mappings")
-    if not found:
+    if not prompts:
         raise ValueError("inputs is empty; at least one mapping is needed")
-    return found
+    return prompts
 
 
 def _run(model: Any, case: _Case, report: Report, new_tokens: int) -> WarmedSize:
@@ -247,10 +248,10 @@ def _run(model: Any, case: _Case, report: Report, new_tokens: int) -> WarmedSize
     prompts, settled = 0, True
     started = time.perf_counter()
     # Rows that are padded come first: their mask makes graphs of their own, as do those without one.
-    for padded in (True, False) if _pads(model, given) else (False,):
-        for more in LENGTHS if _lengthens(model, given) else (0, 0):
+    for padded in (True, False) if can_pad(model, given) else (False,):
+        for more in LENGTHS if can_lengthen(model, given) else (0, 0):
             before = len(report.graphs)
-            _generate(model, _longer(model, given, more, padded), new_tokens)
+            _generate(model, longer(model, given, more, padded), new_tokens)
             prompts += 1
             if len(report.graphs) == before or _gave_up(report):
                 break
@@ -258,9 +259,9 @@ def _run(model: Any, case: _Case, report: Report, new_tokens: int) -> WarmedSize
     seconds = time.perf_counter() - started
     new = [_kind(graph) for graph in report.graphs[first:]]
     counts = {kind: new.count(kind) for kind in KINDS}
-    told = _told(model, given)
+    what = _guarded_on(model, given)
     settled = settled and not _gave_up(report)
-    return WarmedSize(size=case.size, what=told, seconds=seconds, prompts=prompts, settled=settled, **counts)
+    return WarmedSize(size=case.size, what=what, seconds=seconds, prompts=prompts, settled=settled, **counts)
 
 
 def _generate(model: Any, given: dict[str, Any], new_tokens: int) -> None:
@@ -280,64 +281,18 @@ def _gave_up(report: Report) -> bool:
     return any(refusal.reason is Reason.RECOMPILE_LIMIT for refusal in report.refusals)
 
 
-# ------------------------------------------------------------------------------------- longer prompts
-
-
-def _token_wise(given: Mapping[str, Any]) -> list[str]:
-    """What has one place for each token of the prompt."""
-    shape = given["input_ids"].shape
-    return [name for name, value in given.items() if isinstance(value, Tensor) and value.shape == shape]
-
-
-def _lengthens(model: Any, given: Mapping[str, Any]) -> bool:
-    known = {"input_ids", "attention_mask", *TOKEN_TYPES}
-    along = {name for name in given if name.endswith(("_ids", "_mask", "_embeds", "_position"))}
-    return along <= known and along <= set(_token_wise(given)) and bool(_text(model, given).any())
-
-
-def _pads(model: Any, given: Mapping[str, Any]) -> bool:
-    several = given["input_ids"].shape[0] > 1
-    return several and "attention_mask" in given and _lengthens(model, given)
-
-
-def _text(model: Any, given: Mapping[str, Any]) -> Tensor:
-    """Which tokens of the first row are text; with `attention_mask`, seen text."""
-    text = ~placeholders(model, given["input_ids"])[0]
-    mask = given.get("attention_mask")
-    return text if mask is None else text & (mask[0] != 0)
-
-
-def _longer(model: Any, given: dict[str, Any], more: int, padded: bool) -> dict[str, Any]:
-    """`given` with `more` tokens of text behind each row; `padded`, the first row has them in front."""
-    if not more and not padded:
-        return given
-    more = more + 1 if padded else more
-    last = int(_text(model, given).nonzero().max())
-    made = dict(given)
-    for name in _token_wise(given):
-        value = given[name]
-        # Repeating one column of text gives everything in it (type ids, a mask) its right value.
-        column = value[:1, last : last + 1].expand(value.shape[0], more)
-        made[name] = torch.cat([value, column], dim=1)
-        if padded:
-            # What is behind padding is never looked at, so any text token serves for it.
-            front = column[:1] if name != "attention_mask" else torch.zeros_like(column[:1])
-            made[name][:1] = torch.cat([front, value[:1]], dim=1)
-    return made
-
-
 # ---------------------------------------------------------------------------------------- the limit
 
 
-def _told(model: Any, given: Mapping[str, Any]) -> str:
+def _guarded_on(model: Any, given: Mapping[str, Any]) -> str:
     """What graphs of this size are guarded on: what the model is told about its images, or their shape."""
-    found = [f"{name} {as_text(given[name])}" for name in STEERING if given.get(name) is not None]
+    sizes = [f"{name} {as_text(given[name])}" for name in STEERING if given.get(name) is not None]
     shapes = [
         f"{kind.pixels} {tuple(given[kind.pixels].shape)}"
         for kind in modalities(model)
         if isinstance(given.get(kind.pixels), Tensor)
     ]
-    return "; ".join(found or shapes)
+    return "; ".join(sizes or shapes)
 
 
 def _warn_of_limit(model: Any, cases: list[_Case]) -> None:
@@ -345,7 +300,7 @@ def _warn_of_limit(model: Any, cases: list[_Case]) -> None:
     if len(cases) < limit:
         return
     # Several sizes may be one grid to the model; only then is it worth making all prompts first.
-    distinct = len({_told(model, case.make()) for case in cases})
+    distinct = len({_guarded_on(model, case.make()) for case in cases})
     if distinct + 1 > limit:
         warnings.warn(
             f"{distinct} sizes of images need up to {distinct + 1} prefill graphs, and Dynamo compiles one "
