@@ -42,8 +42,7 @@ def prefill(
         model, graphs, prompt, encoder_outputs, rows_without_images, needs_mask, past
     )
     if padding is None and takes_segments(model):
-        padding = left_padding(prompt.ids, prompt.mask, rows_without_images)
-        prompt = replace(prompt, mask=None)
+        prompt, padding = padding_for_mask(prompt, rows_without_images)
     output, kept_rows = graphs.prefill(
         prompt.as_kwargs(), padding, features, wants_row_index, late_features=prunes_late(graphs, features)
     )
@@ -161,6 +160,12 @@ def graph_features(encoded: Encoded) -> GraphFeatures:
         torch._dynamo.mark_static(part)
     count, *grid = encoded.representatives.shape
     return features, as_text([grid]) if grid[0] > 1 and count > 0 else "", encoded.late
+
+
+def padding_for_mask(prompt: PromptState, rows_without_images: tuple[int, ...]) -> tuple[PromptState, Tensor]:
+    """The prompt without its mask, and its padding, of which the graph makes segments of rows."""
+    padding = left_padding(prompt.ids, prompt.mask, rows_without_images)
+    return replace(prompt, mask=None), padding
 
 
 def prunes_late(graphs: GraphSet, features: Mapping[str, GraphFeatures]) -> bool:
