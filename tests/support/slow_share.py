@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import pytest
 
-SHARES = 4
+SHARES = 3
 """As many as it takes for each to fit into CI's limit, see tests/DURATIONS.md."""
 LATE = "the minutes for slow tests are used"
 BEGAN = pytest.StashKey[float]()
