@@ -10,6 +10,7 @@ installs torch twice: minutes, and a few gigabytes of the temporary folder.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -72,24 +73,25 @@ def run(command: list[Any], folder: Path) -> str:
 def main() -> int:
     """All of it; the exit code says whether anything was wrong."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    say = functools.partial(print, flush=True)
     wrong = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made = build(folder)
         files = contents(made.wheel)
-        print(f"{made.wheel.name}: {len(files)} files, {made.wheel.stat().st_size / 1e6:.1f} MB")
-        print(f"{made.sdist.name}: {made.sdist.stat().st_size / 1e6:.1f} MB")
+        say(f"{made.wheel.name}: {len(files)} files, {made.wheel.stat().st_size / 1e6:.1f} MB")
+        say(f"{made.sdist.name}: {made.sdist.stat().st_size / 1e6:.1f} MB")
         wrong += [f"not in the wheel: {path}" for path in sorted(packaged() - set(files))]
         if files != contents(made.wheel_of_sdist):
             wrong.append("the wheel made of the source distribution is another")
         for what in (made.wheel, made.sdist):
             started = time.monotonic()
             commands = installed(folder / f"venv-{what.suffix[1:]}", what)
-            print(f"{what.name}: installed in {time.monotonic() - started:.0f} s")
-            print(f"  {run([commands / 'luvc-fx', '--version'], folder).strip()}")
+            say(f"{what.name}: installed in {time.monotonic() - started:.0f} s")
+            say(f"  {run([commands / 'luvc-fx', '--version'], folder).strip()}")
             result = demo(commands)
             arms = {arm: result[arm]["answer"] for arm in ("baseline", "luvc")}
-            print(f"  {result['question']} {arms}, budget {result['budget']:.3f}, {result['versions']}")
+            say(f"  {result['question']} {arms}, budget {result['budget']:.3f}, {result['versions']}")
             wrong += [f"{what.name}: {fault}" for fault in faults(result)]
     for fault in wrong:
         print(f"WRONG: {fault}", file=sys.stderr)
