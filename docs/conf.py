@@ -27,6 +27,7 @@ myst_heading_anchors = 3
 
 # Docstrings put code into single backticks.
 default_role = "literal"
+smartquotes = False
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
