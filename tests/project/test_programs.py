@@ -20,11 +20,13 @@ PROGRAMS = ROOT / "docs" / "programs"
 ARGUMENTS = {
     "forward": ("eager",),
     "generate": ("eager",),
+    "own_merger": ("eager",),
+    "picture": ("{tmp}/kept.png",),
     "report": ("eager",),
     "saved": ("{tmp}/saved",),
     "sizes": (str(RESEARCH / "models" / "qwen2_vl"), "eager"),
 }
-FAST = ("forward", "generate")
+FAST = ("forward", "generate", "own_pass", "schedules")
 MEASURED = re.compile(r"\d+ ms|[\d.]+ s\b|\d+ -> \d+ nodes")
 """What differs from run to run, or with the version of torch."""
 
