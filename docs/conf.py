@@ -14,7 +14,14 @@ author = "the luvc_fx authors"
 copyright = "the luvc_fx authors, Apache-2.0"
 release = installed("luvc-fx")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "commands"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "commands",
+    "methods",
+]
 exclude_patterns = ["_build", "_generated", "programs"]
 html_theme = "furo"
 html_title = "luvc_fx"
@@ -38,7 +45,7 @@ python_use_unqualified_type_names = True
 
 # Types of other packages: their pages are not looked up, so that the build needs no network.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|transformers|PIL|collections|pathlib|typing|types|fx|Tensor|Any|os)(\..*)?"),
+    ("py:.*", r"(torch|transformers|PIL|collections|pathlib|typing|types|fx|Tensor|Any|os|Image)(\..*)?"),
 ]
 
 _SHARED = re.compile(r"^(\s+)(\w+(?:, \w+)+): ")
