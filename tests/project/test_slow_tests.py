@@ -30,7 +30,8 @@ def test_the_commit_says_whose_share() -> None:
 
 @pytest.mark.parametrize(("minutes", "late"), [("1", 0), ("0", 2)])
 def test_what_a_run_says(minutes: str, late: int, tmp_path: Path) -> None:
-    tests = f"import pytest\n@pytest.mark.parametrize('n', range({2 * SHARES}))\ndef test_it(n):\n    assert n >= 0\n"
+    cases = f"@pytest.mark.parametrize('n', range({2 * SHARES}))"
+    tests = f"import pytest\n{cases}\ndef test_it(n):\n    assert n >= 0\n"
     (tmp_path / "test_it.py").write_text(tests)
     command = [sys.executable, "-m", "pytest", "-p", "tests.support.slow_share", "--rootdir", str(tmp_path)]
     done = subprocess.run(
