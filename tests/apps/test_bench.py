@@ -17,7 +17,8 @@ from luvc_fx.apps.bench.arms import BASELINE, FASTV, FROZEN, LUVC, RANDOM, SINGL
 from luvc_fx.apps.bench.result import Cost, Result, Row
 from luvc_fx.apps.bench.running import attention_of
 from luvc_fx.apps.bench.shapes import Visual, smaller
-from luvc_fx.apps.bench.timing import PREFILL, Clock, Stages, ratio_interval, spread
+from luvc_fx.apps.bench.timing import FIRST_TOKEN, PREFILL, Clock, Span, Stages, ratio_interval, spread
+from luvc_fx.cli import main as cli
 from luvc_fx.report import GraphReport, Insertion, MergeStep, Reason, Refusal, Report
 from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Merge, Prune, Schedule
@@ -233,10 +234,13 @@ def test_a_batch_fits_if_the_baseline_runs_it_too(monkeypatch: pytest.MonkeyPatc
 def test_the_best_mode_is_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: dict[str | None, float] = {None: 5.0, "max-autotune": 3.0}
 
-    def first_token(model: Any, inputs: Any, tokens: int, mode: str | None) -> float:
-        return taken[mode]
+    def runner(model: Any, arm: Any, inputs: Any, mode: str | None) -> Any:
+        spans = {FIRST_TOKEN: [Span(taken[mode], 0.0)]}
+        return types.SimpleNamespace(
+            generate=lambda tokens: None, stages=types.SimpleNamespace(take=lambda: spans)
+        )
 
-    monkeypatch.setattr(choosing, "_first_token", first_token)
+    monkeypatch.setattr(choosing, "Compiled", runner)
     model = torch.nn.Linear(1, 1)
     model.device = torch.device("cpu")  # type: ignore[assignment]
     mode, found = choosing.best_mode(model, {}, 1, lambda _: None)
@@ -419,9 +423,18 @@ def test_the_command_refuses_in_one_line() -> None:
     assert done.stderr.splitlines()[-1].startswith("luvc-fx: there is no shape 'gpt'; there are")
 
 
-def test_a_batch_is_a_number_or_auto() -> None:
-    from luvc_fx.cli.commands.bench import _rows
+def test_a_batch_is_a_number_or_auto(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[int | None] = []
 
-    assert _rows("8") == 8 and _rows("auto") is None
-    with pytest.raises(InputError, match="--batch is '0'; allowed: a whole number of at least 1, or 'auto'"):
-        _rows("0")
+    def stop(options: Options, note: Any) -> None:
+        seen.append(options.batch)
+        raise InputError("enough was seen")
+
+    monkeypatch.setattr(importlib.import_module("luvc_fx.cli.commands.bench"), "run", stop)
+    for given in ("8", "auto", "0"):
+        assert cli.main(["bench", "--batch", given]) == 2
+    assert seen == [8, None]
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said == "luvc-fx: --batch is '0'; allowed: a whole number of at least 1, or 'auto'"

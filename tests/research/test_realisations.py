@@ -72,5 +72,5 @@ def test_what_is_timed_and_compared() -> None:
         rows = list(realisations.agreements({0: x}, (256,)))
     assert {row["realisation"] for row in rows} == set(realisations.ROUNDED)
     assert all(0.5 < row["least"] <= 1.0 for row in rows)
-    large = realisations._time(torch.empty(1, 16384, 4096, device="cpu"), 0.25, "basis", 1)
+    large = realisations.time_of(torch.empty(1, 16384, 4096, device="cpu"), 0.25, "basis", 1)
     assert "products" in large["left_out"]

@@ -74,10 +74,11 @@ def times(
             x = torch.randn(1, tokens, dim, device=device)
             for cutoff in CUTOFFS:
                 for realisation in REALISATIONS:
-                    yield _time(x, cutoff, realisation, runs)
+                    yield time_of(x, cutoff, realisation, runs)
 
 
-def _time(x: Tensor, cutoff: float, realisation: str, runs: int) -> dict[str, Any]:
+def time_of(x: Tensor, cutoff: float, realisation: str, runs: int) -> dict[str, Any]:
+    """One realisation at one size, or why it was left out."""
     about = {
         "tokens": x.shape[1],
         "dim": x.shape[2],
