@@ -46,6 +46,16 @@ def test_every_room_is_in_the_import_contract() -> None:
     assert sorted(named) == sorted(rooms())
 
 
+def test_the_architecture_page_has_every_room() -> None:
+    page = (ROOT / "docs" / "develop" / "architecture.md").read_text(encoding="utf-8")
+    table = "\n".join(line for line in page.splitlines() if line.startswith("|"))
+    described = {
+        *re.findall(r"`luvc_fx/(\w+)(?:\.py)?`", table),
+        *re.findall(r"^\| `(passes)`", table, re.MULTILINE),
+    }
+    assert sorted(rooms() - described) == []
+
+
 def test_the_changelog_has_the_current_version() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d{2}-\d{2}))?$", text, re.MULTILINE)
