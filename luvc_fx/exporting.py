@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
 
 from luvc_fx import _compat
 from luvc_fx.dynamo.backend import backend, prepare
@@ -126,7 +125,7 @@ def _rewritten(model: Any, inputs: dict[str, Tensor], schedule: Schedule, dynami
     # Dynamo returns what it likes in an order of its own; the tensors say which is which.
     place = {id(tensor): number for number, tensor in enumerate(found)}
     nodes: Any = output_node(gm.graph).args[0]
-    output_node(gm.graph).args = (tree_map(lambda tensor: nodes[place[id(tensor)]], wanted),)
+    output_node(gm.graph).args = (_compat.tree_map(lambda tensor: nodes[place[id(tensor)]], wanted),)
     gm.graph.set_codegen(fx.graph.CodeGen())
     gm.graph.lint()
     return _plain_module(fx.GraphModule(gm, gm.graph))
@@ -177,9 +176,9 @@ def _own_weights(
 def _put(root: nn.Module, name: str, tensor: Tensor) -> None:
     *path, leaf = name.split(".")
     for part in path:
-        if part not in root._modules:
+        if part not in dict(root.named_children()):
             root.add_module(part, nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
+        root = root.get_submodule(part)
     if isinstance(tensor, nn.Parameter):
         root.register_parameter(leaf, tensor)
     else:

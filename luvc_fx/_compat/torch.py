@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree  # 2.11 - 2.13
 from torch._dispatch.python import enable_python_dispatcher  # 2.11 - 2.13
+from torch._dynamo import lookup_backend  # 2.11 - 2.13
 from torch._dynamo.eval_frame import OptimizedModule  # 2.11 - 2.13
+from torch._logging import trace_structured  # 2.11 - 2.13
+from torch._ops import OpOverload, OpOverloadPacket  # 2.11 - 2.13
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.11 - 2.13
 from torch.fx.experimental.proxy_tensor import make_fx  # 2.11 - 2.13
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # 2.11 - 2.13
+from torch.fx.experimental.symbolic_shapes import (  # 2.11 - 2.13
+    GuardOnDataDependentSymNode,
+    is_concrete_int,
+)
 
 __all__ = [
     "NOT_ONE_GRAPH",
@@ -25,27 +32,51 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "NameForTorchCompile",
+    "OpOverload",
+    "OpOverloadPacket",
     "OptimizedModule",
     "Shares",
     "allow_recompiles",
+    "argument_names",
     "cache_hits",
     "caching_precompile",
     "capture_end",
     "compile_id",
     "compile_inductor",
+    "copy_sources",
     "counters",
     "enable_scalar_capture",
     "fake_run",
     "forget_shapes",
     "hint",
     "inductor_options",
+    "is_concrete_int",
+    "lookup_backend",
     "make_fx",
     "recompile_reason",
     "shares_of",
+    "trace_structured",
     "tracing_settings",
+    "tree_leaves",
+    "tree_map",
     "watch_recompile_limit",
     "with_own_code",
 ]
+
+
+tree_leaves, tree_map = pytree.tree_leaves, pytree.tree_map
+
+
+def argument_names(operator: OpOverload) -> list[str]:
+    """The names of an operator's arguments, in order (`_schema`, 2.11 - 2.13)."""
+    return [argument.name for argument in operator._schema.arguments]
+
+
+def copy_sources(old: torch.fx.Graph, new: torch.fx.Graph) -> None:
+    """Give the placeholders of a copied graph what Dynamo hung on them (`_dynamo_source`, 2.11 - 2.13)."""
+    for original, copied in zip(old.nodes, new.nodes, strict=True):
+        if hasattr(original, "_dynamo_source"):
+            copied._dynamo_source = original._dynamo_source
 
 
 def hint(value: int | torch.SymInt) -> int:

@@ -39,6 +39,21 @@ def is_flash(config: Any) -> bool:
     return "flash" in str(getattr(config, "_attn_implementation", ""))
 
 
+def attention_name(config: Any) -> str:
+    """The `attn_implementation` of a part of a model with this config (transformers 5.17 - 5.23)."""
+    return str(config._attn_implementation)
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Let models made of this config attend by that `attn_implementation` (transformers 5.17 - 5.23)."""
+    config._attn_implementation = name
+
+
+def is_dispatched(module: torch.nn.Module) -> bool:
+    """Whether accelerate (1.15) moves a module's inputs and weights: it hangs a hook on it."""
+    return hasattr(module, "_hf_hook")
+
+
 def calls_flash_attn(config: Any) -> bool:
     """Whether a decoder with this config calls the package flash-attn 2, as operators that graphs keep.
 

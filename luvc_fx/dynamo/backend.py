@@ -125,7 +125,7 @@ class LuvcBackend:
             key = fingerprint(self.schedule) if depends_on_us(gm.graph) else ""
             return _compat.compile_inductor(gm, example_inputs, mode, options, key)
         if self.inner == "aot_eager":
-            return torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+            return _compat.lookup_backend("aot_eager")(gm, example_inputs)
         return gm.forward
 
     def reset(self) -> None:

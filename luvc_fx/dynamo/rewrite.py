@@ -88,9 +88,7 @@ class _Backup:
         if self.graph is not None:
             return
         self.graph = copy.deepcopy(self.gm.graph)
-        for old, new in zip(self.gm.graph.nodes, self.graph.nodes, strict=True):
-            if hasattr(old, "_dynamo_source"):
-                new._dynamo_source = old._dynamo_source
+        _compat.copy_sources(self.gm.graph, self.graph)
 
     def restore(self) -> None:
         """Put the copy back; a graph of which there is none has not been changed."""

@@ -101,7 +101,7 @@ def _refusal_of_attention(model: Any) -> Refusal | None:
     config = model.config.get_text_config()
     if not _compat.is_flash(config):
         return None
-    name = config._attn_implementation
+    name = _compat.attention_name(config)
     if not _compat.calls_flash_attn(config):
         text = f"attn_implementation={name!r} is not a call of the package flash-attn (2.7 or later)"
     elif has_windows(config):

@@ -77,7 +77,7 @@ def left_padding(ids: Tensor, mask: Tensor | None, rows_without_images: tuple[in
         seen = mask != 0
         padding = (seen.cumsum(1) == 0).sum(1)
         rows = torch.arange(mask.shape[1], device=mask.device)
-        torch._assert_async(
+        torch.ops.aten._assert_async.msg(
             (seen == (rows >= padding.unsqueeze(1))).all(),
             "luvc_fx: over a cache with dropped visual tokens only left padding can be masked",
         )

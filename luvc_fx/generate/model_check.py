@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from luvc_fx import _compat
 from luvc_fx.generate.families import family_of
 from luvc_fx.schedule import Schedule
 
@@ -27,7 +28,7 @@ def check_supported(model: Any) -> None:
             f"luvc_fx.compile cannot wire {type(model).__name__}: it has no {', '.join(missing)}. "
             "For forward calls use torch.compile(model, backend=luvc_fx.backend(schedule))."
         )
-    hooked = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+    hooked = [name for name, module in model.named_modules() if _compat.is_dispatched(module)]
     if hooked:
         raise ValueError(
             f"{hooked[0] or type(model).__name__} was dispatched by accelerate (device_map over several "

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
+from luvc_fx._compat import OpOverload, OpOverloadPacket, argument_names
 from luvc_fx.graph import markers
 from luvc_fx.graph.nodes import is_tensor, op_name, shape
 
@@ -33,11 +33,11 @@ _BETWEEN = {"reshape", "view", "contiguous", "to", "detach", "pad"}
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call by name; empty where it is none of FlashAttention."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverloadPacket) and op_name(node) in NAMES:
+    if isinstance(target, OpOverloadPacket) and op_name(node) in NAMES:
         target = target.default
-    if not isinstance(target, torch._ops.OpOverload) or op_name(node) not in NAMES:
+    if not isinstance(target, OpOverload) or op_name(node) not in NAMES:
         return {}
-    names = [argument.name for argument in target._schema.arguments]
+    names = argument_names(target)
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 

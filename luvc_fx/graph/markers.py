@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from luvc_fx._compat import OpOverload, OpOverloadPacket
+
 _LIBRARY = torch.library.Library("luvc_fx", "FRAGMENT")
 
 _LIBRARY.define("slots(Tensor features, int rows) -> Tensor")
@@ -83,7 +85,7 @@ once a pass rebuilt it.
 of a batch lie one behind the other: each one's padding is a segment, and what is behind it another."""
 
 
-def is_call(node: torch.fx.Node, marker: torch._ops.OpOverloadPacket) -> bool:
+def is_call(node: torch.fx.Node, marker: OpOverloadPacket) -> bool:
     """Whether `node` calls `marker`, in any spelling that Dynamo keeps."""
     return node.op == "call_function" and getattr(node.target, "overloadpacket", node.target) is marker
 
@@ -91,6 +93,6 @@ def is_call(node: torch.fx.Node, marker: torch._ops.OpOverloadPacket) -> bool:
 def is_ours(node: torch.fx.Node) -> bool:
     """Whether `node` calls any operator of this package, whose body no compiler cache can see."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         target = target.overloadpacket
-    return isinstance(target, torch._ops.OpOverloadPacket) and str(target).startswith("luvc_fx.")
+    return isinstance(target, OpOverloadPacket) and str(target).startswith("luvc_fx.")

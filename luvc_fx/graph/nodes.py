@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
-from torch.utils._pytree import tree_leaves
 
-from luvc_fx._compat import hint
+from luvc_fx._compat import OpOverload, hint, is_concrete_int, tree_leaves
 
 
 def value(node: fx.Node) -> Any:
@@ -62,7 +60,7 @@ def op_name(node: fx.Node) -> str:
         # Dynamo of torch 2.11 writes `a == b` as a method, later ones as a function.
         method = str(target)
         return getattr(operator, method).__name__ if method in _OPERATORS else method
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return target.overloadpacket.__name__
     return getattr(target, "__name__", str(target))
 

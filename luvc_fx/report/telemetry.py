@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from torch import fx
 
 from luvc_fx import _compat
@@ -53,7 +52,7 @@ def _text(gm: fx.GraphModule) -> str:
 
 
 def _artifact(name: str, encoding: str, payload: Any) -> None:
-    torch._logging.trace_structured(
+    _compat.trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": name, "encoding": encoding},
         payload_fn=payload,

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves, tree_map
 
-from luvc_fx._compat import FakeTensor, FakeTensorMode, fake_run, hint
+from luvc_fx._compat import FakeTensor, FakeTensorMode, fake_run, hint, tree_leaves, tree_map
 from luvc_fx.anatomy.axes.lengths import TOKENS, Axis, Counts
 from luvc_fx.anatomy.axes.probe import SIZED, TokenAxes, set_sizes, sizes_of
 from luvc_fx.graph.emit import MARK, inserted

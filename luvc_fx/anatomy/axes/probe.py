@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
 
-from luvc_fx._compat import FakeTensorMode
+from luvc_fx._compat import FakeTensorMode, tree_map
 from luvc_fx.anatomy.axes import lengths as ex
 from luvc_fx.anatomy.axes.lengths import Axis, Counts
 from luvc_fx.graph.nodes import concrete, run, shape, value

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves, tree_map
 
+from luvc_fx._compat import tree_leaves, tree_map
 from luvc_fx.anatomy.attention import FUSED
 from luvc_fx.anatomy.axes import cuts
 from luvc_fx.anatomy.axes import lengths as ex

@@ -41,7 +41,7 @@ def best_mode(
             found[mode or "default"] = _first_token(model, inputs, tokens, mode)
         except Exception as error:  # a mode that cannot run this model is not its best
             found[mode or "default"] = f"{type(error).__name__}: {error}".splitlines()[0]
-        torch._dynamo.reset()
+        torch.compiler.reset()
         gc.collect()
     taken = {mode: value for mode, value in found.items() if not isinstance(value, str)}
     if not taken:
@@ -90,7 +90,7 @@ def fits(
                 return False
             raise
         finally:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             gc.collect()
             torch.cuda.empty_cache()
         return True

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luvc_fx import _compat
+
 FIRST_TEXT = 1000
 """Token ids below are left out: a random prompt must not hold special ones by chance."""
 
@@ -61,7 +63,7 @@ class Shape:
         import transformers
 
         config = self.config(layers)
-        config._attn_implementation = "sdpa"
+        _compat.set_attention(config, "sdpa")
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
