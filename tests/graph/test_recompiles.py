@@ -202,7 +202,7 @@ def test_twelve_shapes_through_the_front_door(model: Any) -> None:
 
 
 def test_shapes_beyond_the_limit_of_the_front_door_warn(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compat, "RECOMPILE_LIMIT", 3)
+    monkeypatch.setattr("luvc_fx._compat.torch.RECOMPILE_LIMIT", 3)
     luvc_fx.compile(model, SCHEDULES[3], inner="eager", dynamic=False)
     prompts = [inputs(model, text=(2, tail)) for tail in range(1, 8)]
     texts = told(lambda: [model.generate(**prompt, max_new_tokens=1) for prompt in prompts])
