@@ -99,7 +99,7 @@ def make_plan(schedule: Schedule, anatomy: Anatomy, identity_sites: bool = False
     encoder, decoder = anatomy.encoder, anatomy.decoder
     if encoder is not None:
         plan.merged_grid = encoder.grid
-    if encoder is not None and (decoder is not None or encoder.slots is not None):
+    if encoder is not None and (decoder is not None or encoder.representatives_marker is not None):
         try:
             plan.merges = _merges(plan, schedule, encoder, identity_sites)
         except ValueError as error:

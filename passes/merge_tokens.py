@@ -14,13 +14,13 @@ from luvc_fx.graph.notes import SHRUNK, Merged
 from luvc_fx.mergers import PatchGrid, Shortening
 from luvc_fx.passes.support.context import Context
 from luvc_fx.passes.support.merge_angles import find_angles, turn_followers
-from luvc_fx.passes.support.place_features import answer_slots, place_features
+from luvc_fx.passes.support.place_features import answer_representatives, place_features
 from luvc_fx.plan import Grid, MergeSite, Step, side_counts
 from luvc_fx.report import Insertion, MergeStep
 
 
 def merge_tokens(context: Context) -> None:
-    """Merge at every planned site; `context.slots` then holds the representatives.
+    """Merge at every planned site; `context.representatives` then holds the representatives.
 
     With two images of 4 x 4 patches, of which the width merges to 2 behind block 0::
 
@@ -65,8 +65,8 @@ def merge_tokens(context: Context) -> None:
             context.retarget.fill(filler, side_counts(encoder, context.plan.merges[-1].merged))
         representatives = _feature_representatives(context, encoder, state[len(encoder.frames) :])
         place_features(context, encoder, representatives, leaving)
-    if encoder.slots is not None:
-        answer_slots(context, encoder)
+    if encoder.representatives_marker is not None:
+        answer_representatives(context, encoder)
     context.report.merged_grid = context.plan.merged_grid
 
 

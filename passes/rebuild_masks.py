@@ -98,12 +98,12 @@ def _segments(queries: Tensor, keys: Tensor, padding: Tensor) -> tuple[Tensor, T
     asked, held = queries.shape[-2], keys.shape[-2]
     padding = torch.where(padding < 0, held + padding, padding)  # counted from the end
     row = torch.arange(padding.shape[0], device=padding.device)
-    found = []
+    bounds = []
     for length in (asked, held):
         hidden = (padding - (held - length)).clamp(min=0)
         ends = torch.stack([row * length + hidden, (row + 1) * length], dim=1).flatten()
-        found.append(torch.nn.functional.pad(ends, (1, 0)).to(torch.int32))
-    return found[0], found[1]
+        bounds.append(torch.nn.functional.pad(ends, (1, 0)).to(torch.int32))
+    return bounds[0], bounds[1]
 
 
 def _written_rows(keys: fx.Node) -> fx.Node | None:
@@ -123,7 +123,7 @@ def _mask_body(added: torch.dtype | None) -> Any:
     """The mask for a fused attention, or what is `added` to the scores of one that is written out."""
 
     def body(queries: Tensor, keys: Tensor, padding: Tensor, written: Tensor | None = None) -> Tensor:
-        seen = _seen(queries, keys, padding, written)
+        seen = _visible_keys(queries, keys, padding, written)
         if added is None:
             return seen
         return torch.zeros_like(seen, dtype=added).masked_fill(~seen, torch.finfo(added).min)
@@ -131,7 +131,7 @@ def _mask_body(added: torch.dtype | None) -> Any:
     return body
 
 
-def _seen(queries: Tensor, keys: Tensor, padding: Tensor, written: Tensor | None) -> Tensor:
+def _visible_keys(queries: Tensor, keys: Tensor, padding: Tensor, written: Tensor | None) -> Tensor:
     """Bool ``[batch or 1, 1, Q, K]``: each query sees what lies before it, but no padding.
 
     The queries are the last Q of K rows; of a static cache, whose last rows are empty, those `written`.

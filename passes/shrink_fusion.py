@@ -36,29 +36,29 @@ def shrink_fusion(context: Context) -> None:
         %fused : [2, 13, 8] = masked_scatter(%embeds, %mask, %features)
     """
     decoder, encoder = context.anatomy.decoder, context.anatomy.encoder
-    if decoder is None or encoder is None or context.slots is None:
+    if decoder is None or encoder is None or context.representatives is None:
         return
     (mask,) = decoder.masks
     total = encoder.placeholders
     each = total // decoder.batch
     name = "shrink fusion"
 
-    def body(embeds: Tensor, mask: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
+    def body(embeds: Tensor, mask: Tensor, representatives: Tensor) -> tuple[Tensor, ...]:
         visual = mask.select(-1, 0)
         torch.ops.aten._assert_async.msg(
             (visual.sum(1) == each).all(),
             f"luvc_fx was compiled for {each} visual tokens in each row of the batch",
         )
-        places, ascending = surviving_rows(visual, slots, total)
-        left = mask_to_index(visual.gather(1, ascending), slots.numel() // visual.shape[0])
+        places, ascending = surviving_rows(visual, representatives, total)
+        left = mask_to_index(visual.gather(1, ascending), representatives.numel() // visual.shape[0])
         return gather_rows(embeds, places, 1), gather_rows(mask, ascending, 1), places, ascending, left
 
     context.retarget.advance(decoder.fusion.prev)
-    for node in (decoder.embeds, mask, context.slots):
+    for node in (decoder.embeds, mask, context.representatives):
         assert is_tensor(node)
     before = decoder.fusion.prev
     embeds, short_mask, places, ascending, context.places = emit(
-        context.graph, name, body, decoder.embeds, mask, context.slots, after=before
+        context.graph, name, body, decoder.embeds, mask, context.representatives, after=before
     )
     fusion: fx.Node = decoder.fusion
     context.retarget.place(embeds, fusion, {TOKENS: value(embeds).shape[1]})

@@ -83,10 +83,10 @@ def hint(value: int | torch.SymInt) -> int:
     """The size seen while tracing, without adding a guard (`SymNode.hint`, 2.11 - 2.13)."""
     if isinstance(value, int):
         return value
-    found = value.node.hint
-    if found is None:
+    size = value.node.hint
+    if size is None:
         raise ValueError(f"{value} has no size at trace time")
-    return int(found)
+    return int(size)
 
 
 def fake_run(tensors: list[FakeTensor]) -> Any:
@@ -233,14 +233,14 @@ def capture_end(gm: torch.fx.GraphModule) -> tuple[str, str]:
     The second is empty where the code returned, and both without a word of Dynamo's
     (`compile_subgraph_reason`, 2.11 - 2.13).
     """
-    found = getattr(gm, "compile_subgraph_reason", None)
-    if found is None:
+    end = getattr(gm, "compile_subgraph_reason", None)
+    if end is None:
         return "", ""
     place = ""
-    if found.user_stack:
-        frame = found.user_stack[-1]
+    if end.user_stack:
+        frame = end.user_stack[-1]
         place = f"{Path(frame.filename).name}:{frame.lineno}"
-    return place, found.reason.partition("\n")[0].strip() if found.graph_break else ""
+    return place, end.reason.partition("\n")[0].strip() if end.graph_break else ""
 
 
 def watch_recompile_limit(tell: Callable[[Any, str, int], None]) -> None:

@@ -67,21 +67,21 @@ class Attention:
 
 def attentions(graph: fx.Graph, inside: set[fx.Node]) -> list[Attention]:
     """The attention calls among the nodes `inside`, in order."""
-    found = []
+    calls = []
     for node in graph.nodes:
         if node in inside and node.op.startswith("call_"):
             name = op_name(node)
             call = read_flash(node) if name in flash.NAMES else None
             call = call or (_fused(node) if name in FUSED else _written_out(node))
             if call is not None:
-                found.append(call)
-    return found
+                calls.append(call)
+    return calls
 
 
 def operand(node: fx.Node, position: int, name: str) -> fx.Node | None:
     """An argument by its position or name, where it is a value of the graph."""
-    found = node.args[position] if len(node.args) > position else node.kwargs.get(name)
-    return found if isinstance(found, fx.Node) else None
+    argument = node.args[position] if len(node.args) > position else node.kwargs.get(name)
+    return argument if isinstance(argument, fx.Node) else None
 
 
 def _fused(node: fx.Node) -> Attention | None:
@@ -101,8 +101,7 @@ def read_flash(node: fx.Node) -> Attention | None:
     if not flash.is_followed(given):
         return None
     packed = given.get(flash.BOUNDS[0]) is not None
-    found = [flash.heads_first(given[name], packed) for name in ("q", "k", "v")]
-    queries, keys, values = found
+    queries, keys, values = (flash.heads_first(given[name], packed) for name in ("q", "k", "v"))
     if queries is None or keys is None or values is None:
         return None
     scale = given.get("softmax_scale") if not given.get("softcap") else None

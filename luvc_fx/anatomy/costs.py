@@ -51,9 +51,9 @@ def _stored(node: fx.Node, returned: set[fx.Node]) -> fx.Node | None:
 
 
 def _operand(node: fx.Node, position: int, name: str) -> fx.Node:
-    found = node.args[position] if len(node.args) > position else node.kwargs[name]
-    assert isinstance(found, fx.Node)
-    return found
+    argument = node.args[position] if len(node.args) > position else node.kwargs[name]
+    assert isinstance(argument, fx.Node)
+    return argument
 
 
 def _bytes(node: fx.Node) -> int:

@@ -8,12 +8,22 @@ import torch
 from torch import fx
 
 from luvc_fx.anatomy.attention import attentions
-from luvc_fx.anatomy.axes import lengths as ex
+from luvc_fx.anatomy.axes.lengths import (
+    CONSTANT,
+    HEIGHT,
+    WIDTH,
+    Axis,
+    Counts,
+    Extent,
+    axis_of,
+    axis_of_blocks,
+    concatenated,
+)
 from luvc_fx.anatomy.axes.probe import TokenAxes
 from luvc_fx.anatomy.axes.trace import trace
 from luvc_fx.anatomy.residual_stream import by_layer, chain_to, dominators, entering, last_residual
 from luvc_fx.anatomy.tiles import Packing
-from luvc_fx.anatomy.token_origins import follow
+from luvc_fx.anatomy.token_origins import token_origins
 from luvc_fx.graph import markers
 from luvc_fx.graph.nodes import ancestors, descendants, is_tensor, op_name, output_node, shape, value
 from luvc_fx.graph.notes import Layout
@@ -42,7 +52,7 @@ class Encoder:
             channels]``, or ``[patches, channels]`` of all images in a row.
         keys: per block, the keys of each of its attention calls, ``[images, heads, rows, dim]``.
         features: what goes on to the text, ``[N, dim]`` or ``[images, N, dim]``.
-        slots: the `markers.SLOTS` node, where the front door asked for representatives.
+        representatives_marker: the `markers.REPRESENTATIVES` node, where the front door asked for them.
         frames: the grids of patches in the order of the rows; images of one batch are frames alike.
         unit: height and width, in patches, of the block that becomes one feature (pixel shuffle).
         blockwise: whether the patches of such a block lie one behind the other.
@@ -55,7 +65,7 @@ class Encoder:
     leaving: tuple[fx.Node, ...]
     keys: tuple[tuple[fx.Node, ...], ...]
     features: fx.Node
-    slots: fx.Node | None
+    representatives_marker: fx.Node | None
     frames: tuple[Frames, ...]
     unit: tuple[int, int]
     blockwise: bool
@@ -87,7 +97,7 @@ class Encoder:
         pooled = self.packing is not None and self.packing.pooled
         return Layout(frames, self.lead, self.unit, self.blockwise, origins, pooled)
 
-    def count(self, counts: ex.Counts) -> int:
+    def count(self, counts: Counts) -> int:
         """Features in all, where the grids have these sides."""
         total, extents = 1, self.axes.extents[self.features]
         for axis, size in enumerate(shape(self.features)[:-1]):
@@ -100,7 +110,7 @@ class Encoder:
 
 
 def find_encoder(
-    graph: fx.Graph, live: set[fx.Node], features: fx.Node, slots: fx.Node | None, fusion: fx.Node | None
+    graph: fx.Graph, live: set[fx.Node], features: fx.Node, marker: fx.Node | None, fusion: fx.Node | None
 ) -> Encoder:
     """The encoder above `features`.
 
@@ -109,41 +119,41 @@ def find_encoder(
     """
     above = ancestors(features)
     calls = {call.node: call for call in attentions(graph, above)}
-    stop = {n for n in (fusion, slots) if n is not None}
-    told = [n for n in graph.nodes if n in above and markers.is_call(n, markers.PATCHES)]
-    if told:
-        first, axis, frames, unit = _told(told[0])
+    stop = {n for n in (fusion, marker) if n is not None}
+    patch_markers = [n for n in graph.nodes if n in above and markers.is_call(n, markers.PATCHES)]
+    if patch_markers:
+        first, axis, frames, unit = _grids_from_marker(patch_markers[0])
         blockwise = True
     else:
-        first, axis, frames = _seen(graph, next(iter(calls)))
+        first, axis, frames = _grid_from_convolution(graph, next(iter(calls)))
         unit, blockwise = (1, 1), False
     if all(each.grid == unit for each in frames):
         text = f"grid too small to merge along width or height: {unit[0]} x {unit[1]} patches, one feature"
         raise Refused(Reason.SCHEDULE, text, first)
     sides = {side: size for each in frames for side, size in zip(each.sides, each.grid, strict=True)}
-    rows = value(first).dim() - 1 if not told else 0
+    rows = value(first).dim() - 1 if not patch_markers else 0
     axes = trace(graph, {first: {rows: axis}}, sides, live & descendants(first) - descendants(*stop), stop)
     packing = None
     idom = dominators(graph, first, [features])
     chain = chain_to(idom, first, [features])
-    layers = by_layer(idom, chain, [*calls]) if told else [[call] for call in calls]
+    layers = by_layer(idom, chain, [*calls]) if patch_markers else [[call] for call in calls]
     sites = entering(idom, chain, layers)
     leaving = (*sites[1:], last_residual(chain, sites[-1]))
     lead = _lead(axes, leaving, axis, features)
-    if not told:
+    if not patch_markers:
         unit, packing = _layout(graph, axes, features, leaving[-1], frames[0], lead)
     elif not _whole_blocks(axes, features, axis, unit):
         raise Refused(Reason.NO_GRID, "the image features do not follow the blocks of the patches", features)
     keys = tuple(tuple(calls[node].keys for node in layer) for layer in layers)
-    last = len(leaving) - 1 if slots is None else _last_block(graph, axes, leaving, features, slots)
-    return Encoder(leaving, keys, features, slots, frames, unit, blockwise, lead, packing, last, axes)
+    last = len(leaving) - 1 if marker is None else _last_block(graph, axes, leaving, features, marker)
+    return Encoder(leaving, keys, features, marker, frames, unit, blockwise, lead, packing, last, axes)
 
 
 def _last_block(
-    graph: fx.Graph, axes: TokenAxes, leaving: tuple[fx.Node, ...], features: fx.Node, slots: fx.Node
+    graph: fx.Graph, axes: TokenAxes, leaving: tuple[fx.Node, ...], features: fx.Node, marker: fx.Node
 ) -> int:
     """The first block whose tokens leave the graph by another way than as `features`."""
-    late = descendants(features, slots)
+    late = descendants(features, marker)
     last = len(leaving) - 1
     for node in output_node(graph).all_input_nodes:
         if node in axes.extents and node not in late:
@@ -159,29 +169,29 @@ def patch_convolution(graph: fx.Graph, attention: fx.Node) -> fx.Node | None:
     return convs[-1] if convs else None
 
 
-def _seen(graph: fx.Graph, attention: fx.Node) -> tuple[fx.Node, ex.Axis, tuple[Frames, ...]]:
+def _grid_from_convolution(graph: fx.Graph, attention: fx.Node) -> tuple[fx.Node, Axis, tuple[Frames, ...]]:
     """The grid of a patch convolution."""
     conv = patch_convolution(graph, attention)
     if conv is None:
         raise Refused(Reason.NO_GRID, "no patch convolution before the first encoder block", attention)
     images, _, height, width = (int(size) for size in value(conv).shape)  # guards, where symbolic
-    frames = (Frames(images, (height, width), (ex.HEIGHT, ex.WIDTH)),)
-    return _flattened(conv), ex.of(ex.HEIGHT, ex.WIDTH), frames
+    frames = (Frames(images, (height, width), (HEIGHT, WIDTH)),)
+    return _flattened(conv), axis_of(HEIGHT, WIDTH), frames
 
 
-def _told(marker: fx.Node) -> tuple[fx.Node, ex.Axis, tuple[Frames, ...], tuple[int, int]]:
+def _grids_from_marker(marker: fx.Node) -> tuple[fx.Node, Axis, tuple[Frames, ...], tuple[int, int]]:
     """The grids of patches in a row, which the front door named."""
     _, numbers, unit = marker.args
     assert isinstance(numbers, (list, tuple)) and isinstance(unit, int)
     frames: list[Frames] = []
     for place in range(0, len(numbers), 3):
         count, height, width = (int(number) for number in numbers[place : place + 3])  # type: ignore[arg-type]
-        sides = (f"{ex.HEIGHT} {height}x{width}", f"{ex.WIDTH} {height}x{width}")
+        sides = (f"{HEIGHT} {height}x{width}", f"{WIDTH} {height}x{width}")
         if frames and frames[-1].grid == (height, width):
             count += frames.pop().count
         frames.append(Frames(count, (height, width), sides))
-    blocks = [ex.blocks(each.count, each.sides, unit) for each in frames]
-    return marker, ex.row_of(blocks), tuple(frames), (unit, unit)
+    blocks = [axis_of_blocks(each.count, each.sides, unit) for each in frames]
+    return marker, concatenated(blocks), tuple(frames), (unit, unit)
 
 
 def _flattened(conv: fx.Node) -> fx.Node:
@@ -199,23 +209,23 @@ def _flattened(conv: fx.Node) -> fx.Node:
             raise Refused(Reason.NO_GRID, "the patch grid is not flattened row by row", node)
 
 
-def _lead(axes: TokenAxes, leaving: tuple[fx.Node, ...], axis: ex.Axis, features: fx.Node) -> int:
+def _lead(axes: TokenAxes, leaving: tuple[fx.Node, ...], axis: Axis, features: fx.Node) -> int:
     """Rows in front of the grid, the same at every site."""
     leads = set()
     for site in leaving:
         rank = value(site).dim()
         extent = axes.extents.get(site, {}).get(rank - 2)
-        plain = isinstance(extent, ex.Extent) and not extent.tail
-        tokens = ex.Extent(extent.factors) if plain else extent  # type: ignore[union-attr]
+        plain = isinstance(extent, Extent) and not extent.rows_after
+        tokens = Extent(extent.factors) if plain else extent  # type: ignore[union-attr]
         if axes.axis(site) != rank - 2 or rank not in (2, 3) or tokens != axis or extent is None:
             raise Refused(Reason.RESIDUAL_STREAM, "no [images, tokens, channels] value here", site)
-        leads.add(extent.plus)
+        leads.add(extent.rows_before)
     if len(leads) != 1:
         raise Refused(Reason.RESIDUAL_STREAM, "the rows before the grid change between blocks", features)
     return leads.pop()
 
 
-def _whole_blocks(axes: TokenAxes, features: fx.Node, axis: ex.Axis, unit: tuple[int, int]) -> bool:
+def _whole_blocks(axes: TokenAxes, features: fx.Node, axis: Axis, unit: tuple[int, int]) -> bool:
     extents = axes.extents.get(features, {})
     return len(extents) == 1 and next(iter(extents.values())) == axis.without_inner(unit[0] * unit[1])
 
@@ -229,8 +239,8 @@ def _layout(
         raise Refused(Reason.NO_GRID, "the image features do not follow the patch grid", features)
     extent = next(iter(extents.values()))
     sides = tuple(extent.symbols())
-    plain = len(extents) == 1 and extent.splits and sides == (ex.HEIGHT, ex.WIDTH)
-    unit = _unit(axes, extent, features) if plain and isinstance(extent, ex.Extent) else (1, 1)
+    plain = len(extents) == 1 and extent.splits and sides == (HEIGHT, WIDTH)
+    unit = _unit(axes, extent, features) if plain and isinstance(extent, Extent) else (1, 1)
     if not plain and len(shape(features)) != 2:
         raise Refused(Reason.NO_GRID, "the image features are not one grid, row by row", features)
     numbers = torch.full((frames.count, shape(last)[1]), -2)
@@ -238,34 +248,34 @@ def _layout(
     numbers[:, lead:] = torch.arange(frames.count * patches).reshape(frames.count, patches)
     between = descendants(last) & ancestors(features)
     try:
-        found = tuple(follow(graph, last, features, numbers))
+        origins = tuple(token_origins(graph, last, features, numbers))
     except Refused:
         # Lengths cannot show that tokens change places; these operations do.
         moves = next((n for n in graph.nodes if n in between and op_name(n) in _REORDERING), None)
         if plain and moves is None:
             return unit, None
         raise
-    if found == tuple(range(frames.count * patches)):
+    if origins == tuple(range(frames.count * patches)):
         return unit, None
     if unit != (1, 1):
         raise Refused(Reason.NO_GRID, "the image features are not one grid, row by row", features)
     pooled = any(op_name(n) == "interpolate" for n in between)
-    return unit, Packing(found, frames.count, frames.grid, pooled)
+    return unit, Packing(origins, frames.count, frames.grid, pooled)
 
 
 _REORDERING = {"flip", "fliplr", "flipud", "rot90", "roll", "sort", "gather", "index_select", "take", "index"}
 
 
-def _unit(axes: TokenAxes, extent: ex.Extent, features: fx.Node) -> tuple[int, int]:
-    unit = 1 / extent.scale_of(ex.HEIGHT), 1 / extent.scale_of(ex.WIDTH)
-    inside = extent.factors[-1].symbol == ex.CONSTANT
+def _unit(axes: TokenAxes, extent: Extent, features: fx.Node) -> tuple[int, int]:
+    unit = 1 / extent.scale_of(HEIGHT), 1 / extent.scale_of(WIDTH)
+    inside = extent.factors[-1].symbol == CONSTANT
     if inside or any(side.denominator != 1 for side in unit):
         raise Refused(Reason.NO_GRID, "the image features are not one grid, row by row", features)
     blocks = {
-        (1 / e.scale_of(ex.HEIGHT), 1 / e.scale_of(ex.WIDTH))
-        for found in axes.extents.values()
-        for e in found.values()
-        if isinstance(e, ex.Extent)
+        (1 / e.scale_of(HEIGHT), 1 / e.scale_of(WIDTH))
+        for by_axis in axes.extents.values()
+        for e in by_axis.values()
+        if isinstance(e, Extent)
     }
     if any(unit[0] % height or unit[1] % width for height, width in blocks):
         raise Refused(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from luvc_fx.anatomy.attention import Attention, attentions
-from luvc_fx.anatomy.axes import lengths as ex
+from luvc_fx.anatomy.axes.lengths import TOKENS, axis_of
 from luvc_fx.anatomy.axes.probe import Join, TokenAxes
 from luvc_fx.anatomy.axes.trace import trace
 from luvc_fx.anatomy.encoder import Encoder, find_encoder, patch_convolution
@@ -35,7 +35,7 @@ from luvc_fx.report import Reason, Refusal, Refused
 ENDED = "the capture ended before the image features enter the text"
 APART = "the encoder of the image features is not in this graph: nothing is merged"
 
-UNKNOWN = "no attention that we know (scaled_dot_product_attention, FlashAttention, or products and softmax)"
+UNSUPPORTED = "no supported attention (SDPA, FlashAttention 2, matmul-softmax-matmul)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +99,10 @@ def recognise(graph: fx.Graph) -> Anatomy:
     live = live_nodes(graph)
     calls = attentions(graph, live)
     fusions = [n for n in graph.nodes if n in live and op_name(n) == "masked_scatter"]
-    slots = [n for n in graph.nodes if n in live and markers.is_call(n, markers.SLOTS)]
+    asked = [n for n in graph.nodes if n in live and markers.is_call(n, markers.REPRESENTATIVES)]
     anatomy.cache_attentions = tuple(call for call in calls if _uses_cache_mask(call))
     anatomy.queries = shape(calls[0].queries)[-2] if calls else 0
-    anatomy.has_vision = bool(slots) or any(patch_convolution(graph, call.node) for call in calls[:1])
+    anatomy.has_vision = bool(asked) or any(patch_convolution(graph, call.node) for call in calls[:1])
     try:
         if fusions:
             _check_fusions(fusions)
@@ -114,8 +114,8 @@ def recognise(graph: fx.Graph) -> Anatomy:
             else:
                 anatomy.encoder_refusals.append(_apart(fusions[0]))
             anatomy.decoder = _decoder(graph, live, calls, fusions, anatomy.encoder)
-        elif slots:
-            anatomy.encoder = _encoder(graph, live, slots[0].args[0], slots[0], None, anatomy)
+        elif asked:
+            anatomy.encoder = _encoder(graph, live, asked[0].args[0], asked[0], None, anatomy)
         elif anatomy.has_vision:
             anatomy.encoder_refusals.append(Refusal(Reason.CAPTURE_ENDED_BEFORE_FUSION, ENDED))
     except Refused as refused:
@@ -147,21 +147,21 @@ def _encoder(
     graph: fx.Graph,
     live: set[fx.Node],
     features: object,
-    slots: fx.Node | None,
+    marker: fx.Node | None,
     fusion: fx.Node | None,
     anatomy: Anatomy,
 ) -> Encoder | None:
     """The encoder above `features`, or None, with a reason noted where there is one but not for merging."""
     assert isinstance(features, fx.Node)
     if not attentions(graph, ancestors(features)):
-        if slots is not None:
-            text = f"{UNKNOWN} before the features"
-            anatomy.encoder_refusals.append(Refusal(Reason.NO_ATTENTION, text, str(slots)))
+        if marker is not None:
+            text = f"{UNSUPPORTED} before the features"
+            anatomy.encoder_refusals.append(Refusal(Reason.NO_ATTENTION, text, str(marker)))
         else:
             anatomy.encoder_refusals.append(_apart(fusion))
         return None
     try:
-        return find_encoder(graph, live, features, slots, fusion)
+        return find_encoder(graph, live, features, marker, fusion)
     except Refused as refused:
         anatomy.encoder_refusals.append(refused.refusal)
         return None
@@ -188,21 +188,21 @@ def _decoder(
     below = descendants(fusion)
     layers = {call.node: call for call in calls if call.node in below}
     if not layers:
-        raise Refused(Reason.NO_ATTENTION, f"{UNKNOWN} after the fusion", fusion)
+        raise Refused(Reason.NO_ATTENTION, f"{UNSUPPORTED} after the fusion", fusion)
     after_last = descendants([*layers][-1])
     sinks = [n for n in output_node(graph).all_input_nodes if n in after_last]
     idom = dominators(graph, fusion, [*sinks, *layers])
     sites = entering(idom, chain_to(idom, fusion, sinks), [[layer] for layer in layers])
     batch, visual = _visual_tokens(fusion, features, encoder)
-    length = {ex.TOKENS: shape(fusion)[1]}
+    length = {TOKENS: shape(fusion)[1]}
     labels = _labels(graph, live & below, fusion)
-    seeds = {node: {1: ex.of(ex.TOKENS)} for node in (fusion, *labels)}
+    seeds = {node: {1: axis_of(TOKENS)} for node in (fusion, *labels)}
     axes = trace(graph, seeds, length, live & (below | descendants(*labels)))
     axes.joins += [Join(user, node, (1,)) for node in labels for user in node.users if user in live]
     for layer, (site, (attention, call)) in enumerate(zip(sites, layers.items(), strict=True)):
         if axes.axis(site) != 1 or value(site).dim() != 3:
             raise Refused(Reason.RESIDUAL_STREAM, f"no [batch, rows, dim] value enters layer {layer}", site)
-        later = any(extent.plus for extent in axes.extents.get(call.keys, {}).values())
+        later = any(extent.rows_before for extent in axes.extents.get(call.keys, {}).values())
         if later and not _uses_cache_mask(call):
             text = "the cache already holds rows before this prompt, and its mask is the model's"
             raise Refused(Reason.PAST_NOT_EMPTY, text, attention)
@@ -219,14 +219,14 @@ def _decoder(
 
 
 def _argument(node: fx.Node, place: int) -> fx.Node:
-    found = node.args[place]
-    assert isinstance(found, fx.Node)
-    return found
+    argument = node.args[place]
+    assert isinstance(argument, fx.Node)
+    return argument
 
 
 def _labels(graph: fx.Graph, inside: set[fx.Node], fusion: fx.Node) -> list[fx.Node]:
     """The `[batch, rows]` values that a loss compares the rows with, before they are shifted."""
-    found = []
+    all_labels = []
     for loss in graph.nodes:
         if loss not in inside or op_name(loss) != "cross_entropy":
             continue
@@ -237,18 +237,18 @@ def _labels(graph: fx.Graph, inside: set[fx.Node], fusion: fx.Node) -> list[fx.N
                 labels = node
             above = [n for n in node.all_input_nodes if is_tensor(n)]
             node = above[0] if len(above) == 1 else None
-        if labels is not None and labels not in found:
-            found.append(labels)
-    return found
+        if labels is not None and labels not in all_labels:
+            all_labels.append(labels)
+    return all_labels
 
 
 def _visual_tokens(
     fusion: fx.Node, features: tuple[fx.Node, ...], encoder: Encoder | None
 ) -> tuple[int, int]:
     batch, total = shape(fusion)[0], 0
-    for found in features:
+    for one_modality in features:
         rows = 1
-        for size in value(found).shape[:-1]:
+        for size in value(one_modality).shape[:-1]:
             rows *= int(size)  # a plan is for one number of tokens: a symbolic one becomes a guard
         images = 0 if encoder is None or encoder.blockwise else encoder.images
         if rows % batch or images % batch:

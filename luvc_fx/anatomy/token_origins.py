@@ -16,7 +16,7 @@ from luvc_fx.anatomy.axes.probe import ALIGNED, EXPANDING
 from luvc_fx.graph.nodes import ancestors, descendants, is_tensor, op_name, run, shape, value
 from luvc_fx.report import Reason, Refused
 
-MADE = -1
+SEPARATOR = -1
 """Number of a row that no token became: a separator between the lines of an image."""
 
 _CHANNELWISE = {
@@ -26,7 +26,7 @@ _CHANNELWISE = {
 _MOVING = {"permute", "transpose", "getitem", "split", "unsqueeze", "squeeze", "movedim"}
 
 
-def follow(graph: fx.Graph, start: fx.Node, features: fx.Node, numbers: Tensor) -> list[int]:
+def token_origins(graph: fx.Graph, start: fx.Node, features: fx.Node, numbers: Tensor) -> list[int]:
     """The number in each row of `features`.
 
     Args:
@@ -38,14 +38,14 @@ def follow(graph: fx.Graph, start: fx.Node, features: fx.Node, numbers: Tensor) 
         Refused: TOKEN_AXIS with the first node that does more than move tokens.
     """
     between = descendants(start) & ancestors(features)
-    found: dict[fx.Node, _Numbered] = {start: _Numbered(numbers.unsqueeze(-1), 2)}
+    numbered: dict[fx.Node, _Numbered] = {start: _Numbered(numbers.unsqueeze(-1), 2)}
     for node in graph.nodes:
         if node not in between or node is start or not (is_tensor(node) or op_name(node) == "split"):
             continue
-        if op_name(node) == "to" and node.args[0] not in found:
+        if op_name(node) == "to" and node.args[0] not in numbered:
             continue  # a constant that asks the tokens for their dtype and device only
-        found[node] = _step(node, found)
-    last = found[features]
+        numbered[node] = _step(node, numbered)
+    last = numbered[features]
     return [int(number) for number in last.numbers.flatten()]
 
 
@@ -56,16 +56,16 @@ class _Numbered:
         self.numbers, self.channels = numbers, channels
 
 
-def _step(node: fx.Node, found: dict[fx.Node, _Numbered]) -> _Numbered:
+def _step(node: fx.Node, numbered: dict[fx.Node, _Numbered]) -> _Numbered:
     name = op_name(node)
-    sources = [n for n in node.all_input_nodes if n in found]
+    sources = [n for n in node.all_input_nodes if n in numbered]
     if not sources:
         raise Refused(Reason.TOKEN_AXIS, f"{name} reads no tokens that can be followed", node)
-    first = found[sources[0]]
+    first = numbered[sources[0]]
     if name in ALIGNED and name not in EXPANDING:
         return _reshaped(node, sources[0], first)
     if name == "cat":
-        return _joined(node, sources[0], found)
+        return _joined(node, sources[0], numbered)
     if name == "interpolate" and first.channels == 1:
         return _sampled(node, first)
     if len(sources) == 1 and name in _MOVING:
@@ -87,15 +87,15 @@ def _reshaped(node: fx.Node, source: fx.Node, given: _Numbered) -> _Numbered:
     return _Numbered(given.numbers.reshape(new), channels)
 
 
-def _joined(node: fx.Node, source: fx.Node, found: dict[fx.Node, _Numbered]) -> _Numbered:
-    channels = found[source].channels
+def _joined(node: fx.Node, source: fx.Node, numbered: dict[fx.Node, _Numbered]) -> _Numbered:
+    channels = numbered[source].channels
 
     def numbers(part: fx.Node) -> Tensor:
-        if part in found:
-            return found[part].numbers
+        if part in numbered:
+            return numbered[part].numbers
         sizes = list(shape(part))
         sizes[channels] = 1
-        return torch.full(sizes, MADE)
+        return torch.full(sizes, SEPARATOR)
 
     return _Numbered(run(node, numbers), channels)
 

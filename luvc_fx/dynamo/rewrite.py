@@ -117,8 +117,10 @@ def _prepare(graph: fx.Graph, schedule: Schedule, backup: _Backup, report: Graph
 
 
 def _is_nothing_to_do(anatomy: Anatomy, plan: Plan, schedule: Schedule) -> bool:
-    asked_for_slots = anatomy.encoder is not None and anatomy.encoder.slots is not None
-    return plan.empty and not anatomy.cache_attentions and not (asked_for_slots and schedule.prune)
+    asked_for_representatives = (
+        anatomy.encoder is not None and anatomy.encoder.representatives_marker is not None
+    )
+    return plan.empty and not anatomy.cache_attentions and not (asked_for_representatives and schedule.prune)
 
 
 def _run_passes(gm: fx.GraphModule, anatomy: Anatomy, plan: Plan, report: GraphReport) -> None:
@@ -187,7 +189,7 @@ def _describe(report: GraphReport, anatomy: Anatomy, plan: Plan, schedule: Sched
 def _of_both(refusal: Refusal, anatomy: Anatomy, schedule: Schedule) -> Refusal:
     """What keeps a decoder from being recognised keeps the encoder in its graph from merging."""
     encoder = anatomy.encoder
-    if not schedule.merge or encoder is None or encoder.slots is not None:
+    if not schedule.merge or encoder is None or encoder.representatives_marker is not None:
         return refusal
     return dataclasses.replace(refusal, text=f"{refusal.text}, so nothing is merged either")
 

@@ -108,7 +108,7 @@ def _body(family: Family, modality: Modality, encode: Callable[..., Any]) -> Enc
         flat = features.flatten(0, 1) if features_are_stacked else torch.cat(parts)
         # Dynamo takes these sizes for constants, so a merge does not change them: they count placeholders.
         lengths = [part.shape[0] for part in parts]
-        representatives = markers.SLOTS(flat, int(layout["rows"]))
+        representatives = markers.REPRESENTATIVES(flat, int(layout["rows"]))
         return flat, representatives, lengths, features_are_stacked, late_features(output)
 
     return _compat.with_own_code(body)

@@ -22,13 +22,13 @@ def inserted(node: fx.Node) -> bool:
 
 def constant(graph: fx.Graph, numbers: Any, like: fx.Node) -> fx.Node:
     """Insert integers, nested lists or tuples of them, as an int64 tensor beside `like`."""
-    found = torch.tensor(numbers, dtype=torch.int64)
+    tensor = torch.tensor(numbers, dtype=torch.int64)
     with graph.inserting_after(like):
         settings = {"dtype": torch.int64, "device": value(like).device}
-        node = graph.call_function(torch.tensor, (found.tolist(),), settings)
+        node = graph.call_function(torch.tensor, (tensor.tolist(),), settings)
     with fake_run([value(like)]):
-        made = torch.empty(found.shape, **settings)
-    node.meta = {"example_value": made, MARK: "constant"}
+        fake = torch.empty(tensor.shape, **settings)
+    node.meta = {"example_value": fake, MARK: "constant"}
     return node
 
 

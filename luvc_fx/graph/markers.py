@@ -12,7 +12,7 @@ from luvc_fx._compat import OpOverload, OpOverloadPacket
 
 _LIBRARY = torch.library.Library("luvc_fx", "FRAGMENT")
 
-_LIBRARY.define("slots(Tensor features, int rows) -> Tensor")
+_LIBRARY.define("representatives(Tensor features, int rows) -> Tensor")
 _LIBRARY.define("patches(Tensor pixels, int[] grids, int unit) -> Tensor")
 _LIBRARY.define("image_grid(Tensor features, int height, int width) -> Tensor")
 _LIBRARY.define("prompt_rows(Tensor embeds_or_ids) -> Tensor")
@@ -20,7 +20,7 @@ _LIBRARY.define("cache_mask(Tensor padding, SymInt queries) -> Tensor")
 _LIBRARY.define("cache_mask.segments(Tensor padding) -> Tensor")
 
 
-def _slots(features: torch.Tensor, rows: int) -> torch.Tensor:
+def _representatives(features: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.arange(features.shape[0], device=features.device).reshape(1, 1, -1).clone()
 
 
@@ -52,7 +52,12 @@ def _cache_mask(padding: torch.Tensor, queries: int = 0) -> torch.Tensor:
     )
 
 
-_SHOWN = {"slots": _slots, "patches": _patches, "image_grid": _image_grid, "prompt_rows": _prompt_rows}
+_SHOWN = {
+    "representatives": _representatives,
+    "patches": _patches,
+    "image_grid": _image_grid,
+    "prompt_rows": _prompt_rows,
+}
 for _name, _body in _SHOWN.items():
     _LIBRARY.impl(_name, _body, "CompositeImplicitAutograd")
 for _name in ("cache_mask", "cache_mask.segments"):
@@ -60,11 +65,11 @@ for _name in ("cache_mask", "cache_mask.segments"):
 torch.library.register_fake("luvc_fx::cache_mask", _cache_mask_shape, lib=_LIBRARY)
 torch.library.register_fake("luvc_fx::cache_mask.segments", _segments_shape, lib=_LIBRARY)
 
-SLOTS = torch.ops.luvc_fx.slots
-"""`slots(features [N, D], rows) -> [1, 1, N]`: which placeholder each feature stands for, over all images.
+REPRESENTATIVES = torch.ops.luvc_fx.representatives
+"""`representatives(features [N, D], rows) -> [1, 1, N]`: the placeholder that each feature stands for.
 
-The features belong to that many rows of a batch, as many to each. The merge pass replaces it by the
-representatives, `[n, H', W']` where the features are n equal grids."""
+Placeholders are numbered over all images. The features belong to `rows` rows of a batch, as many to each.
+The merge pass replaces the call by the representatives, `[n, H', W']` where features are n equal grids."""
 
 PATCHES = torch.ops.luvc_fx.patches
 """`patches(pixels [P, C], [t, h, w, ...], unit) -> pixels`: these rows are the patches of images or

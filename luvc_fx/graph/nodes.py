@@ -15,8 +15,8 @@ from luvc_fx._compat import OpOverload, hint, is_concrete_int, tree_leaves
 
 def value(node: fx.Node) -> Any:
     """The fake value of a node, in Dynamo's or ATen's spelling."""
-    found = node.meta.get("example_value")
-    return node.meta.get("val") if found is None else found
+    example = node.meta.get("example_value")
+    return node.meta.get("val") if example is None else example
 
 
 def is_tensor(node: object) -> bool:

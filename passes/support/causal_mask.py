@@ -66,8 +66,8 @@ def read_causal(mask: fx.Node) -> Causal | None:
             continue
         if _is_before(part):
             causal = True
-        elif keys is None and (found := _seen_keys(part)) is not None:
-            keys = found
+        elif keys is None and (looked_up := _seen_keys(part)) is not None:
+            keys = looked_up
         else:
             return None
     return Causal(keys, added) if causal else None

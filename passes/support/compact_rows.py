@@ -69,10 +69,10 @@ def root_of(join: Join, place: dict[fx.Node, int], site: int) -> tuple[Join, fx.
         parents = [n for n in follower.all_input_nodes if is_tensor(n)]
         if len(parents) != 1 or len(follower.all_input_nodes) != 1:
             break
-        found = follows(follower, parents[0], axes)
-        if found is None or 0 in found:
+        parent_axes = follows(follower, parents[0], axes)
+        if parent_axes is None or 0 in parent_axes:
             break
-        consumer, follower, axes = follower, parents[0], found
+        consumer, follower, axes = follower, parents[0], parent_axes
     return Join(join.consumer, follower, axes), consumer
 
 

@@ -19,7 +19,7 @@ class Context:
 
     Attributes:
         retarget: walks the graph behind the sites and makes it right for the new counts.
-        slots: representatives ``[images, H', W']`` of the last merge, once `merge_tokens` ran.
+        representatives: those ``[images, H', W']`` of the last merge, once `merge_tokens` ran.
         places: int64 ``[batch, tokens]``, the rows of the visual tokens where the last site left off.
         rows: per `markers.PROMPT_ROWS` node its newest, shortened value.
         causal: what the masks are that a site made anew.
@@ -30,7 +30,7 @@ class Context:
     plan: Plan
     report: GraphReport
     retarget: Retarget = field(init=False)
-    slots: fx.Node | None = None
+    representatives: fx.Node | None = None
     places: fx.Node | None = None
     rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
     causal: dict[fx.Node, Causal] = field(default_factory=dict)

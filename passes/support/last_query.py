@@ -26,7 +26,9 @@ def last_query(call: Attention) -> tuple[list[fx.Node], Callable[..., Tensor]]:
     scale = constant_scale(call)
     masks, over_cache = last_mask(call)
 
-    def paid(places: Tensor, queries: Tensor, keys: Tensor, seen: Tensor | None = None) -> Tensor:
+    def last_query_attention(
+        places: Tensor, queries: Tensor, keys: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
         groups = keys.shape[1]
         query = queries[:, :, -1].float().unflatten(1, (groups, -1)) * scale
         scores = (query.unsqueeze(3) * keys.float().unsqueeze(2)).sum(-1)  # [B, groups, share, rows]
@@ -35,7 +37,7 @@ def last_query(call: Attention) -> tuple[list[fx.Node], Callable[..., Tensor]]:
         weights = scores.softmax(-1).flatten(1, 2).mean(1)
         return weights.gather(1, places + (keys.shape[2] - queries.shape[2]))
 
-    return [call.queries, call.keys, *masks], paid
+    return [call.queries, call.keys, *masks], last_query_attention
 
 
 def constant_scale(call: Attention) -> float:

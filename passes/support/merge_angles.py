@@ -24,17 +24,17 @@ def find_angles(context: Context, site: MergeSite) -> fx.Node | None:
     Raises:
         Refused: TOKEN_AXIS where something else meets the tokens behind the site.
     """
-    found: set[fx.Node] = set()
+    tables: set[fx.Node] = set()
     for _, root, _ in _joins_behind(context, site):
         angles = _angles_of(root.follower)
         if len(angles) != 1:
             text = "a value that is no rotary table meets the tokens behind a merge"
             raise Refused(Reason.TOKEN_AXIS, text, root.follower)
-        found |= angles
-    if not found:
+        tables |= angles
+    if not tables:
         return None
-    table, rows = found.pop(), shape(site.node)
-    if found or shape(table)[0] != rows[0] or len(rows) != 2:
+    table, rows = tables.pop(), shape(site.node)
+    if tables or shape(table)[0] != rows[0] or len(rows) != 2:
         raise Refused(Reason.TOKEN_AXIS, "the angles of a rotary table do not lie patch by patch", table)
     return table
 
@@ -53,14 +53,14 @@ def turn_followers(context: Context, name: str, site: MergeSite, angles: fx.Node
     """Let every later block read tables made of the merged angles."""
     encoder = context.anatomy.encoder
     assert encoder is not None
-    made: dict[fx.Node, fx.Node] = {}
+    remade: dict[fx.Node, fx.Node] = {}
     for number, root, consumer in _joins_behind(context, site):
-        if root.follower not in made:
-            made[root.follower] = _again(context, name, root.follower, angles, merged)
+        if root.follower not in remade:
+            remade[root.follower] = _again(context, name, root.follower, angles, merged)
         join = encoder.axes.joins[number]
-        context.retarget.rewire(consumer or join.consumer, root.follower, made[root.follower])
+        context.retarget.rewire(consumer or join.consumer, root.follower, remade[root.follower])
         if consumer is None:
-            encoder.axes.joins[number] = Join(join.consumer, made[root.follower], join.axes)
+            encoder.axes.joins[number] = Join(join.consumer, remade[root.follower], join.axes)
 
 
 def _joins_behind(context: Context, site: MergeSite) -> list[tuple[int, Join, fx.Node | None]]:

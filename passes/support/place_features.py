@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from luvc_fx.anatomy.encoder import Encoder
-from luvc_fx.anatomy.token_origins import MADE, follow
+from luvc_fx.anatomy.token_origins import SEPARATOR, token_origins
 from luvc_fx.graph.emit import constant, emit
 from luvc_fx.graph.nodes import shape
 from luvc_fx.graph.notes import ORIGINS
@@ -17,19 +17,21 @@ from luvc_fx.plan import Grid
 from luvc_fx.report import Reason, Refused
 
 
-def place_features(context: Context, encoder: Encoder, slots: tuple[fx.Node, ...], leaving: fx.Node) -> None:
-    """`context.slots`: among all placeholders, those of the features that are left.
+def place_features(
+    context: Context, encoder: Encoder, representatives: tuple[fx.Node, ...], leaving: fx.Node
+) -> None:
+    """`context.representatives`: among all placeholders, those of the features that are left.
 
     Args:
         slots: int64 ``[n, H', W']`` for each of the encoder's frames, within each grid.
         leaving: the residual value that leaves the last block, merged if it is.
     """
     if encoder.packing is not None:
-        context.slots = _packed(context, encoder, slots[0], leaving)
+        context.representatives = _packed(context, encoder, representatives[0], leaving)
         return
     grids = tuple(frames.grid for frames in encoder.frames)
     sizes = [blocks[0] * blocks[1] for blocks in map(encoder.blocks_of, grids)]
-    merged = [shape(part)[1] * shape(part)[2] for part in slots]
+    merged = [shape(part)[1] * shape(part)[2] for part in representatives]
     places, start = [], 0
     for size, left, frames in zip(sizes, merged, encoder.frames, strict=True):
         for frame in range(frames.count):
@@ -38,47 +40,49 @@ def place_features(context: Context, encoder: Encoder, slots: tuple[fx.Node, ...
     _check_rows(context, encoder, places)
 
     def body(*parts: Tensor) -> Tensor:
-        found, start = [], 0
+        placed, start = [], 0
         for part, size, frames in zip(parts, sizes, encoder.frames, strict=True):
             first = torch.arange(frames.count, device=part.device).reshape(-1, 1, 1) * size + start
-            found.append(part + first)
+            placed.append(part + first)
             start += size * frames.count
-        if len(found) == 1:
-            return found[0]
-        return torch.cat([part.flatten() for part in found]).reshape(1, 1, -1)
+        if len(placed) == 1:
+            return placed[0]
+        return torch.cat([part.flatten() for part in placed]).reshape(1, 1, -1)
 
-    (context.slots,) = emit(context.graph, "placeholders", body, *slots)
+    (context.representatives,) = emit(context.graph, "placeholders", body, *representatives)
 
 
-def _packed(context: Context, encoder: Encoder, slots: fx.Node, leaving: fx.Node) -> fx.Node:
+def _packed(context: Context, encoder: Encoder, representatives: fx.Node, leaving: fx.Node) -> fx.Node:
     """Follow the merged tokens to the features; the separators between lines keep their share."""
     packing = encoder.packing
     assert packing is not None
-    tiles, height, width = shape(slots)
+    tiles, height, width = shape(representatives)
     context.retarget.advance(encoder.features)
     rows = torch.full((tiles, encoder.lead + height * width), -2)
     rows[:, encoder.lead :] = torch.arange(tiles * height * width).reshape(tiles, -1)
-    numbers = follow(context.graph, leaving, encoder.features, rows)
+    numbers = token_origins(context.graph, leaving, encoder.features, rows)
     if packing.pooled:
         shares = packing.shares(numbers, (height, width))
         _check_rows(context, encoder, shares)
-        table = constant(context.graph, [[shares]], slots)
+        table = constant(context.graph, [[shares]], representatives)
         (placed,) = emit(context.graph, "placeholders", lambda x: x.clone(), table)
         return placed
     separators = packing.separators(numbers, height * width)
-    tokens = [0 if number == MADE else number for number in numbers]
+    tokens = [0 if number == SEPARATOR else number for number in numbers]
     per_tile, firsts = packing.grid[0] * packing.grid[1], packing.firsts()
     owners = [firsts[token // (height * width)] for token in tokens]
     pairs = zip(owners, separators, strict=True)
     _check_rows(context, encoder, [own if separator < 0 else separator for own, separator in pairs])
-    made = [constant(context.graph, table, slots) for table in (tokens, separators, packing.places())]
+    tables = [
+        constant(context.graph, table, representatives) for table in (tokens, separators, packing.places())
+    ]
 
-    def body(slots: Tensor, tokens: Tensor, separators: Tensor, places: Tensor) -> Tensor:
-        first = torch.arange(tiles, device=slots.device).reshape(-1, 1, 1) * per_tile
-        patch = (slots + first).flatten().gather(0, tokens)
+    def body(representatives: Tensor, tokens: Tensor, separators: Tensor, places: Tensor) -> Tensor:
+        first = torch.arange(tiles, device=representatives.device).reshape(-1, 1, 1) * per_tile
+        patch = (representatives + first).flatten().gather(0, tokens)
         return torch.where(separators >= 0, separators, places.gather(0, patch)).reshape(1, 1, -1)
 
-    (placed,) = emit(context.graph, "placeholders", body, slots, *made)
+    (placed,) = emit(context.graph, "placeholders", body, representatives, *tables)
     placed.meta[ORIGINS] = tuple(numbers)
     return placed
 
@@ -89,7 +93,7 @@ def _check_rows(context: Context, encoder: Encoder, places: list[int]) -> None:
     Args:
         places: per feature that is left, a captured feature of the same image.
     """
-    decoder, marker = context.anatomy.decoder, encoder.slots
+    decoder, marker = context.anatomy.decoder, encoder.representatives_marker
     rows = decoder.batch if decoder is not None else 1 if marker is None else marker.args[1]
     assert isinstance(rows, int)
     each = encoder.placeholders // rows
@@ -100,11 +104,11 @@ def _check_rows(context: Context, encoder: Encoder, places: list[int]) -> None:
         raise Refused(Reason.UNEVEN_BATCH, text, encoder.features)
 
 
-def answer_slots(context: Context, encoder: Encoder) -> None:
+def answer_representatives(context: Context, encoder: Encoder) -> None:
     """Put the placeholders where the front door asked for them; whole grids stand for themselves."""
-    marker, slots = encoder.slots, context.slots
+    marker, representatives = encoder.representatives_marker, context.representatives
     assert marker is not None
-    if slots is None:
+    if representatives is None:
         if encoder.grid is None or encoder.packing is not None:
             return
         grid: Grid = encoder.blocks_of(encoder.grid)
@@ -115,6 +119,6 @@ def answer_slots(context: Context, encoder: Encoder) -> None:
         def body(x: Tensor) -> Tensor:
             return torch.arange(tokens, device=x.device).reshape(images, *grid).clone()
 
-        (slots,) = emit(context.graph, "placeholders", body, encoder.features)
+        (representatives,) = emit(context.graph, "placeholders", body, encoder.features)
     context.retarget.advance(marker.prev)
-    marker.replace_all_uses_with(slots)
+    marker.replace_all_uses_with(representatives)

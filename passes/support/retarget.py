@@ -34,11 +34,11 @@ class Retarget:
         self.space: dict[fx.Node, int] = {}
         self.pieces: dict[fx.Node, tuple[int, list[Axis]]] = {}
         self.crops: dict[fx.Node, dict[int, slice]] = {}
-        for number, found in enumerate(axes):
-            self.extents.update(found.extents)
-            self.pieces.update(found.pieces)
-            self.crops.update(found.crops)
-            self.space.update(dict.fromkeys((*found.extents, *found.pieces), number))
+        for number, space in enumerate(axes):
+            self.extents.update(space.extents)
+            self.pieces.update(space.pieces)
+            self.crops.update(space.crops)
+            self.space.update(dict.fromkeys((*space.extents, *space.pieces), number))
         self.counts: dict[fx.Node, Counts] = {}
         self.dirty: set[fx.Node] = set()
         self.cursor: fx.Node = next(iter(graph.nodes))
@@ -100,7 +100,9 @@ class Retarget:
         except ValueError as error:
             raise Refused(Reason.TOKEN_AXIS, str(error), node) from None
         # Beside rows of a cache, whose number is not known: their count is never written down.
-        open_ended = {a for a, e in extents.items() if e.plus and isinstance(old.shape[a], torch.SymInt)}
+        open_ended = {
+            a for a, e in extents.items() if e.rows_before and isinstance(old.shape[a], torch.SymInt)
+        }
         if op_name(node) in SIZED:
             self._resize(node, extents, {a: None if a in open_ended else n for a, n in lengths.items()})
         elif node in self.crops:
@@ -145,7 +147,7 @@ class Retarget:
         space = self.space.get(node)
         sources = [m for n in node.all_input_nodes for m in (n.all_input_nodes if _is_tuple(n) else [n])]
         counts = [self.counts[n] for n in sources if n in self.counts and self.space[n] == space]
-        if len({tuple(sorted((k, hint(v)) for k, v in found.items())) for found in counts}) > 1:
+        if len({tuple(sorted((k, hint(v)) for k, v in held.items())) for held in counts}) > 1:
             raise Refused(Reason.TOKEN_AXIS, "values with different token counts meet", node)
         return counts[0] if counts else None
 
@@ -166,7 +168,7 @@ class Retarget:
         one = {TOKENS: 1}
         with self.graph.inserting_before(node):
             size = self._call(torch.ops.aten.sym_size.int, source, axis)
-            if known != extent and (known.plus or extent.plus):
+            if known != extent and (known.rows_before or extent.rows_before):
                 text = "rows before the tokens and a length that is not known"
                 raise Refused(Reason.TOKEN_AXIS, text, node)
             if known != extent:
@@ -183,12 +185,12 @@ class Retarget:
         """Run the node on the sizes seen while tracing: much faster than on symbolic ones."""
         try:
             with self.mode, torch.no_grad():
-                found = run(node, lambda n: tree_map(concrete, value(n)))
+                result = run(node, lambda n: tree_map(concrete, value(n)))
         except Exception as error:
             text = f"{op_name(node)} fails on the new count: {error}"
             raise Refused(Reason.TOKEN_AXIS, text, node) from error
-        if list(found.shape) != wanted:
-            text = f"{op_name(node)} gives {list(found.shape)} where {wanted} is right"
+        if list(result.shape) != wanted:
+            text = f"{op_name(node)} gives {list(result.shape)} where {wanted} is right"
             raise Refused(Reason.TOKEN_AXIS, text, node)
 
 

@@ -27,10 +27,10 @@ from luvc_fx.passes.support.last_query import constant_scale, last_mask, visible
 from luvc_fx.plan import PruneSite
 from luvc_fx.report import Reason, Refused
 
-Looks = Callable[..., tuple[Tensor, Tensor]]
+ScoreKeys = Callable[..., tuple[Tensor, Tensor]]
 
 
-def site_keys(graph: fx.Graph, decoder: Decoder, site: PruneSite) -> tuple[list[fx.Node], Looks]:
+def site_keys(graph: fx.Graph, decoder: Decoder, site: PruneSite) -> tuple[list[fx.Node], ScoreKeys]:
     """The inputs of `Site.attended` and `Site.keys`, and the function that computes them.
 
     Queries and keys without rotary positions are the last values of the layer that are made of its input
@@ -45,29 +45,29 @@ def site_keys(graph: fx.Graph, decoder: Decoder, site: PruneSite) -> tuple[list[
     """
     call, before = decoder.calls[site.layer], decoder.calls[site.layer - 1]
     scale = constant_scale(call)
-    query = _unturned(graph, decoder.axes, site.node, call.queries)
-    key = _unturned(graph, decoder.axes, site.node, call.keys)
-    turned = _turned(graph, decoder.axes, site.node, call.keys, key)
-    steps, given = _replay(graph, site.node, (query, key, turned))
+    query = _before_rotary(graph, decoder.axes, site.node, call.queries)
+    key = _before_rotary(graph, decoder.axes, site.node, call.keys)
+    rotated = _after_rotary(graph, decoder.axes, site.node, call.keys, key)
+    steps, given = _replay(graph, site.node, (query, key, rotated))
     masks, over_cache = last_mask(before)  # of the same rows, and there already
-    swapped = [decoder.axes.axis(node) == 1 for node in (query, key, turned)]
+    swapped = [decoder.axes.axis(node) == 1 for node in (query, key, rotated)]
 
-    def looks(x: Tensor, places: Tensor, earlier: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
+    def score_keys(x: Tensor, places: Tensor, earlier: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.shape[1]
         known = dict(zip(given, values, strict=False)) | {site.node: x}
         for step in steps:
             known[step] = _again(step, known, decoder.axes, rows)
-        queries, keys, rotated = (
+        queries, keys, rotated_keys = (
             known[node].transpose(1, 2) if swap else known[node]
-            for node, swap in zip((query, key, turned), swapped, strict=True)
+            for node, swap in zip((query, key, rotated), swapped, strict=True)
         )
         among = torch.arange(rows, device=x.device) <= places.amax(1, keepdim=True)
         if masks:
             among = among & visible(values[-1], over_cache, earlier.shape[2], rows)
         attended = _attended(queries, keys, among, scale).gather(1, places)
-        return attended, gather_rows(rotated, places, 2).transpose(1, 2).flatten(2)
+        return attended, gather_rows(rotated_keys, places, 2).transpose(1, 2).flatten(2)
 
-    return [before.keys, *given, *masks], looks
+    return [before.keys, *given, *masks], score_keys
 
 
 def _attended(queries: Tensor, keys: Tensor, among: Tensor, scale: float) -> Tensor:
@@ -96,19 +96,19 @@ def _chain(graph: fx.Graph, source: fx.Node, sink: fx.Node) -> list[fx.Node]:
     return chain_to(idom, source, [sink])
 
 
-def _unturned(graph: fx.Graph, axes: TokenAxes, source: fx.Node, sink: fx.Node) -> fx.Node:
+def _before_rotary(graph: fx.Graph, axes: TokenAxes, source: fx.Node, sink: fx.Node) -> fx.Node:
     """The last value ``[B, heads, S, d]`` or ``[B, S, heads, d]`` before anything meets the tokens."""
     below, meets = descendants(source), {join.consumer for join in axes.joins}
-    found = None
+    last = None
     for node in _chain(graph, source, sink)[1:]:
         if below & ancestors(node) & meets:
             break
         if is_tensor(node) and _by_heads(node, sink, axes):
-            found = node
-    if found is None:
+            last = node
+    if last is None:
         text = "queries or keys of a layer are not found ahead of rotary positions and of what else is added"
         raise Refused(Reason.NO_ATTENTION, text, sink)
-    return found
+    return last
 
 
 def _by_heads(node: fx.Node, sink: fx.Node, axes: TokenAxes) -> bool:
@@ -116,7 +116,7 @@ def _by_heads(node: fx.Node, sink: fx.Node, axes: TokenAxes) -> bool:
     return len(sizes) == 4 and axis in (1, 2) and sizes[3] == shape(sink)[3]
 
 
-def _turned(graph: fx.Graph, axes: TokenAxes, source: fx.Node, sink: fx.Node, key: fx.Node) -> fx.Node:
+def _after_rotary(graph: fx.Graph, axes: TokenAxes, source: fx.Node, sink: fx.Node, key: fx.Node) -> fx.Node:
     """The last value that holds one key for each of `key`, before those of a cache (even an empty one)."""
     batch, *middle, dim = shape(key)
     heads, rows = middle if axes.axis(key) == 2 else middle[::-1]

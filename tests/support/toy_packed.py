@@ -96,7 +96,7 @@ class Packed(nn.Module):
                 x = self.meet(x, where, extra)
             x = block(x, cos, sin, [height * width for height, width in self.frames])
         features = self.features(x)
-        return features, markers.SLOTS(features, self.rows)
+        return features, markers.REPRESENTATIVES(features, self.rows)
 
 
 def coordinates(frame: Frame) -> Tensor:

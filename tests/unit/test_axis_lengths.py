@@ -12,12 +12,25 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import fx
 
-from luvc_fx.anatomy.axes import lengths as ex
-from luvc_fx.anatomy.axes.lengths import CONSTANT, HEIGHT, TOKENS, WIDTH, Axis, Extent, Factor, Row
+from luvc_fx.anatomy.axes.lengths import (
+    CONSTANT,
+    HEIGHT,
+    TOKENS,
+    WIDTH,
+    Axis,
+    ConcatenatedAxes,
+    Extent,
+    Factor,
+    align,
+    axis_of,
+    axis_of_blocks,
+    concatenated,
+    pieces_of,
+)
 from luvc_fx.report import Reason, Refused
 
 NODE = fx.Graph().placeholder("x")
-GRID = ex.of(HEIGHT, WIDTH)
+GRID = axis_of(HEIGHT, WIDTH)
 SIDES = ("height 4x6", "width 4x6")
 OTHERS = ("height 2x8", "width 2x8")
 COUNTS = dict(zip((*SIDES, *OTHERS, HEIGHT, WIDTH, TOKENS), (4, 6, 2, 8, 3, 5, 7), strict=True))
@@ -35,43 +48,43 @@ BIGGER = st.tuples(*[st.integers(1, 5)] * 4).map(
 
 
 def packed(frames: list[tuple[int, tuple[str, str]]], unit: int = 2) -> Axis:
-    return ex.row_of([ex.blocks(count, sides, unit) for count, sides in frames])
+    return concatenated([axis_of_blocks(count, sides, unit) for count, sides in frames])
 
 
 # ------------------------------------------------------------------------------------------- lengths
 
 
 def test_a_length_is_rows_in_front_tokens_and_rows_behind() -> None:
-    assert ex.of(TOKENS).length(COUNTS) == 7
-    assert ex.of(HEIGHT, WIDTH, plus=1).length(COUNTS) == 16
-    assert Extent((Factor(HEIGHT), number(4)), plus=-2, tail=3).length(COUNTS) == 13
+    assert axis_of(TOKENS).length(COUNTS) == 7
+    assert axis_of(HEIGHT, WIDTH, rows_before=1).length(COUNTS) == 16
+    assert Extent((Factor(HEIGHT), number(4)), rows_before=-2, rows_after=3).length(COUNTS) == 13
     assert Extent((Factor(SIDES[1], Fraction(1, 2)), number(2))).length(COUNTS) == 6
     assert Extent(()).length(COUNTS) == 1
 
 
 def test_a_factor_may_be_an_axis() -> None:
     """Lines with a separator behind each: height times (width + 1)."""
-    lines = Extent((Factor(HEIGHT), Extent((Factor(WIDTH),), tail=1)))
+    lines = Extent((Factor(HEIGHT), Extent((Factor(WIDTH),), rows_after=1)))
     assert lines.length(COUNTS) == 3 * 6
     assert lines.symbols() == [HEIGHT, WIDTH]
     assert not lines.splits
-    assert ex.of(HEIGHT, WIDTH).splits and not ex.of(HEIGHT, WIDTH, plus=1).splits
-    cropped = Extent((lines, number(2)), plus=-1, tail=-1)
+    assert axis_of(HEIGHT, WIDTH).splits and not axis_of(HEIGHT, WIDTH, rows_before=1).splits
+    cropped = Extent((lines, number(2)), rows_before=-1, rows_after=-1)
     assert cropped.length(COUNTS) == 34
 
 
 def test_a_row_is_as_long_as_its_parts() -> None:
-    row = Row((ex.of(TOKENS), ex.of(HEIGHT, WIDTH), ex.of(HEIGHT, plus=2)))
+    row = ConcatenatedAxes((axis_of(TOKENS), axis_of(HEIGHT, WIDTH), axis_of(HEIGHT, rows_before=2)))
     assert row.length(COUNTS) == 7 + 15 + 5
     assert row.symbols() == [TOKENS, HEIGHT, WIDTH]
-    assert (row.splits, row.plus) == (False, 0)
+    assert (row.splits, row.rows_before) == (False, 0)
     assert row.times(3, outer=True) == Extent((number(3), row))
     assert row.times(3, outer=False).length(COUNTS) == 3 * 27
-    assert Extent((row,), plus=1, tail=4).length(COUNTS) == 32
+    assert Extent((row,), rows_before=1, rows_after=4).length(COUNTS) == 32
 
 
 def test_sides_that_do_not_divide_raise() -> None:
-    halves = ex.blocks(1, (HEIGHT, WIDTH), 2).without_inner(4)
+    halves = axis_of_blocks(1, (HEIGHT, WIDTH), 2).without_inner(4)
     assert halves is not None and halves.length({HEIGHT: 4, WIDTH: 6}) == 6
     with pytest.raises(ValueError, match="do not divide"):
         halves.length({HEIGHT: 3, WIDTH: 6})
@@ -92,9 +105,9 @@ def test_blocks_hold_all_patches(
 
 def test_blocks_exactly() -> None:
     halves = tuple(Factor(side, Fraction(1, 2)) for side in SIDES)
-    assert ex.blocks(3, SIDES, 2) == Extent((number(3), *halves, number(4)))
-    assert ex.blocks(1, SIDES, 2) == Extent((*halves, number(4)))
-    assert ex.blocks(1, SIDES, 1) == ex.of(*SIDES)
+    assert axis_of_blocks(3, SIDES, 2) == Extent((number(3), *halves, number(4)))
+    assert axis_of_blocks(1, SIDES, 2) == Extent((*halves, number(4)))
+    assert axis_of_blocks(1, SIDES, 1) == axis_of(*SIDES)
 
 
 # -------------------------------------------------------------------------------------- normal forms
@@ -104,14 +117,18 @@ def test_constants_beside_each_other_are_one() -> None:
     assert GRID.times(2, outer=True).times(3, outer=True) == Extent((number(6), *GRID.factors))
     assert GRID.times(2, outer=False).times(1, outer=True) == Extent((*GRID.factors, number(2)))
     assert GRID.times(2, outer=True).times(3, outer=False) == Extent((number(2), *GRID.factors, number(3)))
-    led = Extent(GRID.factors, plus=1, tail=-2)
-    assert led.times(3, outer=True) == Extent((number(3), *GRID.factors), plus=3, tail=-6)
+    led = Extent(GRID.factors, rows_before=1, rows_after=-2)
+    assert led.times(3, outer=True) == Extent((number(3), *GRID.factors), rows_before=3, rows_after=-6)
 
 
 @pytest.mark.parametrize("outer", [False, True])
 @given(st.integers(1, 4), st.integers(-2, 2), st.integers(-2, 2))
-def test_times_multiplies_the_length(outer: bool, by: int, plus: int, tail: int) -> None:
-    for axis in (GRID, Extent(GRID.factors, plus, tail), Row((GRID, ex.of(TOKENS)))):
+def test_times_multiplies_the_length(outer: bool, by: int, rows_before: int, rows_after: int) -> None:
+    for axis in (
+        GRID,
+        Extent(GRID.factors, rows_before, rows_after),
+        ConcatenatedAxes((GRID, axis_of(TOKENS))),
+    ):
         assert axis.times(by, outer).length(COUNTS) == by * axis.length(COUNTS)
 
 
@@ -122,36 +139,36 @@ def test_without_inner_takes_an_innermost_constant_only() -> None:
     assert twelve.without_inner(5) is None
     assert GRID.times(12, outer=True).without_inner(4) is None
     assert GRID.without_inner(5) is None, "the width may be 5 now, but need not stay so"
-    assert Extent(twelve.factors, plus=12).without_inner(4) is None
+    assert Extent(twelve.factors, rows_before=12).without_inner(4) is None
     assert Extent(()).without_inner(2) is None
     assert Extent((twelve,)).without_inner(4) is None, "a nested axis is not looked into"
-    row = Row((twelve, ex.of(TOKENS).times(4, outer=False)))
-    assert row.without_inner(4) == Row((GRID.times(3, outer=False), ex.of(TOKENS)))
+    row = ConcatenatedAxes((twelve, axis_of(TOKENS).times(4, outer=False)))
+    assert row.without_inner(4) == ConcatenatedAxes((GRID.times(3, outer=False), axis_of(TOKENS)))
     assert row.without_inner(12) is None
 
 
 def test_pieces_are_what_a_split_may_separate() -> None:
-    frame, other = ex.of(*SIDES), ex.of(*OTHERS)
-    assert ex.pieces_of(frame) == [frame]
-    assert ex.pieces_of(frame.times(3, outer=True)) == [frame] * 3
-    assert ex.pieces_of(frame.times(3, outer=False)) == [frame.times(3, outer=False)]
-    led = Extent(frame.times(3, outer=True).factors, plus=1)
-    assert ex.pieces_of(led) == [led]
-    row = Row((frame.times(2, outer=True), other))
-    assert ex.pieces_of(row) == [frame, frame, other]
-    assert ex.pieces_of(row.times(2, outer=True)) == [Extent((row,))] * 2
+    frame, other = axis_of(*SIDES), axis_of(*OTHERS)
+    assert pieces_of(frame) == [frame]
+    assert pieces_of(frame.times(3, outer=True)) == [frame] * 3
+    assert pieces_of(frame.times(3, outer=False)) == [frame.times(3, outer=False)]
+    led = Extent(frame.times(3, outer=True).factors, rows_before=1)
+    assert pieces_of(led) == [led]
+    row = ConcatenatedAxes((frame.times(2, outer=True), other))
+    assert pieces_of(row) == [frame, frame, other]
+    assert pieces_of(row.times(2, outer=True)) == [Extent((row,))] * 2
 
 
 def test_equal_neighbours_become_one() -> None:
-    frame, other = ex.of(*SIDES), ex.of(*OTHERS)
-    assert ex.row_of([frame]) == frame
-    assert ex.row_of([frame, frame.times(2, outer=True)]) == frame.times(3, outer=True)
-    assert ex.row_of([frame, other, frame]) == Row((frame, other, frame))
-    assert ex.row_of([frame, Row((frame, other)), other]) == Row(
+    frame, other = axis_of(*SIDES), axis_of(*OTHERS)
+    assert concatenated([frame]) == frame
+    assert concatenated([frame, frame.times(2, outer=True)]) == frame.times(3, outer=True)
+    assert concatenated([frame, other, frame]) == ConcatenatedAxes((frame, other, frame))
+    assert concatenated([frame, ConcatenatedAxes((frame, other)), other]) == ConcatenatedAxes(
         (frame.times(2, outer=True), other.times(2, outer=True))
     )
-    lead = Extent(frame.factors, plus=1)
-    assert ex.row_of([lead, lead]) == Extent((number(2), *frame.factors), plus=2)
+    lead = Extent(frame.factors, rows_before=1)
+    assert concatenated([lead, lead]) == Extent((number(2), *frame.factors), rows_before=2)
 
 
 @given(FRAMES, FRAMES, BIGGER)
@@ -159,9 +176,9 @@ def test_rows_have_one_form(
     front: list[tuple[int, tuple[str, str]]], back: list[tuple[int, tuple[str, str]]], counts: dict[str, int]
 ) -> None:
     whole = packed([*front, *back])
-    assert ex.row_of([packed(front), packed(back)]) == whole
-    assert ex.row_of([whole]) == ex.row_of(ex.pieces_of(whole)) == whole
-    pieces = ex.pieces_of(whole)
+    assert concatenated([packed(front), packed(back)]) == whole
+    assert concatenated([whole]) == concatenated(pieces_of(whole)) == whole
+    pieces = pieces_of(whole)
     assert len(pieces) == sum(count for count, _ in (*front, *back))
     assert sum(piece.length(counts) for piece in pieces) == whole.length(counts)
     one_by_one = [(1, sides) for count, sides in (*front, *back) for _ in range(count)]
@@ -196,7 +213,7 @@ def test_reshapes_of_packed_patches(
     length = axis.length(COUNTS)
     front = (1,) if lone else ()
     old, new = (*front, length, channels), (*front, *reshape(length, channels))
-    found = ex.align(old, {len(front): axis}, new, COUNTS, NODE)
+    found = align(old, {len(front): axis}, new, COUNTS, NODE)
     other = axis.length(counts)
     want = (*front, *reshape(other, channels))
     sizes = [found[i].length(counts) if i in found else size for i, size in enumerate(new)]
@@ -216,7 +233,7 @@ def test_reshapes_one_after_the_other(
     for name in names:
         new, want = (RESHAPES[name](length, channels) for length in lengths)
         try:
-            found = ex.align(old, found, new, COUNTS, NODE)
+            found = align(old, found, new, COUNTS, NODE)
         except Refused as refused:
             assert refused.refusal.reason is Reason.TOKEN_AXIS
             return
@@ -226,22 +243,22 @@ def test_reshapes_one_after_the_other(
 
 def test_a_side_of_one_stays_beside_the_other() -> None:
     """An image that is one block wide, whose blocks go to the channels."""
-    axis = ex.blocks(1, SIDES, 2)
+    axis = axis_of_blocks(1, SIDES, 2)
     narrow = dict(zip(SIDES, (8, 2), strict=True))
     halves = axis.without_inner(4)
-    assert ex.align((16, 8), {0: axis}, (4, 32), narrow, NODE) == {0: halves}
-    assert ex.align((16, 8), {0: axis}, (16, 2, 4), narrow, NODE) == {0: axis}
+    assert align((16, 8), {0: axis}, (4, 32), narrow, NODE) == {0: halves}
+    assert align((16, 8), {0: axis}, (16, 2, 4), narrow, NODE) == {0: axis}
 
 
 def test_a_row_is_split_at_its_blocks_only() -> None:
     axis = packed([(2, SIDES), (1, OTHERS)])
     length = axis.length(COUNTS)
     assert length == 64
-    fourth = ex.align((length, 8), {0: axis}, (length // 4, 32), COUNTS, NODE)
+    fourth = align((length, 8), {0: axis}, (length // 4, 32), COUNTS, NODE)
     assert fourth == {0: axis.without_inner(4)}
     for new in ((length // 8, 64), (4, 16, 8), (2, 32, 8)):
         with pytest.raises(Refused) as caught:
-            ex.align((length, 8), {0: axis}, new, COUNTS, NODE)
+            align((length, 8), {0: axis}, new, COUNTS, NODE)
         assert "splits the token axis" in caught.value.refusal.text
 
 
@@ -249,31 +266,33 @@ def test_images_of_a_batch_and_a_row_of_grids() -> None:
     """A constant in front goes around the whole row: all images of the first element come first."""
     axis = packed([(1, SIDES), (1, OTHERS)])
     length = axis.length(COUNTS)
-    (found,) = ex.align((3, length, 8), {1: axis}, (3 * length, 8), COUNTS, NODE).values()
+    (found,) = align((3, length, 8), {1: axis}, (3 * length, 8), COUNTS, NODE).values()
     assert found == Extent((number(3), axis))
     with pytest.raises(Refused):
-        ex.align((3 * length, 8), {0: found}, (3, length, 8), COUNTS, NODE)
+        align((3 * length, 8), {0: found}, (3, length, 8), COUNTS, NODE)
 
 
 def test_lines_with_separators() -> None:
     """`[H, W + 1, C]` becomes rows and nothing takes it apart again."""
-    lines: dict[int, Axis] = {0: ex.of(HEIGHT), 1: Extent((Factor(WIDTH),), tail=1)}
-    found = ex.align((3, 6, 8), lines, (18, 8), COUNTS, NODE)
-    assert found == {0: Extent((Factor(HEIGHT), Extent((Factor(WIDTH),), tail=1)))}
+    lines: dict[int, Axis] = {0: axis_of(HEIGHT), 1: Extent((Factor(WIDTH),), rows_after=1)}
+    found = align((3, 6, 8), lines, (18, 8), COUNTS, NODE)
+    assert found == {0: Extent((Factor(HEIGHT), Extent((Factor(WIDTH),), rows_after=1)))}
     assert found[0].length({HEIGHT: 2, WIDTH: 9}) == 20
     with pytest.raises(Refused):
-        ex.align((18, 8), found, (3, 6, 8), COUNTS, NODE)
+        align((18, 8), found, (3, 6, 8), COUNTS, NODE)
     # Beside them any axis may be reshaped.
-    assert ex.align((18, 8), found, (1, 18, 2, 4), COUNTS, NODE) == {1: found[0]}
+    assert align((18, 8), found, (1, 18, 2, 4), COUNTS, NODE) == {1: found[0]}
 
 
 @given(st.integers(1, 3), st.integers(-2, 2), st.integers(0, 2), st.integers(3, 9), st.integers(3, 9))
-def test_rows_around_the_tokens_go_along(batch: int, plus: int, tail: int, old: int, new: int) -> None:
+def test_rows_around_the_tokens_go_along(
+    batch: int, rows_before: int, rows_after: int, old: int, new: int
+) -> None:
     """An axis with rows in front and behind, flattened with the batch, for another count."""
-    axis = Extent((Factor(TOKENS),), plus, tail)
+    axis = Extent((Factor(TOKENS),), rows_before, rows_after)
     size, other = axis.length({TOKENS: old}), axis.length({TOKENS: new})
     assume(size > 1)  # one row has no place of its own
-    found = ex.align((batch, size, 4), {1: axis}, (batch * size, 2, 2), {TOKENS: old}, NODE)
+    found = align((batch, size, 4), {1: axis}, (batch * size, 2, 2), {TOKENS: old}, NODE)
     assert {i: extent.length({TOKENS: new}) for i, extent in found.items()} == {0: batch * other}
 
 
@@ -300,7 +319,7 @@ def test_a_grid_in_any_company(front: Sizes, back: Sizes, sides: Sizes, others: 
     found: dict[int, Axis] = {len(front): GRID}
     for before, after in ((flat, open_), (open_, flat), (flat, closed)):
         try:
-            found = ex.align(before(counts), found, after(counts), counts, NODE)
+            found = align(before(counts), found, after(counts), counts, NODE)
         except Refused:
             # Sizes of one may belong to either side; another grid tells.
             assert 1 in (*sides, *front, *back)

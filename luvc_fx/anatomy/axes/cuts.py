@@ -9,8 +9,7 @@ import torch
 from torch import fx
 
 from luvc_fx._compat import hint
-from luvc_fx.anatomy.axes import lengths as ex
-from luvc_fx.anatomy.axes.lengths import Axis, Extent
+from luvc_fx.anatomy.axes.lengths import TOKENS, Axis, Extent, HalvedLength, concatenated, pieces_of
 from luvc_fx.anatomy.axes.probe import EXPANDING, Probe
 from luvc_fx.graph.nodes import is_tensor, op_name, shape, value
 from luvc_fx.report import Reason, Refused
@@ -22,7 +21,7 @@ def index_axes(index: Any, rank: int) -> list[tuple[int, Any]] | None:
     if any(isinstance(item, (fx.Node, list)) for item in items):
         return None
     named = sum(item is not None and item is not Ellipsis for item in items)
-    found: list[tuple[int, Any]] = []
+    indexed: list[tuple[int, Any]] = []
     axis = 0
     for item in items:
         if item is None:
@@ -30,9 +29,9 @@ def index_axes(index: Any, rank: int) -> list[tuple[int, Any]] | None:
         if item is Ellipsis:
             axis += rank - named
             continue
-        found.append((axis, item))
+        indexed.append((axis, item))
         axis += 1
-    return found
+    return indexed
 
 
 def _is_crop(item: Any, size: int) -> bool:
@@ -101,7 +100,7 @@ def pool(probe: Probe, node: fx.Node, source: fx.Node) -> torch.Tensor:
     plain = all(isinstance(e, Extent) and e.splits and len(e.factors) == 1 for e in extents.values())
     if len(sizes) != 4 or set(extents) != {2, 3} or not halves or not plain:
         raise Refused(Reason.TOKEN_AXIS, "tokens are resampled, and not to half of their number", node)
-    probe.known[node] = {axis: Extent((ex.Half(extent),)) for axis, extent in extents.items()}
+    probe.known[node] = {axis: Extent((HalvedLength(extent),)) for axis, extent in extents.items()}
     for axis, extent in probe.known[node].items():
         sizes[axis] = extent.length(probe.sizes)
     return probe.like(node, tuple(sizes))
@@ -112,7 +111,7 @@ def split(probe: Probe, node: fx.Node, source: fx.Node) -> tuple[torch.Tensor, .
     dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
     assert isinstance(dim, int)
     dim %= value(source).dim()
-    rest = ex.pieces_of(probe.result.extents[source][dim])
+    rest = pieces_of(probe.result.extents[source][dim])
     parts: list[Axis] = []
     for tensor in value(node):
         taken: list[Axis] = []
@@ -120,7 +119,7 @@ def split(probe: Probe, node: fx.Node, source: fx.Node) -> tuple[torch.Tensor, .
             taken.append(rest.pop(0))
         if sum(p.length(probe.result.counts) for p in taken) != hint(tensor.shape[dim]):
             raise Refused(Reason.TOKEN_AXIS, "tokens are cut at a fixed place by split", node)
-        parts.append(ex.row_of(taken))
+        parts.append(concatenated(taken))
     probe.result.pieces[node] = (dim, parts)
     lengths = [part.length(probe.sizes) for part in parts]
     return tuple(torch.split(probe.of(source), lengths, dim))
@@ -161,12 +160,12 @@ def join(probe: Probe, node: fx.Node) -> None:
             joined.append(extent)
         elif not joined:
             lead += shape(part)[dim]
-        elif ex.TOKENS in joined[-1].symbols():
+        elif TOKENS in joined[-1].symbols():
             raise Refused(Reason.TOKEN_AXIS, "rows are appended behind the tokens", node)
         else:
             joined[-1] = _longer(joined[-1], 0, shape(part)[dim])
     joined[0] = _longer(joined[0], lead, 0)
-    probe.known[node] = {**across, dim: ex.row_of(joined)}
+    probe.known[node] = {**across, dim: concatenated(joined)}
 
 
 def fill(probe: Probe, other: fx.Node, axes: Mapping[int, Axis]) -> None:
@@ -188,10 +187,10 @@ def fill(probe: Probe, other: fx.Node, axes: Mapping[int, Axis]) -> None:
     probe.result.fillers.append(chain[-1])
 
 
-def _longer(axis: Axis, plus: int, tail: int) -> Axis:
+def _longer(axis: Axis, rows_before: int, rows_after: int) -> Axis:
     """`axis` with rows more in front and behind."""
-    if not plus and not tail:
+    if not rows_before and not rows_after:
         return axis
     if isinstance(axis, Extent):
-        return Extent(axis.factors, axis.plus + plus, axis.tail + tail)
-    return Extent((axis,), plus, tail)
+        return Extent(axis.factors, axis.rows_before + rows_before, axis.rows_after + rows_after)
+    return Extent((axis,), rows_before, rows_after)

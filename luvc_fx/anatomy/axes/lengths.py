@@ -3,7 +3,7 @@
 An axis is an ordered product of factors, outermost first: sizes that stay, and sides of the token grid
 (or the count of a sequence), each times a fraction. ``view(B, H, W / 2, 2 C)`` of ``[B, H, W, C]`` gives
 half the width and a constant 2 that joins the channels, whatever sizes happen to be equal. Axes that lie
-one behind the other (images of other sizes in one row) are a `Row` of such products.
+one behind the other (images of other sizes in one row) are a `ConcatenatedAxes` of such products.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """An axis of length ``plus + product of factors + tail``: rows in front, tokens, rows behind.
+    """An axis of length ``rows_before + product of factors + rows_after``, the product being the tokens.
 
-    A factor may be an axis itself (a grid with one more column, flattened). `plus` and `tail` are
-    negative where rows were cut off.
+    A factor may be an axis itself (a grid with one more column, flattened). `rows_before` and `rows_after`
+    are negative where rows were cut off.
     """
 
-    factors: tuple[Any, ...]  # of Factor, Extent, Row and Half
-    plus: int = 0
-    tail: int = 0
+    factors: tuple[Any, ...]  # of Factor, Extent, ConcatenatedAxes and HalvedLength
+    rows_before: int = 0
+    rows_after: int = 0
 
     def length(self, counts: Counts) -> Any:
         """The length for these counts, an int or a SymInt.
@@ -72,7 +72,7 @@ class Extent:
             if length.denominator != 1:
                 raise ValueError(f"{dict(counts)} do not divide into whole rows")
             length = int(length)
-        return length + self.plus + self.tail
+        return length + self.rows_before + self.rows_after
 
     def size(self, counts: Counts) -> Any:
         """The length, as a factor of another axis."""
@@ -81,7 +81,9 @@ class Extent:
     @property
     def splits(self) -> bool:
         """Whether a reshape may take the factors apart."""
-        return not self.plus and not self.tail and all(isinstance(f, Factor) for f in self.factors)
+        return (
+            not self.rows_before and not self.rows_after and all(isinstance(f, Factor) for f in self.factors)
+        )
 
     def symbols(self) -> list[str]:
         """The symbols in order, outermost first."""
@@ -96,12 +98,12 @@ class Extent:
         """This axis with a constant factor more, outermost or innermost."""
         constant = (Factor(CONSTANT, Fraction(number)),)
         factors = constant + self.factors if outer else self.factors + constant
-        return Extent(_tidy(factors), int(self.plus * number), int(self.tail * number))
+        return Extent(_tidy(factors), int(self.rows_before * number), int(self.rows_after * number))
 
     def without_inner(self, number: int) -> Extent | None:
         """This axis without the innermost constant factor `number`, or None where it has none."""
         last = self.factors[-1] if self.factors else None
-        if self.plus or self.tail or not isinstance(last, Factor) or last.symbol != CONSTANT:
+        if self.rows_before or self.rows_after or not isinstance(last, Factor) or last.symbol != CONSTANT:
             return None
         rest = last.scale / number
         if rest.denominator != 1:
@@ -110,13 +112,13 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ConcatenatedAxes:
     """Axes one behind the other, at least two."""
 
     parts: tuple[Extent, ...]
 
     @property
-    def plus(self) -> int:
+    def rows_before(self) -> int:
         """Rows in front: a row of axes has none."""
         return 0
 
@@ -142,31 +144,31 @@ class Row:
         constant = (Factor(CONSTANT, Fraction(number)),)
         return Extent((*constant, self) if outer else (self, *constant))
 
-    def without_inner(self, number: int) -> Row | None:
+    def without_inner(self, number: int) -> ConcatenatedAxes | None:
         """As of `Extent`, for all of them."""
         parts = [part.without_inner(number) for part in self.parts]
-        return None if None in parts else Row(tuple(part for part in parts if part is not None))
+        return None if None in parts else ConcatenatedAxes(tuple(part for part in parts if part is not None))
 
 
 @dataclass(frozen=True, slots=True)
-class Half:
+class HalvedLength:
     """A factor: half of an axis, rounded up, as pooling leaves it."""
 
-    of: Extent | Row
+    whole: Extent | ConcatenatedAxes
 
     def size(self, counts: Counts) -> Any:
         """The size for these counts."""
-        return -(-self.of.length(counts) // 2)
+        return -(-self.whole.length(counts) // 2)
 
     def symbols(self) -> list[str]:
         """As of `Extent`."""
-        return self.of.symbols()
+        return self.whole.symbols()
 
 
-Axis = Extent | Row
+Axis = Extent | ConcatenatedAxes
 
 
-def row_of(parts: Sequence[Axis]) -> Axis:
+def concatenated(parts: Sequence[Axis]) -> Axis:
     """`parts` one behind the other; equal neighbours become one, with a constant for their number."""
     flat: list[tuple[int, Extent]] = []
     for part in parts:
@@ -176,25 +178,25 @@ def row_of(parts: Sequence[Axis]) -> Axis:
             else:
                 flat.append((1, piece))
     joined = tuple(piece.times(number, outer=True) for number, piece in flat)
-    return joined[0] if len(joined) == 1 else Row(joined)
+    return joined[0] if len(joined) == 1 else ConcatenatedAxes(joined)
 
 
 def pieces_of(axis: Axis) -> list[Extent]:
     """The parts of a row, and an outer constant taken apart: what a split may separate."""
-    if isinstance(axis, Row):
+    if isinstance(axis, ConcatenatedAxes):
         return [piece for part in axis.parts for piece in pieces_of(part)]
     first = axis.factors[0] if axis.factors else None
-    if axis.plus or axis.tail or not isinstance(first, Factor) or first.symbol != CONSTANT:
+    if axis.rows_before or axis.rows_after or not isinstance(first, Factor) or first.symbol != CONSTANT:
         return [axis]
     return [Extent(axis.factors[1:])] * int(first.scale)
 
 
-def of(*symbols: str, plus: int = 0) -> Extent:
+def axis_of(*symbols: str, rows_before: int = 0) -> Extent:
     """The axis that holds these symbols, each once."""
-    return Extent(tuple(Factor(symbol) for symbol in symbols), plus)
+    return Extent(tuple(Factor(symbol) for symbol in symbols), rows_before)
 
 
-def blocks(count: int, sides: tuple[str, str], unit: int) -> Extent:
+def axis_of_blocks(count: int, sides: tuple[str, str], unit: int) -> Extent:
     """The axis of `count` grids whose patches lie block by block, `unit` x `unit` each."""
     part = Fraction(1, unit)
     grid = Extent((Factor(sides[0], part), Factor(sides[1], part)))
@@ -246,11 +248,11 @@ def align(
     Raises:
         Refused: TOKEN_AXIS where the capture does not tell how another count would be reshaped.
     """
-    found: dict[int, Axis] = {}
+    aligned: dict[int, Axis] = {}
     for group, into in _groups(old, new):
         if any(axis in extents for axis in group):
-            found.update(_distribute(_pieces(old, extents, group, counts), new, into, node))
-    return found
+            aligned.update(_distribute(_pieces(old, extents, group, counts), new, into, node))
+    return aligned
 
 
 def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[range, range]]:
@@ -278,7 +280,7 @@ def _pieces(old: tuple[int, ...], extents: Mapping[int, Axis], group: range, cou
         if extent is None:
             if old[axis] != 1:
                 pieces.append(_Piece(old[axis], Factor(CONSTANT, Fraction(old[axis]))))
-        elif isinstance(extent, Row) or not extent.splits:
+        elif isinstance(extent, ConcatenatedAxes) or not extent.splits:
             pieces.append(_Piece(old[axis], Factor(CONSTANT), extent))
         else:
             pieces += [_Piece(int(factor.size(counts)), factor) for factor in extent.factors]
@@ -308,8 +310,8 @@ def _distribute(pieces: list[_Piece], new: tuple[int, ...], into: range, node: f
             taken[axis].append(rest.pop(0))
     # Only pieces of size 1 are left: a count of one row. They stay where the last ones went.
     taken[into[-1]] += rest
-    found = {axis: _joined(parts, node) for axis, parts in taken.items()}
-    return {axis: extent for axis, extent in found.items() if extent is not None}
+    joined = {axis: _joined(parts, node) for axis, parts in taken.items()}
+    return {axis: extent for axis, extent in joined.items() if extent is not None}
 
 
 _UNCLEAR = "a reshape splits the token axis in a way that is not clear"

@@ -10,8 +10,7 @@ import torch
 from torch import fx
 
 from luvc_fx._compat import FakeTensorMode, tree_map
-from luvc_fx.anatomy.axes import lengths as ex
-from luvc_fx.anatomy.axes.lengths import Axis, Counts
+from luvc_fx.anatomy.axes.lengths import TOKENS, Axis, Counts
 from luvc_fx.graph.nodes import concrete, run, shape, value
 
 EXPANDING = {"expand", "broadcast_to"}
@@ -27,10 +26,10 @@ def probe_sizes(counts: Counts) -> Counts:
     A grid of them has more tokens than any size in a model, and their square (attention scores that are
     written out) times all heads and images still has less bytes than fit 64 bits.
     """
-    sides = [symbol for symbol in counts if symbol != ex.TOKENS]
+    sides = [symbol for symbol in counts if symbol != TOKENS]
     rounds = len(_PRIMES)
-    made = {s: 64 * (_PRIMES[i % rounds] + 2 * 163 * (i // rounds)) for i, s in enumerate(sides)}
-    return {symbol: made.get(symbol, 1_000_003) for symbol in counts}
+    probed = {s: 64 * (_PRIMES[i % rounds] + 2 * 163 * (i // rounds)) for i, s in enumerate(sides)}
+    return {symbol: probed.get(symbol, 1_000_003) for symbol in counts}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,7 @@ from torch import fx
 from luvc_fx._compat import tree_leaves, tree_map
 from luvc_fx.anatomy.attention import FUSED
 from luvc_fx.anatomy.axes import cuts
-from luvc_fx.anatomy.axes import lengths as ex
-from luvc_fx.anatomy.axes.lengths import Axis, Counts, Extent
+from luvc_fx.anatomy.axes.lengths import TOKENS, Axis, Counts, Extent, align, axis_of
 from luvc_fx.anatomy.axes.probe import ALIGNED, EXPANDING, SIZED, Join, Probe, TokenAxes
 from luvc_fx.graph.nodes import (
     carries_tensor,
@@ -48,8 +47,8 @@ class _Tracer(Probe):
     def visit(self, node: fx.Node) -> None:
         if settled_size(node) is not None:
             return
-        made = is_tensor(node) and node not in self.known
-        if made and not any(carries_tensor(n) for n in node.all_input_nodes if n in self.changed):
+        is_new = is_tensor(node) and node not in self.known
+        if is_new and not any(carries_tensor(n) for n in node.all_input_nodes if n in self.changed):
             # After a merge it would count the rows that are left, as positions must not.
             raise Refused(Reason.TOKEN_AXIS, "a value is made of the number of rows alone", node)
         result = self._sized(node) if op_name(node) in SIZED else self._general(node)
@@ -83,21 +82,21 @@ class _Tracer(Probe):
         if op_name(node) in EXPANDING:
             shift = len(new) - value(source).dim()
             return {axis + shift: extent for axis, extent in old.items()}
-        return ex.align(shape(source), old, new, self.result.counts, node)
+        return align(shape(source), old, new, self.result.counts, node)
 
     def _recognised(self, length: int, node: fx.Node) -> Axis:
         """What an axis of this probed length holds, from the token axes of the node's inputs."""
         candidates = [e for n in node.all_input_nodes for e in self.result.extents.get(n, {}).values()]
         # What comes out of a tuple has an input without a shape of its own.
-        candidates = candidates or [e for found in self.result.extents.values() for e in found.values()]
+        candidates = candidates or [e for by_axis in self.result.extents.values() for e in by_axis.values()]
         for extent in candidates:
             if extent.length(self.sizes) == length:
                 return extent
         for extent in candidates:
             core = Extent(extent.factors if isinstance(extent, Extent) else (extent,))
-            times, plus = divmod(length, core.length(self.sizes))
-            if times >= 1 and plus < min(self.sizes.values()):
-                return Extent(core.times(times, outer=True).factors, plus)
+            times, rows_before = divmod(length, core.length(self.sizes))
+            if times >= 1 and rows_before < min(self.sizes.values()):
+                return Extent(core.times(times, outer=True).factors, rows_before)
         raise Refused(Reason.TOKEN_AXIS, "an axis changes without following the token count", node)
 
     def _sized(self, node: fx.Node) -> Any:
@@ -120,7 +119,7 @@ class _Tracer(Probe):
                 return cuts.piece(self, node)
             if tokens and parent is tokens[0]:
                 extents = self.result.extents[tokens[0]]
-                lead = max((extent.plus for extent in extents.values()), default=0)
+                lead = max((extent.rows_before for extent in extents.values()), default=0)
                 crops = cuts.check_cut(node, tokens[0], extents, lead)
                 if crops:
                     return cuts.crop(self, node, tokens[0], crops)
@@ -159,20 +158,20 @@ class _Tracer(Probe):
         if not isinstance(mask, fx.Node) or mask in self.result.extents:
             return {}
         rank = value(mask).dim()
-        found: dict[int, Axis] = {}
+        mask_axes: dict[int, Axis] = {}
         for offset, operand in ((2, node.args[0]), (1, node.args[1])):
             extents = self.result.extents.get(operand, {})  # type: ignore[arg-type]
             axis = value(operand).dim() - 2  # type: ignore[arg-type]
             if axis in extents and shape(mask)[rank - offset] != 1:
-                found[rank - offset] = extents[axis]
-        return {mask: found} if found else {}
+                mask_axes[rank - offset] = extents[axis]
+        return {mask: mask_axes} if mask_axes else {}
 
     def _broadcast_followers(self, node: fx.Node, tokens: list[fx.Node]) -> dict[fx.Node, dict[int, Axis]]:
         from_end: dict[int, tuple[int, Axis]] = {}
         for operand in tokens:
             for axis, extent in self.result.extents[operand].items():
                 from_end[value(operand).dim() - axis] = (shape(operand)[axis], extent)
-        found = {}
+        followers = {}
         for other in node.all_input_nodes:
             if other in self.result.extents or not is_tensor(other):
                 continue
@@ -183,8 +182,8 @@ class _Tracer(Probe):
                 if back <= rank and shape(other)[rank - back] == size != 1
             }
             if axes:
-                found[other] = axes
-        return found
+                followers[other] = axes
+        return followers
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -231,16 +230,16 @@ def follows(node: fx.Node, parent: fx.Node, axes: tuple[int, ...]) -> tuple[int,
     """The axes of `parent` that make up exactly `axes` of `node`, or None where that is not so."""
     if op_name(node) in SIZED:
         return None
-    probe = _Tracer({ex.TOKENS: 1})
-    found, covered = [], set()
+    probe = _Tracer({TOKENS: 1})
+    axes_of_parent, covered = [], set()
     with probe.mode, torch.no_grad():
         plain = probe.run(node, {})
         for axis, size in enumerate(shape(parent)):
             if size == 1:
                 continue
-            moved = probe.run(node, {parent: probe.resized(parent, {axis: ex.of(ex.TOKENS)})})
+            moved = probe.run(node, {parent: probe.resized(parent, {axis: axis_of(TOKENS)})})
             changed = {i for i, (a, b) in enumerate(zip(plain.shape, moved.shape, strict=True)) if a != b}
             if changed and changed <= set(axes):
-                found.append(axis)
+                axes_of_parent.append(axis)
                 covered |= changed
-    return tuple(found) if covered == set(axes) else None
+    return tuple(axes_of_parent) if covered == set(axes) else None

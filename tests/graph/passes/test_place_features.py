@@ -120,7 +120,7 @@ class Tiles(nn.Module):
             x = block(x)
         x = self.project(x)
         features = torch.cat([self.image(part) for part in x.split(1 + self.high * self.wide)])
-        return features, markers.SLOTS(features, self.rows)
+        return features, markers.REPRESENTATIVES(features, self.rows)
 
 
 @cache
@@ -236,7 +236,7 @@ def test_features_that_are_more_than_moved_tokens_are_refused(kind: str) -> None
     def call(pixels: Tensor) -> tuple[Tensor, Tensor]:
         x = model.blocks[1](model.blocks[0](model.conv(pixels).flatten(2).transpose(1, 2)))
         features = tail(x)
-        return features, markers.SLOTS(features, 1)
+        return features, markers.REPRESENTATIVES(features, 1)
 
     captured = capture(call, pixels=pixels_of(1, 1, 1))
     got, _, report = captured.rewritten(quietly(WIDTH))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from luvc_fx.anatomy.axes.lengths import TOKENS, of
+from luvc_fx.anatomy.axes.lengths import TOKENS, axis_of
 from luvc_fx.anatomy.axes.probe import set_sizes, sizes_of
 from luvc_fx.anatomy.axes.trace import trace
 from luvc_fx.graph.emit import emit, inserted
@@ -63,7 +63,7 @@ def shorten(
     gm = captured.copy()
     graph = gm.graph
     site = next(n for n in graph.nodes if op_name(n) == "add")
-    axes = trace(graph, {site: {1: of(TOKENS)}}, {TOKENS: value(site).shape[1]}, set(graph.nodes))
+    axes = trace(graph, {site: {1: axis_of(TOKENS)}}, {TOKENS: value(site).shape[1]}, set(graph.nodes))
     retarget = Retarget(graph, axes)
     retarget.advance(site)
     (short,) = emit(graph, "site", lambda a: a.narrow(1, 0, left).contiguous(), site)
@@ -118,7 +118,7 @@ def test_values_with_different_counts_do_not_meet() -> None:
     captured = capture(lambda x: (x + 0.0).sin() + (x + 0.0).cos(), x=torch.randn(2, 12, 8))
     graph = captured.copy().graph
     sums = [n for n in graph.nodes if op_name(n) == "add"][:2]
-    axes = trace(graph, {n: {1: of(TOKENS)} for n in sums}, {TOKENS: 8}, set(graph.nodes))
+    axes = trace(graph, {n: {1: axis_of(TOKENS)} for n in sums}, {TOKENS: 8}, set(graph.nodes))
     retarget = Retarget(graph, axes)
     with pytest.raises(Refused) as caught:
         for node, left in zip(sums, (5, 7), strict=True):
@@ -133,7 +133,7 @@ def test_the_walk_does_not_turn_back() -> None:
     captured = capture(lambda x: (x + 0.0).sin(), x=torch.randn(2, 12, 8))
     graph = captured.copy().graph
     site = next(n for n in graph.nodes if op_name(n) == "add")
-    axes = trace(graph, {site: {1: of(TOKENS)}}, {TOKENS: value(site).shape[1]}, set(graph.nodes))
+    axes = trace(graph, {site: {1: axis_of(TOKENS)}}, {TOKENS: value(site).shape[1]}, set(graph.nodes))
     retarget = Retarget(graph, axes)
     retarget.advance()
     with pytest.raises(AssertionError, match="lies behind the walk"):

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from luvc_fx.anatomy.axes.lengths import CONSTANT, HEIGHT, TOKENS, WIDTH, Extent, Factor, align, of
+from luvc_fx.anatomy.axes.lengths import CONSTANT, HEIGHT, TOKENS, WIDTH, Extent, Factor, align, axis_of
 from luvc_fx.anatomy.axes.probe import Join
 from luvc_fx.anatomy.axes.trace import trace
 from luvc_fx.graph.nodes import op_name, output_node, value
@@ -21,8 +21,8 @@ from luvc_fx.report import Reason, Refused
 from tests.support.replay import capture
 
 NODE = fx.Graph().placeholder("x")
-ROWS = of(TOKENS)
-GRID = of(HEIGHT, WIDTH)
+ROWS = axis_of(TOKENS)
+GRID = axis_of(HEIGHT, WIDTH)
 
 
 def part(symbol: str, scale: float) -> Factor:
@@ -68,7 +68,7 @@ def test_align_finds_axes_that_a_real_view_follows(
     old, axis, new = case
     tokens = old[axis] - lead
     try:
-        found = align(old, {axis: of(TOKENS, plus=lead)}, new, {TOKENS: tokens}, NODE)
+        found = align(old, {axis: axis_of(TOKENS, rows_before=lead)}, new, {TOKENS: tokens}, NODE)
     except Refused as refused:
         assert refused.refusal.reason is Reason.TOKEN_AXIS
         # A whole axis that stays whole is never unclear.
@@ -106,40 +106,45 @@ EXACT: dict[str, Case] = {
     "hidden out of heads": ((2, 16, 4, 4), {1: ROWS}, (2, 16, 16), {1: ROWS}),
     "all sizes equal": ((4, 4, 4), {1: ROWS}, (4, 4, 2, 2), {1: ROWS}),
     "flattened with the batch": ((2, 9, 5), {1: ROWS}, (18, 5), {0: times(2)}),
-    "with a lead": ((3, 17, 8), {1: of(TOKENS, plus=1)}, (3, 17, 2, 4), {1: of(TOKENS, plus=1)}),
+    "with a lead": (
+        (3, 17, 8),
+        {1: axis_of(TOKENS, rows_before=1)},
+        (3, 17, 2, 4),
+        {1: axis_of(TOKENS, rows_before=1)},
+    ),
     "lead flattened with the batch": (
         (3, 17, 8),
-        {1: of(TOKENS, plus=1)},
+        {1: axis_of(TOKENS, rows_before=1)},
         (51, 8),
-        {0: times(3, of(TOKENS, plus=1))},
+        {0: times(3, axis_of(TOKENS, rows_before=1))},
     ),
     "ones come and go": ((1, 6, 1, 8), {1: ROWS}, (6, 1, 8), {0: ROWS}),
     "no token axis": ((2, 6), {}, (12,), {}),
     "group out of tokens": ((1, 12, 8), {1: ROWS.times(4, outer=False)}, (1, 3, 32), {1: ROWS}),
-    "into a grid": ((2, 12, 5), {1: GRID}, (2, 3, 4, 5), {1: of(HEIGHT), 2: of(WIDTH)}),
-    "into a square grid": ((4, 16, 4), {1: GRID}, (4, 4, 4, 4), {1: of(HEIGHT), 2: of(WIDTH)}),
-    "out of a grid": ((2, 3, 4, 5), {1: of(HEIGHT), 2: of(WIDTH)}, (2, 12, 5), {1: GRID}),
+    "into a grid": ((2, 12, 5), {1: GRID}, (2, 3, 4, 5), {1: axis_of(HEIGHT), 2: axis_of(WIDTH)}),
+    "into a square grid": ((4, 16, 4), {1: GRID}, (4, 4, 4, 4), {1: axis_of(HEIGHT), 2: axis_of(WIDTH)}),
+    "out of a grid": ((2, 3, 4, 5), {1: axis_of(HEIGHT), 2: axis_of(WIDTH)}, (2, 12, 5), {1: GRID}),
     "half a side to the channels": (
         (1, 8, 8, 64),
-        {1: of(HEIGHT), 2: of(WIDTH)},
+        {1: axis_of(HEIGHT), 2: axis_of(WIDTH)},
         (1, 8, 4, 128),
-        {1: of(HEIGHT), 2: Extent((part(WIDTH, 0.5),))},
+        {1: axis_of(HEIGHT), 2: Extent((part(WIDTH, 0.5),))},
     ),
     "half a side, sizes equal": (
         (1, 4, 4, 4),
-        {1: of(HEIGHT), 2: of(WIDTH)},
+        {1: axis_of(HEIGHT), 2: axis_of(WIDTH)},
         (1, 4, 2, 8),
-        {1: of(HEIGHT), 2: Extent((part(WIDTH, 0.5),))},
+        {1: axis_of(HEIGHT), 2: Extent((part(WIDTH, 0.5),))},
     ),
     "blocks": (
         (1, 12, 8),
         {1: GRID},
         (1, 3, 2, 2, 8),
-        {1: of(HEIGHT), 2: Extent((part(WIDTH, 0.5),))},
+        {1: axis_of(HEIGHT), 2: Extent((part(WIDTH, 0.5),))},
     ),
     "blocks joined": (
         (1, 3, 2, 4, 8),
-        {1: of(HEIGHT), 2: Extent((part(WIDTH, 0.5),))},
+        {1: axis_of(HEIGHT), 2: Extent((part(WIDTH, 0.5),))},
         (1, 6, 32),
         {1: Extent((part(HEIGHT, 1), part(WIDTH, 0.5)))},
     ),
@@ -165,7 +170,9 @@ def test_align_exactly(name: str) -> None:
     counts = {HEIGHT: height, WIDTH: width}
     for axis, extent in extents.items():
         if extent.symbols() == [TOKENS]:
-            counts[TOKENS] = (old[axis] - extent.plus) // (extent.length({TOKENS: 1}) - extent.plus)
+            counts[TOKENS] = (old[axis] - extent.rows_before) // (
+                extent.length({TOKENS: 1}) - extent.rows_before
+            )
         assert extent.length(counts) == old[axis]
     assert align(old, extents, new, counts, NODE) == want
 
@@ -173,7 +180,12 @@ def test_align_exactly(name: str) -> None:
 REFUSED: dict[str, tuple[tuple[int, ...], dict[int, Extent], tuple[int, ...], str]] = {
     "split into a grid": ((2, 16, 8), {1: ROWS}, (2, 4, 4, 8), "splits the token axis"),
     "two token axes joined": ((6, 6), {0: ROWS, 1: ROWS}, (36,), "joins two token axes"),
-    "a lead in a grid": ((1, 16, 8), {1: of(HEIGHT, WIDTH, plus=1)}, (1, 4, 4, 8), "splits the token axis"),
+    "a lead in a grid": (
+        (1, 16, 8),
+        {1: axis_of(HEIGHT, WIDTH, rows_before=1)},
+        (1, 4, 4, 8),
+        "splits the token axis",
+    ),
     "across the rows": ((1, 15, 8), {1: GRID}, (1, 5, 3, 8), "splits the token axis"),
 }
 
@@ -209,7 +221,7 @@ def traced(body: Callable[..., Any], x: Tensor, *others: Tensor, axis: int = 1, 
     graph = captured.gm.graph
     seed = next(n for n in graph.nodes if op_name(n) == "add")
     counts = {TOKENS: x.shape[axis] - lead}
-    axes = trace(graph, {seed: {axis: of(TOKENS, plus=lead)}}, counts, set(graph.nodes))
+    axes = trace(graph, {seed: {axis: axis_of(TOKENS, rows_before=lead)}}, counts, set(graph.nodes))
     return axes, output_node(graph).args[0]
 
 
@@ -223,7 +235,7 @@ FOLLOWED: dict[str, tuple[Callable[..., Any], tuple[int, ...], list[dict[int, Ex
     "a row in front": (
         lambda x: torch.cat([x.new_zeros(2, 1, 8), x], dim=1),
         (2, 8, 8),
-        [{1: of(TOKENS, plus=1)}],
+        [{1: axis_of(TOKENS, rows_before=1)}],
     ),
     "repeat of heads": (
         lambda x: x[:, :, None, :].expand(2, 8, 3, 8).reshape(2, 8, 24),

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from luvc_fx.anatomy.axes import lengths as ex
-from luvc_fx.anatomy.axes.lengths import CONSTANT, HEIGHT, WIDTH, Axis, Extent, Factor
+from luvc_fx.anatomy.axes.lengths import CONSTANT, HEIGHT, WIDTH, Axis, Extent, Factor, axis_of, concatenated
 from luvc_fx.anatomy.axes.probe import TokenAxes, probe_sizes
 from luvc_fx.anatomy.axes.trace import trace
 from luvc_fx.graph.emit import emit
@@ -24,9 +23,9 @@ from luvc_fx.report import Reason, Refused
 from tests.support.replay import capture, examples
 
 C = 8
-GRID = ex.of(HEIGHT, WIDTH)
+GRID = axis_of(HEIGHT, WIDTH)
 LARGE, SMALL = ("h large", "w large"), ("h small", "w small")
-FRAMES = ex.row_of([ex.of(*LARGE).times(2, outer=True), ex.of(*SMALL)])
+FRAMES = concatenated([axis_of(*LARGE).times(2, outer=True), axis_of(*SMALL)])
 """Two frames of one size and one of another, row by row."""
 
 Body = Callable[..., Any]
@@ -177,7 +176,7 @@ def extents_of(case: Follow) -> tuple[list[dict[int, Axis]], TokenAxes]:
 
 
 def test_the_parts_of_a_split_have_axes_of_their_own() -> None:
-    large, small = ex.of(*LARGE), ex.of(*SMALL)
+    large, small = axis_of(*LARGE), axis_of(*SMALL)
     found, axes = extents_of(Follow(lambda x, _: x.split([12, 12, 10]), FRAMES, KINDS, (34, C), 0))
     assert found == [{0: large}, {0: large}, {0: small}]
     ((_, (dim, parts)),) = axes.pieces.items()
@@ -197,16 +196,16 @@ def test_a_split_of_channels_is_no_split_of_tokens() -> None:
 def test_a_crop_is_noted_with_its_axis() -> None:
     case = Follow(lambda x, _: x.view(3, 4, 5, C)[:, :, 1:4], GRID, COUNTS, (3, 20, C))
     found, axes = extents_of(case)
-    assert found == [{1: ex.of(HEIGHT), 2: Extent((Factor(WIDTH),), -1, -1)}]
+    assert found == [{1: axis_of(HEIGHT), 2: Extent((Factor(WIDTH),), -1, -1)}]
     assert list(axes.crops.values()) == [{2: slice(1, 4)}]
     # A slice that takes nothing off is none of it.
     found, axes = extents_of(Follow(lambda x, _: x.view(3, 4, 5, C)[:, 0:4], GRID, COUNTS, (3, 20, C)))
-    assert found == [{1: ex.of(HEIGHT), 2: ex.of(WIDTH)}]
+    assert found == [{1: axis_of(HEIGHT), 2: axis_of(WIDTH)}]
 
 
 def test_separators_are_a_filler_and_a_longer_line() -> None:
     found, axes = extents_of(CASES["lines_with_separators"])
-    lines = Extent((Factor(CONSTANT, Fraction(3)), Factor(HEIGHT), Extent((Factor(WIDTH),), tail=1)))
+    lines = Extent((Factor(CONSTANT, Fraction(3)), Factor(HEIGHT), Extent((Factor(WIDTH),), rows_after=1)))
     assert found == [{0: lines}]
     (filler,) = axes.fillers
     assert op_name(filler) == "expand" and shape(filler) == (C, 12, 1)
@@ -222,7 +221,7 @@ def test_grids_one_behind_the_other() -> None:
         return torch.cat([lead, small, large])
 
     found, _ = extents_of(Follow(mixed, FRAMES, KINDS, (34, C), 0, ((2, C),)))
-    assert found == [{0: ex.row_of([ex.of(*SMALL, plus=2), ex.of(*LARGE)])}]
+    assert found == [{0: concatenated([axis_of(*SMALL, rows_before=2), axis_of(*LARGE)])}]
 
 
 def test_made_up_sizes_of_many_sides_are_distinct() -> None:
