@@ -28,7 +28,7 @@ def _trace_tensor_checks() -> None:
         return
 
     def check(self: Any, tx: Any, cond: Any, *message: Any) -> Any:
-        # Of a bool they would learn that it is 1, and then see nothing left to check behind AOTAutograd.
+        # Of a bool the check itself would say that it is 1, and AOTAutograd would then drop the check.
         seen = cond.call_method(tx, "_is_all_true", [], {}).call_method(tx, "long", [], {})
         number = seen.call_method(tx, "item", [], {})
         holds = BuiltinVariable(operator.ge).call_function(tx, [number, ConstantVariable.create(1)], {})

@@ -299,7 +299,7 @@ class NameForTorchCompile:
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """A last axis of `length`, in shares on the processes of a group."""
+    """A last axis of `length` that is split over the processes of a group."""
 
     processes: int
     group: str

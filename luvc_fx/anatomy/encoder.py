@@ -35,7 +35,7 @@ class Frames:
     """`count` grids of equal size, one behind the other.
 
     Attributes:
-        grid: height and width in patches; sides: what `TokenAxes` calls them.
+        grid: height and width in patches; sides: the symbols of both in `TokenAxes`.
     """
 
     count: int
@@ -180,7 +180,7 @@ def _grid_from_convolution(graph: fx.Graph, attention: fx.Node) -> tuple[fx.Node
 
 
 def _grids_from_marker(marker: fx.Node) -> tuple[fx.Node, Axis, tuple[Frames, ...], tuple[int, int]]:
-    """The grids of patches in a row, which the front door named."""
+    """The grids of patches, image after image, which the front door named."""
     _, numbers, unit = marker.args
     assert isinstance(numbers, (list, tuple)) and isinstance(unit, int)
     frames: list[Frames] = []
@@ -233,7 +233,7 @@ def _whole_blocks(axes: TokenAxes, features: fx.Node, axis: Axis, unit: tuple[in
 def _layout(
     graph: fx.Graph, axes: TokenAxes, features: fx.Node, last: fx.Node, frames: Frames, lead: int
 ) -> tuple[tuple[int, int], Packing | None]:
-    """How many rows and columns of patches make one feature, and where it is not so simple, which."""
+    """Rows and columns of patches in one feature, and the `Packing` where features are no plain grid."""
     extents = axes.extents.get(features, {})
     if not extents:
         raise Refused(Reason.NO_GRID, "the image features do not follow the patch grid", features)

@@ -46,9 +46,9 @@ class Decoder:
         entering: per layer, the residual value `[batch, rows, dim]` entering it.
         calls: per layer, its attention.
         fusion: the `masked_scatter` node, the last one where there is one a modality.
-        embeds: the text that the first one fills; `masks` and `features`: of each of them.
-        visual: visual tokens of one row, as captured.
-        images: images per row, or 1 where the graph does not tell.
+        embeds: the text embeddings, which the first fusion fills; masks, features: what each fusion fills
+            in, and where.
+        batch: rows of the prompt; visual: visual tokens of one row, as captured.
         grid: height and width of one image's tokens, where known.
         rows_outputs: `markers.PROMPT_ROWS` nodes.
     """
@@ -70,7 +70,11 @@ class Decoder:
 class Anatomy:
     """What was recognised in one graph.
 
-    `refusals` say why the decoder was not, `encoder_refusals` why nothing can be merged.
+    Attributes:
+        cache_attentions: attention calls under a `markers.CACHE_MASK`.
+        queries: rows of the first attention call's queries, 0 without one.
+        has_vision: whether patches of an image are in the graph.
+        refusals: why there is no decoder; encoder_refusals: why nothing can be merged.
     """
 
     encoder: Encoder | None = None

@@ -24,7 +24,7 @@ BOUNDS = ("cu_seqlens_q", "cu_seqlens_k")
 LONGEST = ("max_seqlen_q", "max_seqlen_k")
 
 _UNKNOWN = ("alibi_slopes", "block_table", "leftpad_k", "seqused_k")
-"""What changes who sees whom, and is left alone."""
+"""Arguments by which other rows attend to each other; a call that has one is not followed."""
 
 _BETWEEN = {"reshape", "view", "contiguous", "to", "detach", "pad"}
 """What may lie between ``[batch, rows, heads, dim]`` and the operator."""
@@ -59,9 +59,9 @@ def write(node: fx.Node, given: dict[str, Any]) -> None:
 
 
 def is_followed(given: dict[str, Any]) -> bool:
-    """Whether rows may go without anything but their number changing.
+    """Whether rows can be dropped from a call without changing how the others attend.
 
-    Not so with a window, which counts rows, and with segments of somebody else's.
+    Not with a sliding window, which counts rows, and not with segments that are not ours.
     """
     if not given or any(given.get(name) is not None for name in _UNKNOWN):
         return False
@@ -77,7 +77,7 @@ def _are_ours(bounds: fx.Node) -> bool:
 
 
 def heads_first(node: object, packed: bool) -> fx.Node | None:
-    """The ``[batch, heads, rows, dim]`` that `node` was before transformers turned it, or None.
+    """The ``[batch, heads, rows, dim]`` that `node` is a transpose of, or None.
 
     Args:
         packed: whether the rows of a batch lie one behind the other.

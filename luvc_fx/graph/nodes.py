@@ -133,7 +133,7 @@ def _known_or_itself(known: dict[fx.Node, int], node: fx.Node) -> Any:
 
 
 def fold_sizes(graph: fx.Graph) -> None:
-    """Write settled sizes as numbers, as everywhere else: what is made of them keeps the captured length."""
+    """Replace settled sizes by their numbers, as Dynamo writes every other constant size."""
     for node in graph.nodes:
         number = settled_size(node)
         if number is not None:

@@ -1,4 +1,4 @@
-"""Masks that are causal and hide whole keys: told by the graph, and made anew for fewer rows."""
+"""Causal masks that may also hide whole keys: recognised in a graph, and built anew for fewer rows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Causal:
 
 
 def read_causal(mask: fx.Node) -> Causal | None:
-    """What `mask` is, where its nodes are those by which transformers (5.17 - 5.23) writes a causal mask."""
+    """`mask` as a `Causal`, if its nodes are those of a causal mask of transformers 5.17 - 5.23, or None."""
     added = None
     if op_name(mask) == "where":
         if not _is_hiding(mask):

@@ -17,8 +17,8 @@ from luvc_fx.report import Reason, Refused
 def compact_followers(context: Context, site: str, at: fx.Node, places: fx.Node, ascending: fx.Node) -> None:
     """Shorten the values that meet the tokens behind `at`: rotary tables, masks, row numbers.
 
-    A value is cut once, at the earliest node behind which only its own copies come, and every user
-    behind the site reads the short one.
+    Rotary tables are unsqueezed again in every layer: a value is cut once, where its copies are made of,
+    and every user behind the site reads the short one or is made of it.
 
     Args:
         places: int64 ``[batch, rows']``, for each new row the old row whose position it has.
@@ -59,9 +59,11 @@ def _compact_rows_outputs(context: Context, site: str, at: fx.Node, places: fx.N
 
 
 def root_of(join: Join, place: dict[fx.Node, int], site: int) -> tuple[Join, fx.Node | None]:
-    """Walk up from a follower that is made behind the site to what it is made of.
+    """The value to cut for `join`: where the follower is computed behind the site, what it is computed from.
 
-    Rotary tables are unsqueezed again in every layer; cutting the table itself serves them all.
+    Returns:
+        The join with that value as its follower, and the node that reads it; None where that node is the
+        consumer of the join itself.
     """
     consumer: fx.Node | None = None
     follower, axes = join.follower, join.axes
@@ -90,7 +92,7 @@ def _cut(
 
 
 def _remade(context: Context, site: str, known: Causal, at: fx.Node, ascending: fx.Node) -> fx.Node:
-    """The mask of the rows that are left, made of what little it says."""
+    """The mask of the rows that are left, built from what `known` says instead of gathered on two axes."""
     given = () if known.keys is None else (known.keys,)
     mask, *keys = emit(context.graph, site, known.shortened(), ascending, *given, after=at)
     context.causal[mask] = Causal(keys[0] if keys else None, known.added)

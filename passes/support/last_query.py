@@ -1,4 +1,4 @@
-"""What the last token of a row pays to its visual tokens in one decoder layer, which stays fused."""
+"""Attention weights of a row's last token, computed beside a decoder layer whose own call stays fused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def last_query(call: Attention) -> tuple[list[fx.Node], Callable[..., Tensor]]:
 
 
 def constant_scale(call: Attention) -> float:
-    """What the products are multiplied with.
+    """What the products of queries and keys are multiplied with.
 
     Raises:
         Refused: it is no constant.

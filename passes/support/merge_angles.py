@@ -40,7 +40,7 @@ def find_angles(context: Context, site: MergeSite) -> fx.Node | None:
 
 
 def _angles_of(table: fx.Node) -> set[fx.Node]:
-    """What the nearest cosines and sines above `table` are taken of."""
+    """The inputs of the nearest cosines and sines that `table` is computed from."""
 
     def turns(node: fx.Node) -> bool:
         return op_name(node) in ("cos", "sin")
@@ -64,7 +64,7 @@ def turn_followers(context: Context, name: str, site: MergeSite, angles: fx.Node
 
 
 def _joins_behind(context: Context, site: MergeSite) -> list[tuple[int, Join, fx.Node | None]]:
-    """Per value that meets tokens behind the site: its number, its root and who reads the root."""
+    """For each value that meets tokens behind the site: its number, and what `root_of` says of it."""
     encoder = context.anatomy.encoder
     assert encoder is not None
     place = order(context.graph)

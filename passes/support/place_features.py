@@ -20,7 +20,7 @@ from luvc_fx.report import Reason, Refused
 def place_features(
     context: Context, encoder: Encoder, representatives: tuple[fx.Node, ...], leaving: fx.Node
 ) -> None:
-    """`context.representatives`: among all placeholders, those of the features that are left.
+    """Set `context.representatives`: for each feature that is left its placeholder, numbered over all images.
 
     Args:
         slots: int64 ``[n, H', W']`` for each of the encoder's frames, within each grid.
@@ -105,7 +105,7 @@ def _check_rows(context: Context, encoder: Encoder, places: list[int]) -> None:
 
 
 def answer_representatives(context: Context, encoder: Encoder) -> None:
-    """Put the placeholders where the front door asked for them; whole grids stand for themselves."""
+    """Put the representatives where the front door asked for them; unmerged, each feature is its own."""
     marker, representatives = encoder.representatives_marker, context.representatives
     assert marker is not None
     if representatives is None:

@@ -1,4 +1,4 @@
-"""The queries and keys of a decoder layer before they exist: its norm and projections, computed once more."""
+"""Queries and keys of a decoder layer, computed ahead of it: its norm and projections run a second time."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def site_keys(graph: fx.Graph, decoder: Decoder, site: PruneSite) -> tuple[list[
 
 
 def _attended(queries: Tensor, keys: Tensor, among: Tensor, scale: float) -> Tensor:
-    """What the mean query pays to each key, mean over the heads.
+    """Attention weights of the mean query, averaged over the heads.
 
     Args:
         queries: ``[B, H, S, d]``; keys: ``[B, G, S, d]``, of H / G heads each.
@@ -131,7 +131,7 @@ def _after_rotary(graph: fx.Graph, axes: TokenAxes, source: fx.Node, sink: fx.No
 def _replay(
     graph: fx.Graph, source: fx.Node, targets: tuple[fx.Node, ...]
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The nodes behind `source` that `targets` are computed by, in order, and what those read beside it."""
+    """The nodes between `source` and `targets`, in order, and the values from before that they read."""
     place = order(graph)
 
     def inputs(node: fx.Node) -> list[fx.Node]:
@@ -154,7 +154,7 @@ _IN_PLACE = {"iadd", "isub", "imul", "itruediv"}
 
 
 def _again(step: fx.Node, known: dict[fx.Node, Tensor], axes: TokenAxes, rows: int | torch.SymInt) -> Tensor:
-    """Call what `step` calls; where it names the sizes, those of the tokens are what they are now."""
+    """Run `step` on the values in `known`; a token axis that it spells out gets the size for `rows` rows."""
     if op_name(step) not in SIZED or step not in axes.extents:
         result: Tensor = run(step, known.__getitem__)
         return result

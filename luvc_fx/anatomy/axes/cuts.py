@@ -135,7 +135,7 @@ def piece(probe: Probe, node: fx.Node) -> torch.Tensor:
     return probe.changed[split][number]
 
 
-def join(probe: Probe, node: fx.Node) -> None:
+def concatenate(probe: Probe, node: fx.Node) -> None:
     """Note the token axes of a concatenation; constants beside tokens are made to fit."""
     parts = node.args[0]
     assert isinstance(parts, (list, tuple))

@@ -43,7 +43,7 @@ class Join:
 
 @dataclass(slots=True)
 class TokenAxes:
-    """What `trace` found: per node its token axes, per foreign value where it joins.
+    """What `trace` found: the token axes of each node, and where other values join the tokens.
 
     `counts` are the sizes of the symbols in the capture. `pieces` are the token axes of what comes out of
     a split along the tokens, `crops` the slices that cut as much off the end as off the front, and
@@ -77,7 +77,13 @@ def set_sizes(node: fx.Node, sizes: list[Any]) -> None:
 
 
 class Probe:
-    """One run of `luvc_fx.anatomy.axes.trace.trace`."""
+    """One run of `luvc_fx.anatomy.axes.trace.trace`.
+
+    Attributes:
+        sizes: the made-up size of each symbol.
+        base: values of the captured sizes; changed: values that came out with other sizes.
+        known: token axes that an operation's own rule gave, so that they are not read off the sizes.
+    """
 
     def __init__(self, counts: Counts) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)

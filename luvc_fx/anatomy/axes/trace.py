@@ -42,14 +42,14 @@ ELEMENTWISE = {
 
 
 class _Tracer(Probe):
-    """Visits the nodes in order."""
+    """Visits the nodes in order and notes the token axes of each."""
 
     def visit(self, node: fx.Node) -> None:
         if settled_size(node) is not None:
             return
         is_new = is_tensor(node) and node not in self.known
         if is_new and not any(carries_tensor(n) for n in node.all_input_nodes if n in self.changed):
-            # After a merge it would count the rows that are left, as positions must not.
+            # Positions, say: after a merge they would be counted anew, and tokens keep their own.
             raise Refused(Reason.TOKEN_AXIS, "a value is made of the number of rows alone", node)
         result = self._sized(node) if op_name(node) in SIZED else self._general(node)
         old = value(node)
@@ -131,7 +131,7 @@ class _Tracer(Probe):
             return cuts.pool(self, node, tokens[0])
         followers = {}
         if name == "cat":
-            cuts.join(self, node)
+            cuts.concatenate(self, node)
         elif name in FUSED:
             followers = self._mask_follower(node)
         elif name in ELEMENTWISE:
