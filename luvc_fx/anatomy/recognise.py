@@ -32,8 +32,8 @@ from luvc_fx.graph.nodes import (
 )
 from luvc_fx.report import Reason, Refusal, Refused
 
-ENDED = "the capture ended before the image features enter the text"
-APART = "the encoder of the image features is not in this graph: nothing is merged"
+CAPTURE_ENDED = "the capture ended before the image features enter the text"
+ENCODER_ELSEWHERE = "the encoder of the image features is not in this graph: nothing is merged"
 
 UNSUPPORTED = "no supported attention (SDPA, FlashAttention 2, matmul-softmax-matmul)"
 
@@ -116,12 +116,12 @@ def recognise(graph: fx.Graph) -> Anatomy:
                 text = "features enter the text at more than one place: tokens are pruned, but not merged"
                 anatomy.encoder_refusals.append(Refusal(Reason.NO_FUSION, text, str(fusions[1])))
             else:
-                anatomy.encoder_refusals.append(_apart(fusions[0]))
+                anatomy.encoder_refusals.append(_encoder_elsewhere(fusions[0]))
             anatomy.decoder = _decoder(graph, live, calls, fusions, anatomy.encoder)
         elif asked:
             anatomy.encoder = _encoder(graph, live, asked[0].args[0], asked[0], None, anatomy)
         elif anatomy.has_vision:
-            anatomy.encoder_refusals.append(Refusal(Reason.CAPTURE_ENDED_BEFORE_FUSION, ENDED))
+            anatomy.encoder_refusals.append(Refusal(Reason.CAPTURE_ENDED_BEFORE_FUSION, CAPTURE_ENDED))
     except Refused as refused:
         anatomy.refusals.append(refused.refusal)
     return anatomy
@@ -162,7 +162,7 @@ def _encoder(
             text = f"{UNSUPPORTED} before the features"
             anatomy.encoder_refusals.append(Refusal(Reason.NO_ATTENTION, text, str(marker)))
         else:
-            anatomy.encoder_refusals.append(_apart(fusion))
+            anatomy.encoder_refusals.append(_encoder_elsewhere(fusion))
         return None
     try:
         return find_encoder(graph, live, features, marker, fusion)
@@ -171,8 +171,8 @@ def _encoder(
         return None
 
 
-def _apart(fusion: fx.Node | None) -> Refusal:
-    return Refusal(Reason.CAPTURE_ENDED_BEFORE_FUSION, APART, str(fusion))
+def _encoder_elsewhere(fusion: fx.Node | None) -> Refusal:
+    return Refusal(Reason.CAPTURE_ENDED_BEFORE_FUSION, ENCODER_ELSEWHERE, str(fusion))
 
 
 def _uses_cache_mask(call: Attention) -> bool:

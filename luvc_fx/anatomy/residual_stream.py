@@ -16,7 +16,7 @@ def dominators(graph: fx.Graph, source: fx.Node, sinks: Iterable[fx.Node]) -> di
     below = descendants(source)
     above = ancestors(*sinks)
     place = order(graph)
-    inside = [n for n in graph.nodes if n in below and n in above and (n is source or _flows(n))]
+    inside = [n for n in graph.nodes if n in below and n in above and (n is source or _is_no_number(n))]
     idom: dict[fx.Node, fx.Node] = {source: source}
     for node in inside:
         if node is source:
@@ -35,7 +35,7 @@ def dominators(graph: fx.Graph, source: fx.Node, sinks: Iterable[fx.Node]) -> di
     return idom
 
 
-def _flows(node: fx.Node) -> bool:
+def _is_no_number(node: fx.Node) -> bool:
     return not isinstance(value(node), (int, float, bool, torch.SymInt, torch.SymBool, torch.SymFloat))
 
 

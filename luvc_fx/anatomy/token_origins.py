@@ -69,9 +69,9 @@ def _step(node: fx.Node, numbered: dict[fx.Node, _Numbered]) -> _Numbered:
     if name == "interpolate" and first.channels == 1:
         return _sampled(node, first)
     if len(sources) == 1 and name in _MOVING:
-        channels = _moved(node, sources[0], first.channels)
+        channels = _channels_after(node, sources[0], first.channels)
         return _Numbered(run(node, lambda _: first.numbers), channels)
-    if len(sources) == 1 and name in _CHANNELWISE and _same_but(node, sources[0], first.channels):
+    if len(sources) == 1 and name in _CHANNELWISE and _keeps_all_axes_but(node, sources[0], first.channels):
         return first
     raise Refused(Reason.TOKEN_AXIS, f"features are made by {name}, which mixes or resamples tokens", node)
 
@@ -110,7 +110,7 @@ def _sampled(node: fx.Node, given: _Numbered) -> _Numbered:
     return _Numbered(numbers, 1)
 
 
-def _moved(node: fx.Node, source: fx.Node, channels: int) -> int:
+def _channels_after(node: fx.Node, source: fx.Node, channels: int) -> int:
     """Where the channels come out: the axis that is longer when they are more."""
     if op_name(node) == "getitem" and not is_tensor(source):
         return channels
@@ -124,7 +124,7 @@ def _moved(node: fx.Node, source: fx.Node, channels: int) -> int:
     return next(axis for axis, (a, b) in enumerate(zip(longer.shape, plain.shape, strict=True)) if a != b)
 
 
-def _same_but(node: fx.Node, source: fx.Node, channels: int) -> bool:
+def _keeps_all_axes_but(node: fx.Node, source: fx.Node, channels: int) -> bool:
     new, old = list(shape(node)), list(shape(source))
     if len(new) != len(old):
         return False

@@ -67,23 +67,23 @@ def _deepstack_additions(graph: fx.Graph) -> list[_Addition]:
     """Those of a graph, in order."""
     additions, place = [], order(graph)
     for put in graph.nodes:
-        if put.target is not operator.setitem or not _by_mask(put.args[1]):
+        if put.target is not operator.setitem or not _is_mask_index(put.args[1]):
             continue
         written, (mask, _), total = put.args
         if not isinstance(total, fx.Node) or op_name(total) != "add" or len(total.users) != 1:
             continue
         terms = total.args[:2]
-        taken = next((t for t in terms if _takes(t, written, mask)), None)
+        taken = next((t for t in terms if _is_masked_read(t, written, mask)), None)
         features = next((t for t in terms if t is not taken), None)
         if not isinstance(taken, fx.Node) or not isinstance(features, fx.Node) or total.kwargs:
             continue
         addition = _Addition(written, mask, features, taken, put)
-        if op_name(written) == "clone" and _fits(addition) and _read_after(addition, place):
+        if op_name(written) == "clone" and _marks_own_rows(addition) and _is_read_only_after(addition, place):
             additions.append(addition)
     return additions
 
 
-def _fits(addition: _Addition) -> bool:
+def _marks_own_rows(addition: _Addition) -> bool:
     """Whether each row that the mask marks gets a row of its own, as it is."""
     written, mask, features = value(addition.written), value(addition.mask), value(addition.features)
     return (
@@ -94,14 +94,14 @@ def _fits(addition: _Addition) -> bool:
     )
 
 
-def _read_after(addition: _Addition, place: dict[fx.Node, int]) -> bool:
+def _is_read_only_after(addition: _Addition, place: dict[fx.Node, int]) -> bool:
     """Whether nothing else sees the rows before they are written, or those that were taken."""
     others = [n for n in addition.written.users if n not in (addition.taken, addition.put)]
     sums = [n for n in addition.taken.users if op_name(n) != "sym_size"]
     return len(sums) == 1 and all(place[n] > place[addition.put] for n in others)
 
 
-def _by_mask(index: object) -> bool:
+def _is_mask_index(index: object) -> bool:
     return (
         isinstance(index, tuple)
         and len(index) == 2
@@ -111,7 +111,7 @@ def _by_mask(index: object) -> bool:
     )
 
 
-def _takes(node: object, written: object, mask: object) -> bool:
+def _is_masked_read(node: object, written: object, mask: object) -> bool:
     return (
         isinstance(node, fx.Node)
         and node.target is operator.getitem

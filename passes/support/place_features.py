@@ -37,7 +37,7 @@ def place_features(
         for frame in range(frames.count):
             places += [start + frame * size] * left
         start += size * frames.count
-    _check_rows(context, encoder, places)
+    _refuse_uneven_rows(context, encoder, places)
 
     def body(*parts: Tensor) -> Tensor:
         placed, start = [], 0
@@ -63,7 +63,7 @@ def _packed(context: Context, encoder: Encoder, representatives: fx.Node, leavin
     numbers = token_origins(context.graph, leaving, encoder.features, rows)
     if packing.pooled:
         shares = packing.shares(numbers, (height, width))
-        _check_rows(context, encoder, shares)
+        _refuse_uneven_rows(context, encoder, shares)
         table = constant(context.graph, [[shares]], representatives)
         (placed,) = emit(context.graph, "placeholders", lambda x: x.clone(), table)
         return placed
@@ -72,7 +72,7 @@ def _packed(context: Context, encoder: Encoder, representatives: fx.Node, leavin
     per_tile, firsts = packing.grid[0] * packing.grid[1], packing.firsts()
     owners = [firsts[token // (height * width)] for token in tokens]
     pairs = zip(owners, separators, strict=True)
-    _check_rows(context, encoder, [own if separator < 0 else separator for own, separator in pairs])
+    _refuse_uneven_rows(context, encoder, [own if separator < 0 else separator for own, separator in pairs])
     tables = [
         constant(context.graph, table, representatives) for table in (tokens, separators, packing.places())
     ]
@@ -87,7 +87,7 @@ def _packed(context: Context, encoder: Encoder, representatives: fx.Node, leavin
     return placed
 
 
-def _check_rows(context: Context, encoder: Encoder, places: list[int]) -> None:
+def _refuse_uneven_rows(context: Context, encoder: Encoder, places: list[int]) -> None:
     """Every row of a batch must keep as many tokens as the others.
 
     Args:

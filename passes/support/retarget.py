@@ -113,7 +113,7 @@ class Retarget:
         sizes = list(old.shape)
         for axis, length in lengths.items():
             sizes[axis] = length
-        self._check(node, [hint(size) for size in sizes])
+        self._verify_shape(node, [hint(size) for size in sizes])
         self.counts[node] = counts
         if open_ended:
             node.meta["example_value"] = _run(node)
@@ -181,7 +181,7 @@ class Retarget:
         node.meta = {"example_value": _run(node), MARK: "retarget"}
         return node
 
-    def _check(self, node: fx.Node, wanted: list[int]) -> None:
+    def _verify_shape(self, node: fx.Node, wanted: list[int]) -> None:
         """Run the node on the sizes seen while tracing: much faster than on symbolic ones."""
         try:
             with self.mode, torch.no_grad():

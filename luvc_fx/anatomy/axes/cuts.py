@@ -45,7 +45,9 @@ def _is_crop(item: Any, size: int) -> bool:
     )
 
 
-def check_cut(node: fx.Node, source: fx.Node, extents: Mapping[int, Axis], lead: int) -> dict[int, slice]:
+def refuse_fixed_cuts(
+    node: fx.Node, source: fx.Node, extents: Mapping[int, Axis], lead: int
+) -> dict[int, slice]:
     """Refuse a cut at a literal token position: after a merge or a prune it would mean another token.
 
     The first `lead` rows are no visual tokens and stay where they are; rows counted from the end

@@ -56,7 +56,7 @@ class _Tracer(Probe):
         self.changed[node] = result
         if not isinstance(old, torch.Tensor):
             before, after = tree_leaves(tree_map(concrete, old)), tree_leaves(result)
-            if all(_same(a, b) for a, b in zip(before, after, strict=True)):
+            if all(_is_unchanged(a, b) for a, b in zip(before, after, strict=True)):
                 del self.changed[node]
             return
         if node in self.known:
@@ -120,7 +120,7 @@ class _Tracer(Probe):
             if tokens and parent is tokens[0]:
                 extents = self.result.extents[tokens[0]]
                 lead = max((extent.rows_before for extent in extents.values()), default=0)
-                crops = cuts.check_cut(node, tokens[0], extents, lead)
+                crops = cuts.refuse_fixed_cuts(node, tokens[0], extents, lead)
                 if crops:
                     return cuts.crop(self, node, tokens[0], crops)
         if name in CUTTING and tokens and self._cuts_tokens(node, tokens[0]):
@@ -186,7 +186,7 @@ class _Tracer(Probe):
         return followers
 
 
-def _same(a: Any, b: Any) -> bool:
+def _is_unchanged(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return a.shape == b.shape
     return a == b
