@@ -52,8 +52,6 @@ def rewrite(
         _failed(report, error, strict, "recognition failed and the graph was left as it is")
         return report
     _describe(report, anatomy, plan, schedule)
-    if anatomy.encoder is not None:
-        anatomy.encoder.leaving[0].meta[LAYOUT] = anatomy.encoder.layout
     report.refusals = [with_advice(refusal, gm, front_door) for refusal in report.refusals]
     report.flops_before, report.kv_bytes_before = _costs(gm.graph, report)
     report.flops_after, report.kv_bytes_after = report.flops_before, report.kv_bytes_before
@@ -62,6 +60,8 @@ def rewrite(
         return report
     backup.save()
     try:
+        if anatomy.encoder is not None:
+            anatomy.encoder.leaving[0].meta[LAYOUT] = anatomy.encoder.layout
         _refuse_training(gm.graph)
         _run_passes(gm, anatomy, plan, report)
     except Exception as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LAYOUT = "luvc_fx.layout"
-"""Key of a `Layout`, on the value that leaves the first encoder block."""
+"""Key of a `Layout`, on the value that leaves the first encoder block of a graph that is rewritten."""
 SHRUNK = "luvc_fx.shrunk"
 """Key of a `Merged` or `Pruned`, on the value with fewer tokens."""
 ORIGINS = "luvc_fx.origins"

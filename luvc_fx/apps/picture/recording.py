@@ -12,6 +12,7 @@ from torch import Tensor, fx
 import luvc_fx
 from luvc_fx import _compat
 from luvc_fx.anatomy.encoder import patch_convolution
+from luvc_fx.anatomy.recognise import recognise
 from luvc_fx.apps.picture.owners import owners
 from luvc_fx.graph import markers
 from luvc_fx.graph.emit import MARK
@@ -162,17 +163,25 @@ class _Recorder(fx.Interpreter):
 def _vision_of(graph: fx.Graph) -> tuple[Layout, fx.Node, tuple[int, ...] | None] | None:
     """Layout of the encoder in this graph, the value with its pixels, and the features' origins."""
     told = next((n for n in graph.nodes if markers.is_call(n, markers.PATCHES)), None)
-    noted = next((n for n in graph.nodes if LAYOUT in n.meta), None)
+    first, layout = _first_block(graph)
     if told is not None:
-        layout = _layout_of(told) if noted is None else noted.meta[LAYOUT]
+        layout = layout or _layout_of(told)
         return layout, told, layout.origins
-    if noted is None:
+    if first is None or layout is None:
         return None
-    convolution = patch_convolution(graph, noted)
+    convolution = patch_convolution(graph, first)
     assert convolution is not None
-    layout = noted.meta[LAYOUT]
     origins = next((n.meta[ORIGINS] for n in graph.nodes if ORIGINS in n.meta), layout.origins)
     return layout, convolution.all_input_nodes[0], origins
+
+
+def _first_block(graph: fx.Graph) -> tuple[fx.Node | None, Layout | None]:
+    """The value that leaves the first encoder block, and the layout; a graph left alone has no note of it."""
+    for node in graph.nodes:
+        if LAYOUT in node.meta:
+            return node, node.meta[LAYOUT]
+    encoder = recognise(graph).encoder
+    return (None, None) if encoder is None else (encoder.leaving[0], encoder.layout)
 
 
 def _layout_of(marker: fx.Node) -> Layout:
