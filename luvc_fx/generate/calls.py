@@ -110,13 +110,14 @@ class Calls:
 
     def get_features(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """`get_image_features` or another encoder: compiled while `generate` runs, else the model's own."""
-        encoder, limits = self._graphs.encoders[name], self._limits
+        encoder = self._graphs.encoders[name]
         original = self._originals[encoder.modality.method]
         pixels = kwargs.get(encoder.modality.pixels, args[0] if args else None)
         if isinstance(pixels, FeaturesInPlaceOfPixels):  # while the prefill is traced
             return pixels.encoder_output()
         if torch.compiler.is_dynamo_compiling():  # one encoder calls another: videos as images
             return original(*args, **kwargs)
+        limits = self._limits  # not read above: a traced call must know nothing of its thread
         if limits is None or not limits.shorten:
             return original(*args, **kwargs)
         named = arguments_by_name(encoder.signature, args, kwargs)
