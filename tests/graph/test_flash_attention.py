@@ -177,7 +177,7 @@ def test_calls_that_cannot_be_followed_run_as_they_are(name: str, monkeypatch: p
     attention, settings, text = UNFOLLOWED[name]
     stand_in_flash.install(monkeypatch, attention)
     if name == "no package":
-        monkeypatch.setattr(_compat, "_has_flash_attn", lambda: False)
+        monkeypatch.setattr("luvc_fx._compat.transformers._has_flash_attn", lambda: False)
     model = flashing()
     config = model.config.get_text_config()
     config._attn_implementation = attention

@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import modeling_flash_attention_utils as flash_utils
 
-from luvc_fx import _compat
-
 _LIBRARY = torch.library.Library("flash_attn_tests", "FRAGMENT")
 _TAIL = (
     "float dropout_p, float softmax_scale, bool causal, int window_size_left=-1, int window_size_right=-1, "
@@ -150,4 +148,4 @@ def install(patch: pytest.MonkeyPatch, name: str = "flash_attention_2") -> None:
     for key, value in given.items():
         if hasattr(flash_utils, key):
             patch.setattr(flash_utils, key, value)
-    patch.setattr(_compat, "_has_flash_attn", lambda: True)
+    patch.setattr("luvc_fx._compat.transformers._has_flash_attn", lambda: True)
