@@ -4,8 +4,10 @@
 from luvc_fx import Merge, Prune, Schedule
 
 schedule = Schedule(
-    merge=(Merge(axis="width", keep=0.75, depth=0.5),),  # behind half of the encoder blocks
-    prune=(Prune(keep=0.5, layer=6), Prune(keep=0.0, layer=-1)),  # before decoder layer 6; before the last
+    # behind half of the encoder blocks
+    merge=(Merge(axis="width", keep=0.75, depth=0.5),),
+    # before decoder layer 6, and before the last one
+    prune=(Prune(keep=0.5, layer=6), Prune(keep=0.0, layer=-1)),
 )
 # end of a schedule
 
@@ -15,6 +17,7 @@ assert Schedule.from_json(text) == schedule
 # end of as JSON
 
 # at a budget
-half = Schedule.at_budget(0.5, layers=28)  # model.config.get_text_config().num_hidden_layers
+layers = 28  # model.config.get_text_config().num_hidden_layers
+half = Schedule.at_budget(0.5, layers)
 print([(prune.layer, prune.keep) for prune in half.prune])
 # end of at a budget

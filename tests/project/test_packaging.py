@@ -147,7 +147,7 @@ def test_constraints_fit_the_declared_ranges() -> None:
         if line and not line.startswith("#"):
             pin = Requirement(line)
             pins[_normal(pin.name)] = str(pin.specifier).removeprefix("==")
-    for text in [*project["dependencies"], *extras["hf"], *extras["cli"], *extras["test"]]:
+    for text in [*project["dependencies"], *extras["hf"], *extras["cli"], *extras["test"], *extras["docs"]]:
         wanted = Requirement(text)
         if wanted.name != "luvc-fx":
             assert wanted.specifier.contains(pins[_normal(wanted.name)]), text

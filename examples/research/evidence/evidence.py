@@ -2,7 +2,7 @@
 
 Each model answers its sets of questions under every method (`luvc-fx eval`). Answers are kept in
 ``runs/evidence``, so the command can be stopped and started at will. Results without the answers go to
-``results/``, with a table for each set; ``table.py`` puts one of all sets into the README.
+``results/``, with a table for each set; ``table.py`` puts those of all sets into the documentation.
 
     python -m examples.research.evidence.evidence --split tune --scenes 60   # a look, 60 scenes of each set
     python -m examples.research.evidence.evidence                            # the test split: hours on a CPU

@@ -110,8 +110,9 @@ def caption(numbers: Numbers) -> str:
         )
         parts.append(f"{name}: {shown}")
     return (
-        "The test split, 95 % intervals; the sets and all numbers are in the README's table. LLaVA reads "
+        "The test split, 95 % intervals; the sets and all numbers are in "
+        "[the tables](../../../docs/evidence/accuracy.md). LLaVA reads "
         "CLIP's tokens one by one, InternVL four at a time by a pixel shuffle, Qwen2-VL four at a time with "
         f"rotary positions of three axes. What the default keeps, in %: {'; '.join(parts)}. No "
-        f"evidence by the README's rule: {listed(weak)}."
+        f"evidence by the rule of those tables: {listed(weak)}."
     )
