@@ -1,4 +1,4 @@
-"""A control: the same model on a smaller image, with the number of visual tokens that a schedule leaves."""
+"""A baseline: the same model on a smaller image, with the number of visual tokens that a schedule leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job: ask the shipped model about an image, without and with a token budget, and time both.
+"""Ask the shipped model about an image, without and with a token budget, and time both.
 
 Both arms run the same callables: the front door wires two copies of the model, one with an empty
 schedule (plain `inner`, nothing rewritten) and one with the schedule asked for.
@@ -67,7 +67,7 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class DemoResult:
     """Both arms and what follows from them.
 
     Attributes:
@@ -146,7 +146,7 @@ def load_model() -> tuple[Any, Any]:
 
 
 def unknown_words(processor: Any, text: str) -> list[str]:
-    """The words of `text` that the model has never seen."""
+    """The words of `text` that are not in the model's vocabulary."""
     tokens = processor.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     return [
         text[start:end]
@@ -162,12 +162,12 @@ def run(
     runs: int = 20,
     say: Callable[[str], None] = lambda _: None,
     picture: Path | None = None,
-) -> Result:
+) -> DemoResult:
     """Ask the shipped model once plainly and once with `schedule`; time both prefills in turns.
 
     Args:
         runs: timed prefills of each arm, at least 1.
-        say: told what happens next, for people who wait.
+        say: called with one line about each slow step before it starts.
         picture: a file for `luvc_fx.picture` of the question's image.
 
     Raises:
@@ -217,7 +217,7 @@ def run(
         say(f"drawing {picture}")
         _draw(picture, budgeted, inputs, processor)
     obstacles = _obstacles(schedule, luvc_fx.report_of(plain), baseline, report, luvc, visual)
-    return Result(
+    return DemoResult(
         question=question,
         schedule=schedule,
         inner=inner,
@@ -292,21 +292,21 @@ def _obstacles(
     schedule: Schedule, plain: Report, baseline: Arm, report: Report, luvc: Arm, visual: int
 ) -> list[str]:
     """Why a speed-up would mislead; empty where both arms are what they claim to be."""
-    found = [f"plain: {refusal}" for refusal in _refusals(plain)]
-    found += [str(refusal) for refusal in _refusals(report)]
+    obstacles = [f"plain: {refusal}" for refusal in _refusals(plain)]
+    obstacles += [str(refusal) for refusal in _refusals(report)]
     if not plain.of_kind("prefill"):
-        found.append("plain: no prefill graph was compiled, so it ran eagerly")
+        obstacles.append("plain: no prefill graph was compiled, so it ran eagerly")
     if any(tokens != visual for tokens in baseline.tokens_per_layer):
-        found.append(f"plain: not all {visual} visual tokens enter every layer")
+        obstacles.append(f"plain: not all {visual} visual tokens enter every layer")
     if not schedule.merge and not schedule.prune:
-        return [*found, "the schedule does nothing"]
+        return [*obstacles, "the schedule does nothing"]
     if not report.of_kind("prefill"):
-        found.append("no prefill graph was compiled, so it ran eagerly")
+        obstacles.append("no prefill graph was compiled, so it ran eagerly")
     kinds = {insertion.kind for graph in report.graphs for insertion in graph.inserted}
     for kind, wanted in (("merge", schedule.merge), ("prune", schedule.prune)):
         if wanted and kind not in kinds:
-            found.append(f"no graph was rewritten to {kind}")
+            obstacles.append(f"no graph was rewritten to {kind}")
     planned = report.tokens_per_layer()
     if planned != luvc.tokens_per_layer:
-        found.append(f"the report says {planned} visual tokens per layer, the KV cache another number")
-    return found
+        obstacles.append(f"the report says {planned} visual tokens per layer, the KV cache another number")
+    return obstacles

@@ -17,7 +17,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(model: Any) -> dict[str, Any]:
-    """What the model's tensors lie on, and with how many threads."""
+    """The model's device and dtype, torch's number of threads, and the platform."""
     cuda = model.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(model.device) if cuda else _cpu_name(),

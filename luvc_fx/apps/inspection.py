@@ -101,7 +101,7 @@ def inspect(
 
     Args:
         images: files; none for one synthetic image.
-        say: told what happens next, for people who wait.
+        say: called with one line about each slow step before it starts.
 
     Raises:
         InputError: a directory, an image, a prompt or a schedule that cannot be used, or a model that

@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from luvc_fx.apps.images_only import load_images_only
 from luvc_fx.report.errors import InputError, brief, cannot
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from luvc_fx.schedule import Schedule
 log = logging.getLogger(__name__)
 
 REPORT_PATH = "/luvc_fx/report"
-"""Where the server tells, as JSON, what happened to each model's graphs."""
+"""GET there returns, as JSON, the report of each loaded model, by its name."""
 
 
 def serve(
@@ -31,7 +31,7 @@ def serve(
     show: bool = True,
     warm_up: bool = False,
 ) -> None:
-    """Run the server of `transformers serve`, pinned to one model, until it is told to stop.
+    """Run the server of `transformers serve`, pinned to one model, until it is stopped.
 
     The server loads its models in one public method and builds its routes in one public function (the
     same from transformers 5.17 to 5.23); both are wrapped while it runs, and nothing else is touched.
@@ -59,10 +59,10 @@ def serve(
         _log_reports()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command()(command.Serve)
-    manager = _compiling(model_manager.ModelManager, schedule, inner, warm_up)
+    manager = _compiling_manager(model_manager.ModelManager, schedule, inner, warm_up)
     with (
         _replaced(model_manager, "ModelManager", manager),
-        _replaced(server, "build_server", _telling(server.build_server)),
+        _replaced(server, "build_server", _with_report_route(server.build_server)),
     ):
         app([model, *options], prog_name="luvc-fx serve", standalone_mode=False)
 
@@ -87,7 +87,7 @@ def _check_directory(model: str) -> None:
         raise InputError(f"model directory '{model}' does not exist")
 
 
-def _compiling(base: Any, schedule: Schedule, inner: str, warm_up: bool) -> type:
+def _compiling_manager(base: Any, schedule: Schedule, inner: str, warm_up: bool) -> type:
     class CompilingManager(base):
         """The server's model manager; what it hands out is compiled."""
 
@@ -118,7 +118,7 @@ def _request(model: Any, processor: Any) -> dict[str, Any]:
     return {**inputs, "tokenizer": processor}
 
 
-def _telling(build: Callable[..., Any]) -> Callable[..., Any]:
+def _with_report_route(build: Callable[..., Any]) -> Callable[..., Any]:
     def build_server(model_manager: Any, *args: Any, **kwargs: Any) -> Any:
         app = build(model_manager, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The `luvc-fx` command. Sub-commands live in `luvc_fx/commands`, one file each."""
+"""The `luvc-fx` command. Sub-commands live in `luvc_fx/cli/commands`, one file each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXTRAS = ("typer", "rich", "transformers", "PIL", "safetensors", "jinja2")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
-    0 is success and 2 is a mistake in what was asked for, told in one line on stderr. Anything else
+    0 is success and 2 is a mistake in what was asked for, printed in one line on stderr. Anything else
     that goes wrong is ours, and its traceback is shown.
     """
     try:

@@ -1,4 +1,4 @@
-"""How every sub-command speaks: tables and one JSON object on stdout, all else on stderr."""
+"""Output of the sub-commands: tables or one JSON object on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE_WIDTH = 100
 
 
 def note(text: str) -> None:
-    """Say what happens next, for people who wait."""
+    """Print on stderr what happens next, for people who wait."""
     print(f"... {text}", file=sys.stderr, flush=True)
 
 
@@ -24,7 +24,7 @@ def make_console() -> Console:
 
 
 def make_table(*headings: str, title: str | None = None, right: bool = False) -> Table:
-    """An empty table with these columns; with `right` they are numbers."""
+    """An empty table with these columns, aligned to the right if they hold numbers."""
     table = Table(title=title, title_justify="left")
     for heading in headings:
         table.add_column(heading, justify="right" if right else "left")

@@ -107,7 +107,7 @@ class LuvcBackend:
         telemetry.log_graph("captured graph", gm)
         graph_report = rewrite(gm, self.schedule, self.strict, self.front_door, self.identity_sites)
         self.report.graphs.append(graph_report)
-        telemetry.tell(gm, graph_report)
+        telemetry.publish(gm, graph_report)
         self._complain(graph_report.refusals)
         started, hits = time.perf_counter(), _compat.cache_hits()
         compiled = self._compile(gm, example_inputs, mode or self.mode, options)

@@ -1,4 +1,4 @@
-"""Errors in one line: those that a caller can mend, and others' errors in brief."""
+"""Errors in one line: mistakes that the user can mend, and other libraries' errors in brief."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ log = logging.getLogger(__name__)
 
 
 class InputError(ValueError):
-    """Something that the caller can mend; the text is one line and says what and how."""
+    """A mistake that the user can mend; the text is one line and says what and how."""
 
 
 def one_line(error: Exception) -> str:
-    """An error's text without its line ends."""
+    """An error's text without line breaks."""
     return " ".join(str(error).split())
 
 
 def brief(error: Exception, most: int = 300) -> str:
-    """One line about an error that is not ours: its type and the first paragraph of its text."""
+    """One line about an error of another library: its type and the first paragraph of its text."""
     paragraph = " ".join(str(error).strip().partition("\n\n")[0].split())
     if len(paragraph) > most:
         paragraph = paragraph[: most - 3] + "..."
@@ -25,6 +25,6 @@ def brief(error: Exception, most: int = 300) -> str:
 
 
 def cannot(what: str, error: Exception) -> InputError:
-    """An error in one line about something that failed in code that is not ours; the log has all of it."""
+    """An `InputError` about another library's failure: `what`, and the error in brief; the log has it all."""
     log.debug("%s", what, exc_info=error)
     return InputError(f"{what}: {brief(error)}")

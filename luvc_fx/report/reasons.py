@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 class LuvcWarning(UserWarning):
-    """Something the schedule asked for was left alone; the text says what and why."""
+    """Something that the schedule asked for was not done; the text says what and why."""
 
 
 class NotRewritten(RuntimeError):
@@ -18,7 +18,7 @@ class NotRewritten(RuntimeError):
 
 @contextlib.contextmanager
 def unwrapped() -> Iterator[None]:
-    """Inside, `NotRewritten` comes as itself: what a backend raises, Dynamo wraps."""
+    """Raise `NotRewritten` itself where Dynamo raises an error of its own around it."""
     try:
         yield
     except Exception as error:
@@ -29,7 +29,7 @@ def unwrapped() -> Iterator[None]:
 
 
 class Reason(enum.StrEnum):
-    """Why something was left as it was."""
+    """Why something that the schedule asked for was not done."""
 
     NO_FUSION = "no-fusion"
     CAPTURE_ENDED_BEFORE_FUSION = "capture-ended-before-fusion"
@@ -49,7 +49,7 @@ class Reason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One thing left alone: the reason, a sentence for people, and the graph node it is about."""
+    """One thing that was not done: the reason, a sentence for people, and the graph node that it is about."""
 
     reason: Reason
     text: str

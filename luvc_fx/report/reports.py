@@ -29,11 +29,11 @@ class GraphReport:
         fused: visual tokens of one row at the fusion; before merging, `original`.
         flops_before, flops_after: see `luvc_fx.anatomy.costs.flops`.
         kv_bytes_before, kv_bytes_after: of each decoder layer, see `luvc_fx.anatomy.costs.kv_bytes`.
-        refusals: what was left as it was, and why.
+        refusals: what was not done, and why.
         notes: what a reader should know although nothing was refused.
         milliseconds: time in recognition, each pass and the counting of costs.
-        compile_seconds: time of the compiler behind us, once it is through; `cached`: whether it found the
-            graph in its caches on disk.
+        compile_seconds: seconds that the inner compiler took, None before it has finished; `cached`: whether
+            it took the graph from its caches on disk.
     """
 
     kind: str = "other"
@@ -113,16 +113,17 @@ def _change(before: int, after: int, unit: float, name: str) -> str:
 
 @dataclass(slots=True, eq=False)
 class Report:
-    """All graphs that went through one backend, in the order of their compilation; itself and no copy.
+    """All graphs that went through one backend, in the order of their compilation.
 
-    `refusals` are those that belong to a call rather than to a graph (the front door's).
+    `refusals` are those that belong to a call rather than to a graph (the front door's). A report equals
+    itself and no other.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
     def refuse(self, refusal: Refusal) -> bool:
-        """Note a refusal of the front door once; returns whether it is new."""
+        """Add a refusal of the front door unless it is there already; returns whether it is new."""
         if refusal in self.refusals:
             return False
         self.refusals.append(refusal)

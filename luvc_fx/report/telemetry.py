@@ -1,4 +1,4 @@
-"""What a compilation leaves in torch's own places: logs, the structured trace, counters.
+"""Publish each graph's report where torch's own tools look: logs, the structured trace, counters.
 
 Logs are the standard library's under the package's names, so ``TORCH_LOGS="luvc_fx"`` shows a report per
 graph and ``TORCH_LOGS="+luvc_fx"`` the graphs as well. With ``TORCH_TRACE`` set, `tlparse` lists the
@@ -24,7 +24,7 @@ def log_graph(title: str, gm: fx.GraphModule) -> None:
         log.debug("%s\n%s", title, _text(gm))
 
 
-def tell(gm: fx.GraphModule, report: GraphReport) -> None:
+def publish(gm: fx.GraphModule, report: GraphReport) -> None:
     """Log, trace and count one graph that went through the backend."""
     log.info("%s", report)
     _artifact("luvc_fx_report", "json", report.to_dict)

@@ -14,7 +14,7 @@ import torch
 
 from luvc_fx.apps.bench import SHAPES, Options, alone, choosing, gate, plot, run
 from luvc_fx.apps.bench.arms import BASELINE, FASTV, FROZEN, LUVC, RANDOM, SINGLE, SMALLER, arms_of
-from luvc_fx.apps.bench.result import Cost, Result, Row
+from luvc_fx.apps.bench.result import BenchResult, Cost, StageTiming
 from luvc_fx.apps.bench.running import attention_of
 from luvc_fx.apps.bench.shapes import Visual, smaller
 from luvc_fx.apps.bench.timing import FIRST_TOKEN, PREFILL, Clock, Span, Stages, ratio_interval, spread
@@ -185,14 +185,14 @@ def test_the_gate_on_recompiles() -> None:
 
 def test_the_gate_on_logits() -> None:
     want = torch.randn(1, 100)
-    assert gate.wrong("arm", want + 1e-5, want) == []
-    assert "differ from eager" in gate.wrong("arm", want + 0.1, want)[0]
-    assert gate.wrong("arm", torch.full_like(want, float("nan")), want)
+    assert gate.wrong_logits("arm", want + 1e-5, want) == []
+    assert "differ from eager" in gate.wrong_logits("arm", want + 0.1, want)[0]
+    assert gate.wrong_logits("arm", torch.full_like(want, float("nan")), want)
 
 
 def test_the_gate_on_lengths() -> None:
-    assert gate.lengths("arm", [8, 4], [13, 9], 5) == []
-    assert gate.lengths("arm", [8, 4], [13, 13], 5)
+    assert gate.wrong_lengths("arm", [8, 4], [13, 9], 5) == []
+    assert gate.wrong_lengths("arm", [8, 4], [13, 13], 5)
 
 
 # ------------------------------------------------------------------------------------ found by trying
@@ -311,12 +311,12 @@ def test_parts_are_timed_in_turns() -> None:
 def test_the_bars_of_a_plot_add_up() -> None:
     """The projector is a part of the vision stage, where it was timed by itself."""
 
-    def row(arm: str, stage: str, taken: float) -> Row:
-        return Row({"new_tokens": 3}, None, arm, stage, taken, 0.0, 0.0, 1, None, None, None, {}, {})
+    def row(arm: str, stage: str, taken: float) -> StageTiming:
+        return StageTiming({"new_tokens": 3}, None, arm, stage, taken, 0.0, 0.0, 1, None, None, None, {}, {})
 
     rows = [row(arm, *of) for arm in (BASELINE, "eager") for of in (("vision", 9.0), ("decode", 2.0))]
     rows += [row(BASELINE, "projector", 4.0), row(BASELINE, PREFILL, 1.0)]
-    result = Result(rows, [], 0, 0, None, None, [], {}, (0.0, 0.0))
+    result = BenchResult(rows, [], 0, 0, None, None, [], {}, (0.0, 0.0))
     assert [*plot.parts(result, BASELINE).values()] == [5.0, 4.0, 1.0, 6.0]
     assert [*plot.parts(result, "eager").values()] == [9.0, 0.0, 0.0, 6.0]
 
@@ -334,7 +334,7 @@ def test_arms_with_other_attention_kernels_are_named() -> None:
         return Cost(arm, [], None, None, 0, 0.0, 0.0, 0.0, 0.0, 0, 0, None, list(kernels))
 
     costs = [cost(BASELINE, "flash"), cost(LUVC, "flash"), cost(FASTV, "efficient")]
-    result = Result([], costs, 0, 0, None, None, [], {}, (0.0, 0.0))
+    result = BenchResult([], costs, 0, 0, None, None, [], {}, (0.0, 0.0))
     assert result.other_attention() == [FASTV]
 
 
@@ -352,12 +352,12 @@ PRUNED = Schedule(prune=(Prune(keep=0.5, layer=1), Prune(keep=0.0, layer=-1)))
 
 
 @pytest.fixture(scope="module")
-def small() -> Result:
+def small() -> BenchResult:
     return run(Options("llava-ov-0.5b", PRUNED, names=(BASELINE, LUVC, "eager", SINGLE, SMALLER), **SMALL))
 
 
 @pytest.mark.slow
-def test_a_run(small: Result) -> None:
+def test_a_run(small: BenchResult) -> None:
     assert small.obstacles == []
     assert small.visual_tokens == 197 and small.prompt_rows == 205
     costs = {cost.arm: cost for cost in small.costs}
@@ -387,7 +387,7 @@ def test_a_run(small: Result) -> None:
 
 
 @pytest.mark.slow
-def test_its_json_has_the_documented_keys(small: Result) -> None:
+def test_its_json_has_the_documented_keys(small: BenchResult) -> None:
     read = json.loads(small.to_json())
     keys = {"shape", "schedule", "arm", "stage", "median_ms", "spread_ms", "speedup", "hardware", "versions"}
     assert all(keys <= set(row) for row in read["rows"])
@@ -395,7 +395,7 @@ def test_its_json_has_the_documented_keys(small: Result) -> None:
 
 
 @pytest.mark.slow
-def test_a_plot(small: Result, tmp_path: Any) -> None:
+def test_a_plot(small: BenchResult, tmp_path: Any) -> None:
     from luvc_fx.apps.bench.plot import draw
 
     draw(small, tmp_path / "bars.png")

@@ -24,9 +24,9 @@ from luvc_fx.apps.evaluation.keys import model_key, run_key
 from luvc_fx.apps.evaluation.markdown import is_evidence, markdown
 from luvc_fx.apps.evaluation.methods import methods
 from luvc_fx.apps.evaluation.plot import draw
-from luvc_fx.apps.evaluation.prompts import Prompts, Row, batches, collate
+from luvc_fx.apps.evaluation.prompts import Prompt, Prompts, batches, collate
 from luvc_fx.apps.evaluation.questions import read_frames, read_questions, with_wrong_images
-from luvc_fx.apps.evaluation.result import Result, WrongImage
+from luvc_fx.apps.evaluation.result import EvalResult, WrongImage
 from luvc_fx.apps.evaluation.store import Answers
 from luvc_fx.apps.local_model import load
 from luvc_fx.cli.main import main
@@ -93,7 +93,7 @@ def test_from_questions_to_tables_and_on_from_where_it_stopped(
         run(options(small, tmp_path, new_tokens=2), quiet, quiet)
 
 
-def _check(result: Result) -> None:
+def _check(result: EvalResult) -> None:
     unpruned, spectrum, fastv, last = result.rows
     assert result.tasks[0] == "all" and len(result.tasks) > 2
     assert unpruned.tokens_per_layer == [256] * LAYERS and unpruned.measured == 1.0
@@ -141,7 +141,7 @@ def test_batches_give_the_answers_of_single_prompts(small: Path) -> None:
     assert found[1] == answers and len(features.kept) == 2
     with torch.inference_mode(), luvc_fx.applied(model, schedule, inner="eager", strict=True):
         for question in asked:
-            inputs = collate([prompts.row(question)], 1, 0, model.device, model.dtype)
+            inputs = collate([prompts.prompt(question)], 1, 0, model.device, model.dtype)
             ids = model.generate(**inputs, max_new_tokens=1)[0, inputs["input_ids"].shape[1] :]
             assert answers[question] == processor.decode(ids, skip_special_tokens=True).strip()
 
@@ -263,9 +263,9 @@ def test_answers_survive_a_line_cut_short(tmp_path: Path) -> None:
         Answers(path)
 
 
-def _row(length: int, visual: int, size: int, grid: tuple[int, ...] = (1, 2)) -> Row:
+def _row(length: int, visual: int, size: int, grid: tuple[int, ...] = (1, 2)) -> Prompt:
     text = {"input_ids": torch.full((1, length), 7), "attention_mask": torch.ones(1, length).long()}
-    return Row(text, {"pixel_values": torch.ones(1, size), "grid": torch.tensor([grid])}, visual)
+    return Prompt(text, {"pixel_values": torch.ones(1, size), "grid": torch.tensor([grid])}, visual)
 
 
 def test_batches_hold_rows_of_one_shape() -> None:
@@ -312,7 +312,7 @@ def test_the_command_writes_all_and_prints_one_object(
     with Image.open(tmp_path / "pareto.png") as picture:
         assert picture.width < wide, "without times there is one panel"
     with pytest.raises(InputError, match="cannot be written"):
-        draw(Result([], [], {}, {}, {}, {}), tmp_path / "none" / "x.png")
+        draw(EvalResult([], [], {}, {}, {}, {}), tmp_path / "none" / "x.png")
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_eager_graphs_keep_the_tokens_that_inductor_keeps(tmp_path: Path) -> Non
     asked = read_questions(tmp_path / "questions.jsonl", limit=8)
     # Without the prune to zero, behind which nothing is left to compare.
     schedule = Schedule(prune=Schedule.preset("image").prune[:-1], merge=Schedule.preset("image").merge)
-    rows = [prompts.row(question) for question in asked]
+    rows = [prompts.prompt(question) for question in asked]
     inputs = collate(rows, len(rows), prompts.padding, model.device, model.dtype)
     kept, said = [], []
     for inner in ("eager", "inductor"):

@@ -325,11 +325,11 @@ def test_a_video_is_not_shown_as_images_where_the_processor_lost_its_part(qwen: 
     with pytest.raises(
         InputError, match=r"without its part for videos .* allowed: the frames as a list under"
     ):
-        Prompts(*qwen).row(Question(media, "what ?", "a", "t", "s", video=True))
-    assert Prompts(*qwen).row(Question(media, "what ?", "a", "t", "s")).visual == 8
+        Prompts(*qwen).prompt(Question(media, "what ?", "a", "t", "s", video=True))
+    assert Prompts(*qwen).prompt(Question(media, "what ?", "a", "t", "s")).visual == 8
     model, processor = tiny_llava(), AutoProcessor.from_pretrained(MODEL_DIR, local_files_only=True)
     model.config.image_token_id = processor.image_token_id
-    never = Prompts(model, processor).row(Question(media, "what ?", "a", "t", "s", video=True))
+    never = Prompts(model, processor).prompt(Question(media, "what ?", "a", "t", "s", video=True))
     assert never.visual == 512, "LLaVA never knew videos"
 
 
@@ -343,7 +343,7 @@ def test_a_prompt_begins_once(example: Any, qwen: Any, tmp_path: Path, templated
     )
     if templated:
         processor.chat_template = "<s> " + processor.chat_template
-    row = Prompts(model, processor).row(Question(pictures(tmp_path, (56, 56)), "what ?", "a", "t", "s"))
+    row = Prompts(model, processor).prompt(Question(pictures(tmp_path, (56, 56)), "what ?", "a", "t", "s"))
     ids = row.text["input_ids"][0].tolist()
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
@@ -351,7 +351,7 @@ def test_a_prompt_begins_once(example: Any, qwen: Any, tmp_path: Path, templated
 def test_several_images_are_made_smaller_together(qwen: Any, tmp_path: Path) -> None:
     """The largest comes last, and is not made smaller to what the first one has."""
     media = pictures(tmp_path, (56, 56), (224, 224))
-    row = Prompts(*qwen, smaller=0.5).row(Question(media, "what ?", "a", "t", "s"))
+    row = Prompts(*qwen, smaller=0.5).prompt(Question(media, "what ?", "a", "t", "s"))
     assert row.smaller is not None and row.smaller.of == 4 + 64
     assert row.visual == row.smaller.tokens == pytest.approx(34, abs=4)
     images = [Image.open(path).convert("RGB") for path in media]

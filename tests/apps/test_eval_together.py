@@ -21,10 +21,9 @@ from luvc_fx.apps.evaluation.asking import ask, combined
 from luvc_fx.apps.evaluation.features import Decoders, Features
 from luvc_fx.apps.evaluation.markdown import markdown
 from luvc_fx.apps.evaluation.methods import methods
-from luvc_fx.apps.evaluation.prompts import PADDED, Prompts, Row, collate
+from luvc_fx.apps.evaluation.prompts import PADDED, Prompt, Prompts, collate
 from luvc_fx.apps.evaluation.questions import read_questions
-from luvc_fx.apps.evaluation.result import Cell, Result, Score
-from luvc_fx.apps.evaluation.result import Row as Told
+from luvc_fx.apps.evaluation.result import Cell, CellResult, EvalResult, Score
 from luvc_fx.apps.evaluation.together import Group, generate_together, groups, why_apart
 from luvc_fx.apps.local_model import load
 from luvc_fx.generate.families import placeholders
@@ -64,7 +63,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[Any, int], dict[str, Tens
 }
 
 
-def rows_about(model: Any, make: Callable[[Any, int], dict[str, Tensor]]) -> list[Row]:
+def rows_about(model: Any, make: Callable[[Any, int], dict[str, Tensor]]) -> list[Prompt]:
     """One row a question."""
     drawn, found = torch.Generator().manual_seed(5), []
     for image, length in QUESTIONS:
@@ -79,7 +78,7 @@ def rows_about(model: Any, make: Callable[[Any, int], dict[str, Tensor]]) -> lis
             for name in PADDED
             if name in prompt
         }
-        found.append(Row(text, prompt, len(visual), front=front))
+        found.append(Prompt(text, prompt, len(visual), front=front))
     return found
 
 
@@ -257,8 +256,8 @@ def test_the_report_says_who_did_not_share(demo: tuple[Prompts, list[Any]]) -> N
     told = combined([dataclasses.asdict(one) for one in (facts, facts, alone)])["apart"]
     assert told == f"{facts.apart}; {alone.apart}"
     score = Score(2, 1, 1.0, None, 1.0, None, 1.0)
-    rows = [Told(Cell("unpruned", None, Schedule()), scores={"all": score})]
-    rows.append(Told(Cell("fastv", 0.8, fastv), scores={"all": score}, apart=facts.apart))
-    text = markdown(Result(rows, ["all"], {}, {}, {}, {}))
+    rows = [CellResult(Cell("unpruned", None, Schedule()), scores={"all": score})]
+    rows.append(CellResult(Cell("fastv", 0.8, fastv), scores={"all": score}, apart=facts.apart))
+    text = markdown(EvalResult(rows, ["all"], {}, {}, {}, {}))
     assert f"- fastv at 80 %: each question had a prefill of its own: {facts.apart}\n" in text
     assert text.count("prefill of its own") == 1 and rows[1].to_dict()["apart"] == facts.apart

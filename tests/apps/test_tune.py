@@ -12,7 +12,7 @@ import luvc_fx
 from luvc_fx import Merge, Prune, Schedule
 from luvc_fx.apps.tuning import search
 from luvc_fx.apps.tuning.candidates import SLACK, at_random, drawn, shares
-from luvc_fx.apps.tuning.divergence import Heard, Said, _compare, halves, hear, say
+from luvc_fx.apps.tuning.divergence import Heard, Said, _compare, greedy_answers, halves, measure_divergence
 from luvc_fx.apps.tuning.flops import DecoderCost
 from luvc_fx.schedule.presets import PICK
 from tests.support.models import inputs, tiny_internvl, tiny_llava
@@ -93,10 +93,12 @@ def test_the_measure_ends_with_the_first_token_that_differs() -> None:
 
 
 def test_the_model_itself_diverges_by_nothing(model: Any, samples: list[dict[str, Any]]) -> None:
-    wanted = say(model, samples[:2], 3)
-    heard = hear(model, samples[:2], wanted, Schedule(), 3, "eager")
-    assert (heard.kl, heard.changed) == (0.0, 0.0)
-    harsh = hear(model, samples[:2], wanted, Schedule(prune=Prune(tokens=0, layer=0)), 3, "eager")
+    wanted = greedy_answers(model, samples[:2], 3)
+    divergence = measure_divergence(model, samples[:2], wanted, Schedule(), 3, "eager")
+    assert (divergence.kl, divergence.changed) == (0.0, 0.0)
+    harsh = measure_divergence(
+        model, samples[:2], wanted, Schedule(prune=Prune(tokens=0, layer=0)), 3, "eager"
+    )
     assert harsh.kl > 0.01
     text = int((samples[0]["input_ids"] != model.config.image_token_id).sum())
     assert harsh.rows == [[text] * LAYERS] * 2
@@ -170,7 +172,7 @@ def test_the_better_half_goes_on_to_more_samples(
         kl = -float(schedule.prune[0].layer or 0) if schedule.prune[0].layer is not None else 9.0
         return Heard(kl, 0.0, [[whole // 2] * LAYERS] * len(given))
 
-    monkeypatch.setattr(search, "hear", planted)
+    monkeypatch.setattr(search, "measure_divergence", planted)
     tuned = luvc_fx.tune(model, samples, target_speedup=1.5, candidates=4, new_tokens=1)
     rounds = [count for count, _ in asked[: len(tuned.trials)]]
     assert rounds == [2, 2, 2, 2, 4, 4]

@@ -11,13 +11,13 @@ import pytest
 from examples.research.tinyvlm.questions import export
 from luvc_fx import Prune, Schedule
 from luvc_fx.apps.demo import MODEL_DIR
-from luvc_fx.apps.evaluation import Options, Result, run
+from luvc_fx.apps.evaluation import EvalResult, Options, run
 
 QUESTIONS = 100
 
 
 @cache
-def found() -> Result:
+def found() -> EvalResult:
     """The same test questions, by seed from 0, without a budget, with the preset, with random, and blind."""
     with TemporaryDirectory() as name:
         folder = Path(name)

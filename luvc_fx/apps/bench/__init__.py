@@ -1,7 +1,7 @@
-"""`luvc-fx bench`: compiled against compiled, on real shapes with random weights, or no number at all."""
+"""`luvc-fx bench`: time a schedule on models of real size, compiled against compiled."""
 
-from luvc_fx.apps.bench.result import Result, Row
+from luvc_fx.apps.bench.result import BenchResult, StageTiming
 from luvc_fx.apps.bench.run import Options, run
 from luvc_fx.apps.bench.shapes import SHAPES
 
-__all__ = ["SHAPES", "Options", "Result", "Row", "run"]
+__all__ = ["SHAPES", "BenchResult", "Options", "StageTiming", "run"]

@@ -18,7 +18,7 @@ from luvc_fx import _compat
 from luvc_fx.apps.bench.timing import Clock, Span
 from luvc_fx.report import Report
 from luvc_fx.schedule import Schedule
-from luvc_fx.selectors import Site, choose_mask
+from luvc_fx.selectors import Site, choose_mask, wants_attention, wants_keys
 
 _PROJECTORS = ("multi_modal_projector", "merger")
 """What models call the module between encoder and text."""
@@ -40,9 +40,9 @@ def projector_rows(gm: fx.GraphModule) -> tuple[int, ...] | None:
     for node in gm.graph.nodes:
         if any(_names_projector(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()):
             for source in node.args:
-                found = source.meta.get("example_value") if isinstance(source, fx.Node) else None
-                if isinstance(found, Tensor) and found.is_floating_point():
-                    return tuple(int(size) for size in found.shape)
+                rows = source.meta.get("example_value") if isinstance(source, fx.Node) else None
+                if isinstance(rows, Tensor) and rows.is_floating_point():
+                    return tuple(int(size) for size in rows.shape)
     return None
 
 
@@ -56,12 +56,12 @@ def projector(model: Any, size: tuple[int, ...] | None, mode: str | None) -> Par
     if module is None or size is None:
         return ()
     rows = torch.randn(size, dtype=model.dtype, device=model.device)
-    made = torch.compile(module.forward, dynamic=False, mode=mode)
-    return (partial(made, rows),)
+    compiled = torch.compile(module.forward, dynamic=False, mode=mode)
+    return (partial(compiled, rows),)
 
 
 def selectors(model: Any, schedule: Schedule, report: Report, batch: int, mode: str | None) -> Part:
-    """What ranks and picks at each site of one prefill; empty where one looks at more than the tokens."""
+    """The selector of each prune of one prefill, compiled by itself; empty if one needs attention or keys."""
     config = model.config.get_text_config()
     layers, width = config.num_hidden_layers, config.hidden_size
     prunes = dict(schedule.prunes_at(layers))
@@ -80,8 +80,8 @@ def selectors(model: Any, schedule: Schedule, report: Report, batch: int, mode: 
             return choose_mask(x, prune, count, site)
 
         # Dynamo counts compilations per code object, and runs the ninth eagerly.
-        made = torch.compile(_compat.with_own_code(pick), dynamic=False, mode=mode)
-        calls.append(partial(made, tokens))
+        compiled = torch.compile(_compat.with_own_code(pick), dynamic=False, mode=mode)
+        calls.append(partial(compiled, tokens))
     return calls
 
 
@@ -94,12 +94,12 @@ def _run(part: Part) -> None:
 def timed(parts: dict[Any, Part], device: torch.device, rounds: int) -> dict[Any, list[Span]]:
     """The spans of each part, in turns, after one round that compiles and one that warms up."""
     clock = Clock(device)
-    found: dict[Any, list[Span]] = {name: [] for name, part in parts.items() if part}
+    spans: dict[Any, list[Span]] = {name: [] for name, part in parts.items() if part}
     for number in range(-2, rounds):
-        for name in found:
+        for name in spans:
             clock.wait()
             stop = clock.stop_after(partial(_run, parts[name]))
             clock.wait()
             if number >= 0:
-                found[name].append(stop())
-    return found
+                spans[name].append(stop())
+    return spans

@@ -17,7 +17,7 @@ EAGER, BASELINE, LUVC, RANDOM, FASTV, SINGLE, SMALLER = (
 )
 
 FASTV_LAYER = 2
-"""Before it FastV prunes, once (K = 2 in its paper, arXiv 2403.06764)."""
+"""FastV prunes once, before this decoder layer (K = 2 in its paper, arXiv 2403.06764)."""
 
 QUICK = (BASELINE, LUVC)
 ALL = (EAGER, BASELINE, LUVC, RANDOM, FASTV, SINGLE, SMALLER)
@@ -26,7 +26,7 @@ FROZEN = Schedule(
     merge=(Merge(axis="width", keep=0.75, depth=0.5),),
     prune=(Prune(keep=0.5, depth=0.125), Prune(keep=0.25, depth=0.375), Prune(keep=0.0, layer=-1)),
 )
-"""A mean budget of 30 % in 24 to 32 layers. It is not a preset: those may change, and results may not."""
+"""A mean budget of 30 % in 24 to 32 layers. Presets may change; this stays, so that timings compare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Arm:
 
     Attributes:
         schedule: what luvc_fx does to it; None: the stock model without a compiler.
-        smaller: on an input with fewer visual tokens to begin with.
+        smaller: whether it runs on a smaller input (fewer frames or pixels), which has fewer visual tokens.
     """
 
     name: str
@@ -50,7 +50,7 @@ def arms_of(schedule: Schedule, budget: float, layers: int) -> list[Arm]:
     """
     random = tuple(prune.with_selector("random") for prune in schedule.prune)
     behind = (budget * layers - FASTV_LAYER) / max(1, layers - FASTV_LAYER)
-    found = [
+    arms = [
         Arm(EAGER, None),
         Arm(BASELINE, Schedule()),
         Arm(LUVC, schedule),
@@ -60,5 +60,5 @@ def arms_of(schedule: Schedule, budget: float, layers: int) -> list[Arm]:
     ]
     if 0.0 < behind < 1.0:
         fastv = Prune(keep=behind, layer=FASTV_LAYER, selector="fastv", coverage="global")
-        found.insert(4, Arm(FASTV, Schedule(prune=(fastv,))))
-    return found
+        arms.insert(4, Arm(FASTV, Schedule(prune=(fastv,))))
+    return arms

@@ -1,4 +1,4 @@
-"""What is found by trying: the baseline's best mode, and the largest batch that fits."""
+"""Choose by trying: the mode in which the baseline is fastest, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Schedule
 
 BEST, AUTO = "best", "auto"
-"""What `--mode` and `--batch` are called where they are to be found out."""
+"""Values of `--mode` and `--batch` that leave the choice to the benchmark."""
 
 MODES_ON_CPU: tuple[str | None, ...] = (None, "max-autotune")
 MODES = (None, "reduce-overhead", "max-autotune")
@@ -29,25 +29,25 @@ _MOST_ROWS = 1024
 def best_mode(
     model: Any, inputs: Mapping[str, Tensor], tokens: int, say: Callable[[str], None]
 ) -> tuple[str | None, dict[str, float | str]]:
-    """Inductor's mode in which the baseline gives its first token soonest, and what each mode took.
+    """The mode of Inductor in which the baseline's first token comes soonest, and the time of each mode.
 
     Returns:
         The mode, and milliseconds by its name; for one that failed, why.
     """
-    found: dict[str, float | str] = {}
+    by_mode: dict[str, float | str] = {}
     for mode in MODES_ON_CPU if model.device.type == "cpu" else MODES:
         say(f"the baseline in mode {mode or 'default'}")
         try:
-            found[mode or "default"] = _first_token(model, inputs, tokens, mode)
+            by_mode[mode or "default"] = _first_token(model, inputs, tokens, mode)
         except Exception as error:  # a mode that cannot run this model is not its best
-            found[mode or "default"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            by_mode[mode or "default"] = f"{type(error).__name__}: {error}".splitlines()[0]
         torch.compiler.reset()
         gc.collect()
-    taken = {mode: value for mode, value in found.items() if not isinstance(value, str)}
-    if not taken:
-        raise InputError(f"the baseline runs in no mode: {found}")
-    best = min(taken, key=taken.__getitem__)
-    return (None if best == "default" else best), found
+    milliseconds = {mode: value for mode, value in by_mode.items() if not isinstance(value, str)}
+    if not milliseconds:
+        raise InputError(f"the baseline runs in no mode: {by_mode}")
+    best = min(milliseconds, key=milliseconds.__getitem__)
+    return (None if best == "default" else best), by_mode
 
 
 def _first_token(model: Any, inputs: Mapping[str, Tensor], tokens: int, mode: str | None) -> float:
@@ -78,7 +78,7 @@ def largest_batch(fits: Callable[[int], bool]) -> int:
 def fits(
     model: Any, inputs: Callable[[int], Mapping[str, Tensor]], tokens: int, mode: str | None
 ) -> Callable[[int], bool]:
-    """Whether the stock model, and the baseline compiled, answer so many rows in their device's memory."""
+    """Tells of a number of rows whether the stock and the compiled model run them in the device's memory."""
 
     def tried(rows: int) -> bool:
         given = inputs(rows)
@@ -99,7 +99,7 @@ def fits(
 
 
 def _is_out_of_memory(error: object) -> bool:
-    """Whether it is that, or Dynamo says that it came out of the compiler."""
+    """Whether it is an out-of-memory error, or Dynamo's error around one of the compiler."""
     return isinstance(error, torch.OutOfMemoryError) or isinstance(
         getattr(error, "inner_exception", None), torch.OutOfMemoryError
     )

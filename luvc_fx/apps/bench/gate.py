@@ -1,4 +1,4 @@
-"""Why a speed-up would mislead. No number is printed while this finds anything."""
+"""Reasons why a speed-up would mislead: while there is one, the benchmark gives no speed-up."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def refusals(name: str, report: Report) -> list[str]:
-    """What the schedule asked for and a graph did not allow."""
-    found = [*report.refusals, *(refusal for graph in report.graphs for refusal in graph.refusals)]
-    return [f"{name}: {refusal}" for refusal in found]
+    """What the schedule asked for and was refused."""
+    all_refusals = [*report.refusals, *(refusal for graph in report.graphs for refusal in graph.refusals)]
+    return [f"{name}: {refusal}" for refusal in all_refusals]
 
 
 def unmatched(name: str, report: Report, schedule: Schedule) -> list[str]:
     """Sites of the schedule that no graph has."""
     graphs = [graph for graph in report.graphs if graph.kind != "decode"]
-    found = []
+    obstacles = []
     for kind, wanted in (("merge", schedule.merge), ("prune", schedule.prune)):
         count = sum(insertion.kind == kind for graph in graphs for insertion in graph.inserted)
         if wanted and count < len(wanted):
-            found.append(f"{name}: {count} of {len(wanted)} sites that {kind} are in the graphs")
-    return found
+            obstacles.append(f"{name}: {count} of {len(wanted)} sites that {kind} are in the graphs")
+    return obstacles
 
 
 def eager_stages(name: str, calls: dict[str, int], runs: int) -> list[str]:
@@ -45,7 +45,7 @@ def recompiled(name: str, before: int, after: int) -> list[str]:
     return [f"{name}: {after - before} graphs were compiled while timing"] if after != before else []
 
 
-def wrong(name: str, got: Tensor, want: Tensor) -> list[str]:
+def wrong_logits(name: str, got: Tensor, want: Tensor) -> list[str]:
     """Logits that differ from those of the same graphs without a compiler."""
     error = float(
         (got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt()
@@ -56,8 +56,8 @@ def wrong(name: str, got: Tensor, want: Tensor) -> list[str]:
     return [f"{name}: the logits differ from eager by {error:.2g} of their RMS; allowed: {allowed:g}"]
 
 
-def lengths(name: str, planned: Sequence[int], held: Sequence[int], text: int) -> list[str]:
-    """A report that says other numbers of tokens than the KV cache holds."""
+def wrong_lengths(name: str, planned: Sequence[int], held: Sequence[int], text: int) -> list[str]:
+    """A report whose tokens per layer are not those that the KV cache holds."""
     tokens = [length - text for length in held]
     if list(planned) == tokens:
         return []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from luvc_fx.apps.bench.result import Result
+from luvc_fx.apps.bench.result import BenchResult
 from luvc_fx.apps.bench.timing import DECODE, PREFILL, PROJECTOR, VISION
 from luvc_fx.report.errors import InputError
 
 
-def draw(result: Result, path: Path) -> None:
+def draw(result: BenchResult, path: Path) -> None:
     """Write the picture to `path`, in the format of its ending.
 
     Raises:
@@ -37,7 +37,7 @@ def draw(result: Result, path: Path) -> None:
         raise InputError(f"the plot cannot be written to '{path}': {error}") from None
 
 
-def parts(result: Result, arm: str) -> dict[str, float]:
+def parts(result: BenchResult, arm: str) -> dict[str, float]:
     """Milliseconds of each bar of an arm, by its label.
 
     The projector is a part of the vision stage; where it was not timed by itself, it stays in that bar.

@@ -1,4 +1,4 @@
-"""What a run found, as data: JSON with documented keys."""
+"""The benchmark's result as data: JSON with documented keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from luvc_fx.apps.bench.arms import BASELINE
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class StageTiming:
     """One stage of one arm.
 
     Attributes:
@@ -74,7 +74,7 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class BenchResult:
     """One run of the benchmark.
 
     Attributes:
@@ -87,7 +87,7 @@ class Result:
         left_out: arms that this shape or input has no form of, and why.
     """
 
-    rows: list[Row]
+    rows: list[StageTiming]
     costs: list[Cost]
     visual_tokens: int
     prompt_rows: int
@@ -112,6 +112,6 @@ class Result:
         (base,) = (cost.attention for cost in self.costs if cost.arm == BASELINE)
         return [cost.arm for cost in self.costs if cost.attention != base]
 
-    def row(self, arm: str, stage: str) -> Row | None:
+    def row(self, arm: str, stage: str) -> StageTiming | None:
         """The row of that arm and stage."""
         return next((row for row in self.rows if (row.arm, row.stage) == (arm, stage)), None)

@@ -1,4 +1,4 @@
-"""Build, compile, check, time in turns, and say what came out."""
+"""Run the benchmark: build the model, compile and check every arm, time the arms in turns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from luvc_fx.apps.bench import alone, arms, choosing, gate
 from luvc_fx.apps.bench.arms import BASELINE, LUVC, Arm
-from luvc_fx.apps.bench.result import Cost, Result, Row
+from luvc_fx.apps.bench.result import BenchResult, Cost, StageTiming
 from luvc_fx.apps.bench.running import Compiled, Reference, Stock
 from luvc_fx.apps.bench.shapes import SHAPES, Shape, Visual, smaller
 from luvc_fx.apps.bench.timing import PREFILL, PROJECTOR, SELECTOR, STAGES, Span, ratio_interval, spread
@@ -64,7 +64,7 @@ class Options:
     device: str | None = None
 
 
-def run(options: Options, say: Callable[[str], None] = lambda _: None) -> Result:
+def run(options: Options, say: Callable[[str], None] = lambda _: None) -> BenchResult:
     """The benchmark. On a CPU it is float32, on a GPU bfloat16.
 
     Raises:
@@ -115,8 +115,8 @@ def run(options: Options, say: Callable[[str], None] = lambda _: None) -> Result
             given = shape.inputs(model, less, options.text, options.batch or 1)
         runners.append(_first_run(model, arm, given, options, say))
     obstacles = _checked(runners, references, options, visual)
-    found = _timed(runners, options, say)
-    result = _result(options, model, runners, references, found, obstacles, left_out, load, visual, inputs)
+    timings = _timed(runners, options, say)
+    result = _result(options, model, runners, references, timings, obstacles, left_out, load, visual, inputs)
     return dataclasses.replace(result, modes=modes)
 
 
@@ -165,8 +165,15 @@ def _first_run(
 
 
 @dataclass(slots=True)
-class Found:
-    """Per arm and stage the spans of all timed rounds; per arm the graphs before and after, and memory."""
+class Timings:
+    """What was measured in the timed rounds, by the name of the arm.
+
+    Attributes:
+        spans: by stage, one a round.
+        graphs: compiled before and after the timed rounds.
+        calls: of compiled graphs in the timed rounds, by the kind of graph.
+        peak: bytes of device memory; None on a CPU.
+    """
 
     spans: dict[str, dict[str, list[Span]]]
     graphs: dict[str, tuple[int, int]]
@@ -174,17 +181,17 @@ class Found:
     peak: dict[str, int | None]
 
 
-def _timed(runners: list[Runner], options: Options, say: Callable[[str], None]) -> Found:
-    found = Found({}, {}, {}, {})
+def _timed(runners: list[Runner], options: Options, say: Callable[[str], None]) -> Timings:
+    timings = Timings({}, {}, {}, {})
     for runner in runners:
-        found.spans[runner.arm.name] = {}
-        found.peak[runner.arm.name] = None
+        timings.spans[runner.arm.name] = {}
+        timings.peak[runner.arm.name] = None
     gc.collect()
     say(f"timing {options.rounds} rounds of {len(runners)} arms")
     for number in range(-WARM_UP, options.rounds):
         if number == 0:
             for runner in runners:
-                found.graphs[runner.arm.name] = (len(runner.report.graphs), 0)
+                timings.graphs[runner.arm.name] = (len(runner.report.graphs), 0)
                 runner.calls.clear()
         for runner in runners if number % 2 else reversed(runners):
             _reset_peak(runner)
@@ -192,17 +199,17 @@ def _timed(runners: list[Runner], options: Options, say: Callable[[str], None]) 
             spans = runner.stages.take()
             if number < 0:
                 continue
-            found.peak[runner.arm.name] = _peak(runner, found.peak[runner.arm.name])
+            timings.peak[runner.arm.name] = _peak(runner, timings.peak[runner.arm.name])
             for stage, values in spans.items():
                 # One number a round: all calls of the encoder together, the mean of the decode steps.
                 share = len(values) if stage == "decode" else 1
                 one = Span(sum(v.wall for v in values) / share, sum(v.cpu for v in values) / share)
-                found.spans[runner.arm.name].setdefault(stage, []).append(one)
+                timings.spans[runner.arm.name].setdefault(stage, []).append(one)
     for runner in runners:
-        before, _ = found.graphs[runner.arm.name]
-        found.graphs[runner.arm.name] = (before, len(runner.report.graphs))
-        found.calls[runner.arm.name] = dict(runner.calls)
-    return found
+        before, _ = timings.graphs[runner.arm.name]
+        timings.graphs[runner.arm.name] = (before, len(runner.report.graphs))
+        timings.calls[runner.arm.name] = dict(runner.calls)
+    return timings
 
 
 def _reset_peak(runner: Runner) -> None:
@@ -219,23 +226,23 @@ def _peak(runner: Runner, before: int | None) -> int | None:
 def _checked(
     runners: list[Runner], references: dict[str, Reference], options: Options, visual: int
 ) -> list[str]:
-    """What of the gate can be seen before the clock runs."""
-    found = []
+    """Run each arm once, before anything is timed; returns what the gate objects to."""
+    obstacles = []
     for runner in runners:
         name, schedule = runner.arm.name, runner.arm.schedule
         output = runner.watched()
         runner.stages.take()
         if schedule is None:
             continue
-        found += gate.refusals(name, runner.report)
-        found += gate.unmatched(name, runner.report, schedule)
+        obstacles += gate.refusals(name, runner.report)
+        obstacles += gate.unmatched(name, runner.report, schedule)
         if name in references:
-            found += gate.wrong(name, output.logits[0], references[name].logits)
+            obstacles += gate.wrong_logits(name, output.logits[0], references[name].logits)
         if not runner.arm.smaller:
             planned = runner.report.tokens_per_layer()
             held = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
-            found += gate.lengths(name, planned, held, runner.inputs["input_ids"].shape[1] - visual)
-    return found
+            obstacles += gate.wrong_lengths(name, planned, held, runner.inputs["input_ids"].shape[1] - visual)
+    return obstacles
 
 
 def _result(
@@ -243,18 +250,18 @@ def _result(
     model: Any,
     runners: list[Runner],
     references: dict[str, Reference],
-    found: Found,
+    timings: Timings,
     obstacles: list[str],
     left_out: dict[str, str],
     load: float,
     visual: int,
     inputs: dict[str, Any],
-) -> Result:
+) -> BenchResult:
     for runner in runners:
         name = runner.arm.name
         if runner.arm.schedule is not None:
-            obstacles += gate.eager_stages(name, found.calls[name], options.rounds)
-            obstacles += gate.recompiled(name, *found.graphs[name])
+            obstacles += gate.eager_stages(name, timings.calls[name], options.rounds)
+            obstacles += gate.recompiled(name, *timings.graphs[name])
     about = {
         "hardware": hardware(model),
         "versions": versions(),
@@ -272,9 +279,9 @@ def _result(
     rows = []
     for runner in runners:
         for stage in STAGES:
-            spans = found.spans[runner.arm.name].get(stage)
+            spans = timings.spans[runner.arm.name].get(stage)
             if spans:
-                base = found.spans[BASELINE].get(stage) if runner.arm.name != BASELINE else None
+                base = timings.spans[BASELINE].get(stage) if runner.arm.name != BASELINE else None
                 rows.append(_row(runner.arm, stage, spans, None if obstacles else base, about))
     luvc = next(runner for runner in runners if runner.arm.name == LUVC)
     rows += _parts(runners, options, obstacles, about)
@@ -284,9 +291,9 @@ def _result(
     speedup = None
     if prefill is not None:
         speedup = prefill.cpu_speedup if model.device.type == "cpu" else prefill.speedup
-    return Result(
+    return BenchResult(
         rows=rows,
-        costs=[_cost(runner, references, found, visual) for runner in runners],
+        costs=[_cost(runner, references, timings, visual) for runner in runners],
         visual_tokens=visual,
         prompt_rows=inputs["input_ids"].shape[1],
         ideal=ideal,
@@ -298,7 +305,9 @@ def _result(
     )
 
 
-def _row(arm: Arm, stage: str, spans: list[Span], base: list[Span] | None, about: dict[str, Any]) -> Row:
+def _row(
+    arm: Arm, stage: str, spans: list[Span], base: list[Span] | None, about: dict[str, Any]
+) -> StageTiming:
     wall, cpu = [s.wall for s in spans], [s.cpu for s in spans]
     median, processor = statistics.median(wall), statistics.median(cpu)
     speedup = interval = cpu_speedup = None
@@ -306,7 +315,7 @@ def _row(arm: Arm, stage: str, spans: list[Span], base: list[Span] | None, about
         speedup = statistics.median(s.wall for s in base) / median
         interval = ratio_interval([s.wall for s in base], wall)
         cpu_speedup = statistics.median(s.cpu for s in base) / processor if processor else None
-    return Row(
+    return StageTiming(
         schedule=None if arm.schedule is None else json.loads(arm.schedule.to_json()),
         arm=arm.name,
         stage=stage,
@@ -321,11 +330,11 @@ def _row(arm: Arm, stage: str, spans: list[Span], base: list[Span] | None, about
     )
 
 
-def _cost(runner: Runner, references: dict[str, Reference], found: Found, visual: int) -> Cost:
+def _cost(runner: Runner, references: dict[str, Reference], timings: Timings, visual: int) -> Cost:
     name, report = runner.arm.name, runner.report
     tokens = report.tokens_per_layer()
     luvc = sum(sum(graph.milliseconds.values()) for graph in report.graphs) / 1e3
-    before, after = found.graphs[name]
+    before, after = timings.graphs[name]
     kv = [sum(graph.kv_bytes_after) for graph in report.graphs if graph.kind == PREFILL]
     return Cost(
         arm=name,
@@ -339,12 +348,14 @@ def _cost(runner: Runner, references: dict[str, Reference], found: Found, visual
         luvc_share=luvc / runner.first_s,
         graphs=after,
         recompiled=after - before,
-        peak_bytes=found.peak[name],
+        peak_bytes=timings.peak[name],
         attention=runner.attention,
     )
 
 
-def _parts(runners: list[Runner], options: Options, obstacles: list[str], about: dict[str, Any]) -> list[Row]:
+def _parts(
+    runners: list[Runner], options: Options, obstacles: list[str], about: dict[str, Any]
+) -> list[StageTiming]:
     """The projector and the selectors of each compiled arm, each compiled by itself."""
     compiled = [runner for runner in runners if isinstance(runner, Compiled)]
     parts: dict[tuple[str, str], alone.Part] = {}
@@ -360,8 +371,8 @@ def _parts(runners: list[Runner], options: Options, obstacles: list[str], about:
     rows = []
     for stage in (PROJECTOR, SELECTOR):
         for runner in compiled:
-            found = spans.get((runner.arm.name, stage))
-            if found:
+            measured = spans.get((runner.arm.name, stage))
+            if measured:
                 compared = stage == PROJECTOR and runner.arm.name != BASELINE and not obstacles
-                rows.append(_row(runner.arm, stage, found, base if compared else None, about))
+                rows.append(_row(runner.arm, stage, measured, base if compared else None, about))
     return rows

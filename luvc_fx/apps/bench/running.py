@@ -26,7 +26,7 @@ from luvc_fx.report import Report
 
 
 class Compiled:
-    """An arm through the front door.
+    """One arm, compiled by `luvc_fx.compile`.
 
     Attributes:
         compile_s: seconds that Inductor took.
@@ -53,9 +53,9 @@ class Compiled:
         self.projected = self.projected or projector_rows(gm)
         key = fingerprint(self.arm.schedule) if self.arm.schedule and depends_on_us(gm.graph) else ""
         started = time.perf_counter()
-        made = _compat.compile_inductor(gm, example_inputs, self.mode, None, key)
+        compiled = _compat.compile_inductor(gm, example_inputs, self.mode, None, key)
         self.compile_s += time.perf_counter() - started
-        timed = self.stages.timed(kind, made)
+        timed = self.stages.timed(kind, compiled)
 
         def call(*args: Any) -> Any:
             self.calls[kind] = self.calls.get(kind, 0) + 1
@@ -91,12 +91,12 @@ class Stock:
         self.calls: dict[str, int] = {}
 
     def watched(self) -> Any:
-        """As of `Compiled`."""
+        """As `Compiled.watched`."""
         output, self.attention = attention_of(lambda: self.generate(1))
         return output
 
     def generate(self, tokens: int) -> Any:
-        """As of `Compiled`."""
+        """As `Compiled.generate`."""
         base = self.model.base_model
         hooked: list[tuple[Any, str]] = [(self.model, "forward")]
         hooked += [(base, kind.method) for kind in modalities(self.model)]
@@ -108,7 +108,7 @@ class Stock:
                 name,
                 functools.wraps(wrapped)(self._forward(wrapped) if owner is self.model else vision),
             )
-        self.seen = 0
+        self.forwards = 0
         try:
             self.stages.begin()
             return _generate(self.model, self.inputs, tokens)
@@ -120,8 +120,8 @@ class Stock:
         prefill, decode = (self.stages.timed(stage, forward) for stage in (PREFILL, DECODE))
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.seen += 1
-            return (prefill if self.seen == 1 else decode)(*args, **kwargs)
+            self.forwards += 1
+            return (prefill if self.forwards == 1 else decode)(*args, **kwargs)
 
         return call
 

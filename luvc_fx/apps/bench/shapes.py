@@ -59,7 +59,7 @@ class Shape:
     frames: int = 32
 
     def build(self, layers: int | None, device: torch.device, dtype: torch.dtype) -> Any:
-        """The model, made on `device` at once, in evaluation mode; `generate` never stops early."""
+        """The model in evaluation mode, its weights created on `device`; its `generate` never stops early."""
         import transformers
 
         config = self.config(layers)
@@ -88,10 +88,10 @@ class Shape:
         ids = torch.cat([words[:, :front], middle, words[:, front:]], dim=1)
         if "image_grid_thw" in pixels or "video_grid_thw" in pixels:
             pixels["mm_token_type_ids"] = (ids == token).int() * (2 if visual.video else 1)
-        found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+        tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
         return {
             name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-            for name, value in found.items()
+            for name, value in tensors.items()
         }
 
 

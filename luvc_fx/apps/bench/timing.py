@@ -1,4 +1,4 @@
-"""Clocks and what is made of their readings."""
+"""Clocks, the stages of a run, and statistics of their times."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Clock:
         return self.stop(mark)
 
     def wait(self) -> None:
-        """Until the device has done what it was given."""
+        """Wait until the device has finished its work."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
@@ -74,7 +74,7 @@ class Stages:
     begun: Any = None
 
     def begin(self) -> None:
-        """A run starts; what comes before its first token is a stage, too."""
+        """Mark the start of a run: the time to its first token is a stage, too."""
         self.clock.wait()
         self.begun = self.clock.start()
 
@@ -92,13 +92,13 @@ class Stages:
         return run
 
     def take(self) -> dict[str, list[Span]]:
-        """What was noted since the last time."""
+        """The spans of each stage since the last call of `take`."""
         self.clock.wait()
-        found: dict[str, list[Span]] = {}
+        spans: dict[str, list[Span]] = {}
         for stage, span in self.pending:
-            found.setdefault(stage, []).append(span())
+            spans.setdefault(stage, []).append(span())
         self.pending.clear()
-        return found
+        return spans
 
 
 def spread(values: Sequence[float]) -> float:
@@ -110,7 +110,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def ratio_interval(above: Sequence[float], below: Sequence[float]) -> tuple[float, float]:
-    """95 % of the ratios of medians of rounds drawn again and again (bootstrap over paired rounds)."""
+    """95 % bootstrap interval of median(above) / median(below), over paired rounds."""
     pairs = list(zip(above, below, strict=True))
     numbers = random.Random(0)
     ratios = []

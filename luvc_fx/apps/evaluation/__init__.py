@@ -2,7 +2,7 @@
 
 from luvc_fx.apps.evaluation.methods import Method, methods
 from luvc_fx.apps.evaluation.questions import Question, read_questions
-from luvc_fx.apps.evaluation.result import Result
+from luvc_fx.apps.evaluation.result import EvalResult
 from luvc_fx.apps.evaluation.run import BUDGETS, Options, run
 
-__all__ = ["BUDGETS", "Method", "Options", "Question", "Result", "methods", "read_questions", "run"]
+__all__ = ["BUDGETS", "EvalResult", "Method", "Options", "Question", "methods", "read_questions", "run"]

@@ -15,7 +15,7 @@ from torch import Tensor
 import luvc_fx
 from luvc_fx import _compat
 from luvc_fx.apps.evaluation.features import Decoders, Features
-from luvc_fx.apps.evaluation.prompts import Prompts, Row, batches, collate
+from luvc_fx.apps.evaluation.prompts import Prompt, Prompts, batches, collate
 from luvc_fx.apps.evaluation.questions import Question
 from luvc_fx.apps.evaluation.together import Group, generate_together, groups, why_apart
 from luvc_fx.report import unwrapped
@@ -24,12 +24,13 @@ from luvc_fx.schedule import Schedule
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What was seen while one batch was asked.
+    """Measurements of one batch of questions.
 
     Attributes:
         tokens_per_layer: visual tokens of a row that enter each decoder layer.
         visual: visual tokens of a row without luvc_fx, and of its images as they were.
-        budget: mean over the layers of what enters, over them; the mean of the rows.
+        budget: mean over decoder layers of the visual tokens entering the layer, over those of the images as
+            they were; mean of the rows.
         seconds_per_question: in `generate` and what is prefilled for it, compilation included.
         apart: why the questions did not share a prefill of their image; empty: they did.
     """
@@ -45,7 +46,7 @@ ONE_EACH = "no two questions are about one image"
 
 
 def combined(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was seen of some questions together.
+    """The `Facts` of the batches of some questions, as one dictionary.
 
     Args:
         facts: of each question those of its batch, as a dictionary; one object for all of a batch.
@@ -75,10 +76,10 @@ def ask(
     features: Features | None = None,
     decoders: Decoders | None = None,
 ) -> Iterator[tuple[list[tuple[Question, str]], Facts]]:
-    """Questions and the model's greedy answers, batch by batch, with what was seen of each batch.
+    """Questions and the model's greedy answers, batch by batch, with the `Facts` of each batch.
 
-    The model is restored at the end. What it generates is that of `model.generate` alone: of the tokens
-    up to the end of the sentence the text, without special tokens and spaces around it. Where `prompts`
+    The model is restored at the end. Answers are those of `model.generate`: the text of the new tokens
+    without special tokens and outer spaces. Where `prompts`
     makes images smaller, the model runs as it is, and `schedule` has to do nothing. Pixels are held for one
     batch at a time, beside those that `prompts` keeps. An image is prefilled once for its questions in a
     batch where it can be (`luvc_fx.apps.evaluation.together`); `Facts.apart` says why it was not.
@@ -86,7 +87,7 @@ def ask(
     Args:
         inner: what compiles the rewritten graphs; accuracy needs no speed, and all give the same tokens.
         new_tokens: at most so many; None: what the generation config says.
-        features: what earlier schedules' encoders made of the same pixels.
+        features: outputs of encoders, which earlier schedules have computed for the same pixels.
         decoders: graphs of decoding that earlier schedules compiled.
 
     Raises:
@@ -135,27 +136,27 @@ class _Asking:
     def apart(self, numbers: list[int], count: int) -> tuple[list[tuple[Question, str]], Facts]:
         """Each prompt by itself; filled up to `count` rows."""
         prompts, model = self.prompts, self.prompts.model
-        rows = [prompts.row(self.questions[number]) for number in numbers]
+        rows = [prompts.prompt(self.questions[number]) for number in numbers]
         inputs = collate(rows, count, prompts.padding, model.device, model.dtype)
         started = time.perf_counter()
         if rows[0].smaller is not None:
             inputs = rows[0].smaller.encoded(model, inputs)
         with unwrapped():
             output = model.generate(**inputs, **self.options)
-        return self._told(numbers, rows, output[:, inputs["input_ids"].shape[1] :], started)
+        return self._answers_and_facts(numbers, rows, output[:, inputs["input_ids"].shape[1] :], started)
 
     def together(self, group: Group, images: int, count: int) -> tuple[list[tuple[Question, str]], Facts]:
         """One prefill for the questions about an image; filled up to so many of both."""
         full = group.filled(images, count)
-        about = [self.prompts.row(self.questions[number]) for number in full.images]
-        rows = [self.prompts.row(self.questions[number]) for number in full.questions]
+        about = [self.prompts.prompt(self.questions[number]) for number in full.images]
+        rows = [self.prompts.prompt(self.questions[number]) for number in full.questions]
         started = time.perf_counter()
         with unwrapped():
             output = generate_together(self.prompts, about, rows, full.places, self.options)
-        return self._told(group.questions, rows, output, started)
+        return self._answers_and_facts(group.questions, rows, output, started)
 
-    def _told(
-        self, numbers: list[int], rows: Sequence[Row], output: Tensor, started: float
+    def _answers_and_facts(
+        self, numbers: list[int], rows: Sequence[Prompt], output: Tensor, started: float
     ) -> tuple[list[tuple[Question, str]], Facts]:
         """Answers and facts; rows behind those of `numbers` are filling."""
         texts = self.prompts.processor.batch_decode(output[: len(numbers)], skip_special_tokens=True)
@@ -168,7 +169,9 @@ class _Asking:
         return [(self.questions[n], text.strip()) for n, text in zip(numbers, texts, strict=True)], facts
 
 
-def _facts(rows: Sequence[Row], entering: list[int] | None, pace: float, model: Any, why_apart: str) -> Facts:
+def _facts(
+    rows: Sequence[Prompt], entering: list[int] | None, pace: float, model: Any, why_apart: str
+) -> Facts:
     """`entering`: what enters each layer; None where the model is the stock one."""
     layers = model.config.get_text_config().num_hidden_layers
     tokens = entering or [rows[0].visual] * layers

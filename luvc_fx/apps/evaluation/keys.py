@@ -1,4 +1,4 @@
-"""What answers depend on, as keys: of the model's files, of the code, and of one schedule under both."""
+"""Hashes of all that answers depend on: the model's files, the code, and one schedule with both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from luvc_fx.dynamo.fingerprint import COMPILE_TIME, hash_of_sources
 from luvc_fx.schedule import Schedule
 from luvc_fx.selectors import selector_fingerprint
 
-# What draws, counts or prints has no part in an answer.
+# Files that can change an answer; those that plot, score or print cannot.
 _PLACES = (
     "generate",
     "downsample.py",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from luvc_fx.apps.evaluation.methods import RANDOM, RANDOM_BLOCK, methods
 from luvc_fx.apps.evaluation.questions import ALL_TASKS
-from luvc_fx.apps.evaluation.result import UNPRUNED, Result, Row, Score, WrongImage
+from luvc_fx.apps.evaluation.result import UNPRUNED, CellResult, EvalResult, Score, WrongImage
 
 SIGNIFICANT = 0.05
 
@@ -13,7 +13,7 @@ EVIDENCE = (0.90, 0.30)
 with a wrong image."""
 
 MISSED = 0.02
-"""A budget that is missed by more than this part of it is told beside the numbers."""
+"""A measured budget that is off by more than this share of the one asked for is printed, too."""
 
 MARKS = (
     (UNPRUNED, "▼", "▲", "the unpruned model"),
@@ -32,7 +32,7 @@ LEGEND = (
 )
 
 
-def markdown(result: Result) -> str:
+def markdown(result: EvalResult) -> str:
     """The whole report."""
     lines = ["# Accuracy against budget", ""]
     lines += [f"- {name}: {value}" for name, value in result.settings.items()]
@@ -61,9 +61,9 @@ def markdown(result: Result) -> str:
 
 
 def is_evidence(score: Score, wrong: WrongImage | None) -> bool | None:
-    """Whether the task may be used as evidence; None without the control.
+    """Whether the task may be used as evidence; None where no wrong images were shown.
 
-    The control has no question about scenes that are alone in their task: it is compared on its own ones.
+    A scene that is alone in its task has no wrong image; both accuracies are of the other questions.
     """
     if wrong is None:
         return None
@@ -71,11 +71,11 @@ def is_evidence(score: Score, wrong: WrongImage | None) -> bool | None:
 
 
 def misses(measured: float | None, budget: float | None) -> bool:
-    """Whether a measured budget has to be told beside the one that was asked for."""
+    """Whether a measured budget is printed beside the one that was asked for."""
     return measured is not None and budget is not None and abs(measured - budget) > MISSED * budget
 
 
-def _tasks(result: Result) -> list[str]:
+def _tasks(result: EvalResult) -> list[str]:
     lines = [
         "| task | questions | scenes | unpruned accuracy | wrong image | 90 %, and 30 points above wrong |",
         "|---|---:|---:|---:|---:|---|",
@@ -93,10 +93,10 @@ def _tasks(result: Result) -> list[str]:
     return lines
 
 
-def _table(result: Result, task: str, show: object) -> list[str]:
+def _table(result: EvalResult, task: str, show: object) -> list[str]:
     assert callable(show)
     budgets = result.budgets
-    found = {(row.cell.method, row.cell.budget): row for row in result.rows[1:]}
+    by_cell = {(row.cell.method, row.cell.budget): row for row in result.rows[1:]}
     own = [row for row in result.rows[1:] if row.cell.budget is None]
     headings = ["method", *(f"{100 * budget:g} %" for budget in budgets)]
     if own:
@@ -105,21 +105,21 @@ def _table(result: Result, task: str, show: object) -> list[str]:
     for method in dict.fromkeys(row.cell.method for row in result.rows[1:]):
         cells = [method]
         for budget in budgets:
-            row = found.get((method, budget))
-            told = row is not None and row.scores and misses(row.measured, budget)
-            cells.append("" if row is None else f"{show(row, task)}{_budget(row) if told else ''}")
+            row = by_cell.get((method, budget))
+            off = row is not None and row.scores and misses(row.measured, budget)
+            cells.append("" if row is None else f"{show(row, task)}{_budget(row) if off else ''}")
         if own:
-            row = found.get((method, None))
+            row = by_cell.get((method, None))
             cells.append("" if row is None else f"{show(row, task)}{_budget(row)}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _budget(row: Row) -> str:
+def _budget(row: CellResult) -> str:
     return "" if row.measured is None else f", at {100 * row.measured:.1f} %"
 
 
-def _retention(row: Row, task: str) -> str:
+def _retention(row: CellResult, task: str) -> str:
     score = row.scores.get(task)
     if score is None:
         return "n/a"
@@ -128,7 +128,7 @@ def _retention(row: Row, task: str) -> str:
     return f"{100 * score.retention:.1f}{_interval(score.retention_interval)}{marks(score)}"
 
 
-def _agreement(row: Row, task: str) -> str:
+def _agreement(row: CellResult, task: str) -> str:
     score = row.scores.get(task)
     return "n/a" if score is None else f"{100 * score.agreement:.1f}"
 
@@ -139,9 +139,9 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 def marks(score: Score) -> str:
     """The signs of `LEGEND`, with a space in front of each."""
-    found = ""
+    text = ""
     for name, below, above, _ in MARKS:
         comparison = score.against.get(name)
         if comparison is not None and comparison.adjusted < SIGNIFICANT:
-            found += f" {below if comparison.difference < 0 else above}"
-    return found
+            text += f" {below if comparison.difference < 0 else above}"
+    return text

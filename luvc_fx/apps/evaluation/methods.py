@@ -21,20 +21,20 @@ RANDOM = "random"
 RANDOM_BLOCK = "random-block"
 
 SEEDED = tuple(selector.name for selector in SELECTORS.holders("seed") if selector.name in SHIPPED)
-"""Selectors of luvc_fx that a seed decides. One seed is one set of places, the same in every image, so that
-one alone would say much about that set."""
+"""Selectors of luvc_fx whose picks depend on a seed. A seed gives one set of places, the same in every image,
+so that answers with a single seed would tell more about that set than about the method."""
 
 SEEDS = 3
-"""So many are asked, and their answers counted together."""
+"""Seeds with which such a selector is run; the answers of all are counted together."""
 
 FASTV_LAYER = 2
-"""Before it FastV prunes, once (K = 2 in its paper, arXiv 2403.06764)."""
+"""FastV prunes once, before this decoder layer (K = 2 in its paper, arXiv 2403.06764)."""
 
 PACT_LAYER = 4
-"""Before it PACT prunes, once (its paper, arXiv 2504.08966)."""
+"""PACT prunes once, before this decoder layer (its paper, arXiv 2504.08966)."""
 
 MERGED_WIDTH = 0.75
-"""What OIM leaves of the width of the token grid in the method that merges, too."""
+"""Share of the token grid's width that OIM leaves, in the method that also merges."""
 
 Maker = Callable[[float, int], Schedule | None]
 """``(budget, decoder layers) -> schedule``; None: the method cannot reach this budget."""
@@ -99,7 +99,7 @@ def _merged(budget: float, layers: int) -> Schedule | None:
     return dataclasses.replace(rest, merge=(Merge(axis="width", keep=MERGED_WIDTH, depth=0.5),))
 
 
-def _control(selector: str, **options: object) -> Maker:
+def _same_counts(selector: str, **options: object) -> Maker:
     def make(budget: float, layers: int) -> Schedule | None:
         schedule = progressive(budget, layers, selector=selector, **options)
         asked_first = schedule is not None and schedule.prune[0].layer == 0 and schedule.prune[0].keep != 0.0
@@ -139,23 +139,23 @@ _TABLE = (
     Method("default+merge", _merged, f"OIM to {MERGED_WIDTH:.0%} of the width, then the same cascade"),
     Method(SPECTRUM, _spectrum, "the same counts, of each block the largest residual of the spectrum"),
     Method("luvc", _luvc, "the abstract read literally: low-pass energy, the best of all"),
-    Method(RANDOM, _control(RANDOM), f"the same counts, tokens at random, mean of {SEEDS} seeds"),
+    Method(RANDOM, _same_counts(RANDOM), f"the same counts, tokens at random, mean of {SEEDS} seeds"),
     Method(
         RANDOM_BLOCK,
-        _control(RANDOM_BLOCK),
+        _same_counts(RANDOM_BLOCK),
         f"the same counts, one at random of each block as for the spectrum, mean of {SEEDS} seeds",
     ),
     Method(
         "random+absorb",
-        _control(RANDOM, absorb=True),
+        _same_counts(RANDOM, absorb=True),
         f"random tokens into which the others are averaged, as in the default, mean of {SEEDS} seeds",
     ),
-    Method("uniform", _control("uniform"), "the same counts, evenly spaced"),
-    Method("norm", _control("norm", coverage="global"), "the same counts, the longest tokens of all"),
-    Method("distinct", _control("distinct"), "the default without the averaging, of each block"),
+    Method("uniform", _same_counts("uniform"), "the same counts, evenly spaced"),
+    Method("norm", _same_counts("norm", coverage="global"), "the same counts, the longest tokens of all"),
+    Method("distinct", _same_counts("distinct"), "the default without the averaging, of each block"),
     Method(
         "diversity",
-        _control("diversity"),
+        _same_counts("diversity"),
         "the same counts, of each block the least like the pivots",
     ),
     Method("fastv", _fastv, f"once before layer {FASTV_LAYER}, by the last token's attention"),

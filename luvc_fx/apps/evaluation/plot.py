@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from luvc_fx.apps.evaluation.questions import ALL_TASKS
-from luvc_fx.apps.evaluation.result import Result, Row
+from luvc_fx.apps.evaluation.result import CellResult, EvalResult
 from luvc_fx.report.errors import InputError
 
 
-def draw(result: Result, path: Path) -> None:
+def draw(result: EvalResult, path: Path) -> None:
     """Write the picture to `path`, in the format of its ending; time only where it was measured.
 
     Raises:
@@ -20,7 +20,7 @@ def draw(result: Result, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("a plot needs matplotlib: pip install matplotlib") from None
-    panels: list[tuple[str, Callable[[Row], float | None]]] = [
+    panels: list[tuple[str, Callable[[CellResult], float | None]]] = [
         ("visual tokens entering a decoder layer, mean, % of all", _percent)
     ]
     if any(row.prefill_ms is not None for row in result.rows):
@@ -62,5 +62,5 @@ def draw(result: Result, path: Path) -> None:
         raise InputError(f"the plot cannot be written to '{path}': {error}") from None
 
 
-def _percent(row: Row) -> float | None:
+def _percent(row: CellResult) -> float | None:
     return None if row.measured is None else 100 * row.measured

@@ -1,4 +1,4 @@
-"""Prompts of questions, made once and used by every method, and batches of them."""
+"""Prompts of questions, processed once and used by every method, and batches of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Outline:
     """What decides which rows can share a batch, without their pixels.
 
     Attributes:
-        length: tokens of the prompt; `shape`, `front`: see `Row`.
+        length: tokens of the prompt; `shape`, `front`: see `Prompt`.
         head: a hash of the tokens up to the last visual one.
     """
 
@@ -44,7 +44,7 @@ class Outline:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Prompt:
     """One prompt as the model takes it.
 
     Attributes:
@@ -77,7 +77,7 @@ class Row:
             about.append((name, tuple(tensor.shape), values))
         return self.visual, tuple(about)
 
-    def cut(self, length: int) -> Row:
+    def cut(self, length: int) -> Prompt:
         """With the first `length` tokens of the text alone."""
         text = {name: tensor[:, :length] for name, tensor in self.text.items()}
         return replace(self, text=text)
@@ -89,7 +89,7 @@ class Row:
 
 
 class Prompts:
-    """Rows of questions for one model; an image is processed once for all its questions and methods.
+    """Makes the prompts of questions for one model; an image is processed once for all of its questions.
 
     Args:
         smaller: a budget that images are made smaller to (see `luvc_fx.downsample`); None: they are not.
@@ -105,12 +105,12 @@ class Prompts:
         self.padding = 0 if pad is None else pad
 
     def outline(self, question: Question) -> Outline:
-        """Of the prompt of that question; errors are those of `row`."""
+        """Of the prompt of that question; errors are those of `prompt`."""
         if question not in self._outlines:
-            self._outlines[question] = self.row(question).outline()
+            self._outlines[question] = self.prompt(question).outline()
         return self._outlines[question]
 
-    def row(self, question: Question) -> Row:
+    def prompt(self, question: Question) -> Prompt:
         """The prompt of that question: the images or the video first, by the chat template if there is one.
 
         Raises:
@@ -121,22 +121,22 @@ class Prompts:
         of = (question.media, question.video)
         if question in self._texts and of in self._pixels:
             text, visual, smaller, front = self._texts[question]
-            return Row(text, self._pixels[of], visual, smaller, front)
+            return Prompt(text, self._pixels[of], visual, smaller, front)
         inputs, smaller = self._process(question)
         length = inputs["input_ids"].shape[1]
         text = {name: inputs[name] for name in PADDED if name in inputs}
         text.setdefault("attention_mask", torch.ones(1, length, dtype=torch.int64))
         pixels = {name: tensor for name, tensor in inputs.items() if name not in PADDED}
-        found = placeholders(self.model, text["input_ids"])[0].nonzero()
-        if not len(found):
+        places = placeholders(self.model, text["input_ids"])[0].nonzero()
+        if not len(places):
             raise InputError(f"the prompt of {question.text!r} holds no visual token")
-        visual, front = len(found), int(found[-1]) + 1
+        visual, front = len(places), int(places[-1]) + 1
         self._texts[question] = text, visual, smaller, front
         size = sum(tensor.nbytes for tensor in pixels.values())
         if of not in self._pixels and self._bytes + size <= PIXEL_BYTES:
             self._pixels[of] = pixels
             self._bytes += size
-        return Row(text, self._pixels.get(of, pixels), visual, smaller, front)
+        return Prompt(text, self._pixels.get(of, pixels), visual, smaller, front)
 
     def _process(self, question: Question) -> tuple[dict[str, Tensor], Downsampled | None]:
         frames, made_smaller = read_frames(question), None
@@ -172,18 +172,18 @@ class Prompts:
             given: dict[str, Any] = {"videos": [frames]} if as_video else {"images": frames}
             if as_video:  # all frames are shown
                 given["do_sample_frames"] = False
-            made = self.processor(text=[text], return_tensors="pt", **given, **options)
+            tensors = self.processor(text=[text], return_tensors="pt", **given, **options)
         except Exception as error:
             name = type(self.processor).__name__
             raise InputError(f"{name} cannot make the prompt of {question.text!r}: {brief(error)}") from error
-        return {name: value for name, value in made.items() if isinstance(value, Tensor)}, made_smaller
+        return {name: value for name, value in tensors.items() if isinstance(value, Tensor)}, made_smaller
 
     def _lacks_videos(self) -> bool:
         """Whether the model or the class of its processor takes videos, as this processor does not."""
         return hasattr(self.processor, VIDEO) or any(kind.name == "video" for kind in modalities(self.model))
 
 
-def batches(rows: Sequence[Row | Outline], most: int) -> Iterator[tuple[list[int], int]]:
+def batches(rows: Sequence[Prompt | Outline], most: int) -> Iterator[tuple[list[int], int]]:
     """Numbers of rows that can run together, equal in shape and near in length, and how many to fill up to.
 
     At most `most`. What is left of a shape behind full batches is to be filled up to `most` rows, as
@@ -200,7 +200,7 @@ def batches(rows: Sequence[Row | Outline], most: int) -> Iterator[tuple[list[int
 
 
 def collate(
-    rows: Sequence[Row],
+    rows: Sequence[Prompt],
     count: int,
     padding: int,
     device: torch.device,

@@ -31,7 +31,7 @@ class Question:
     Attributes:
         media: the files: images in order, or one array of them.
         video: whether they are shown as the frames of a video, and not as images one after another.
-        task: what kind of question it is; accuracy is told for each.
+        task: what kind of question it is; accuracy is given for each.
         scene: what questions share that are not independent of each other: the image.
     """
 
@@ -89,7 +89,7 @@ def read_questions(path: Path, split: str | None = None, limit: int | None = Non
         raise InputError(f"questions '{path}' cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"questions '{path}' is not a text file") from None
-    found, splits = [], set()
+    questions, splits = [], set()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -99,11 +99,11 @@ def read_questions(path: Path, split: str | None = None, limit: int | None = Non
             raise InputError(f"questions '{path}', line {number}: {error}") from None
         splits.add(question.split)
         if split is None or question.split == split:
-            found.append(question)
-    if not found:
+            questions.append(question)
+    if not questions:
         has = f" of split {split!r}; there are {sorted(splits)}" if splits else ""
         raise InputError(f"questions '{path}' holds no question{has}")
-    return found[:limit]
+    return questions[:limit]
 
 
 def _question(line: str, folder: Path) -> Question:
@@ -176,28 +176,28 @@ def _array_frames(path: Path) -> list[Image]:
     from PIL import Image
 
     try:
-        found = numpy.load(path, allow_pickle=False)
-        if isinstance(found, numpy.lib.npyio.NpzFile):
-            with found:
-                names = found.files
+        frames = numpy.load(path, allow_pickle=False)
+        if isinstance(frames, numpy.lib.npyio.NpzFile):
+            with frames:
+                names = frames.files
                 if len(names) != 1:
                     raise InputError(f"'{path}' holds the arrays {names}; allowed: one")
-                found = found[names[0]]
+                frames = frames[names[0]]
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"'{path}' cannot be read: {type(error).__name__}") from None
-    if found.dtype != numpy.uint8 or found.ndim != 4 or found.shape[-1] != 3 or not len(found):
-        shape = "x".join(map(str, found.shape))
-        raise InputError(f"'{path}' is {found.dtype} {shape}; allowed: uint8 frames x height x width x 3")
-    return [Image.fromarray(frame) for frame in found]
+    if frames.dtype != numpy.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        shape = "x".join(map(str, frames.shape))
+        raise InputError(f"'{path}' is {frames.dtype} {shape}; allowed: uint8 frames x height x width x 3")
+    return [Image.fromarray(frame) for frame in frames]
 
 
 def with_wrong_images(questions: Sequence[Question]) -> dict[int, Question]:
     """The same questions, by number, about another scene's image or video: what the words alone give away.
 
     The other scene is the next one in the file that has a question of the same task, so that the
-    control sees an image of the same type. Questions of a task with one scene are left out.
+    wrong image is of the same type. Questions of a task with one scene are left out.
     """
     scenes: dict[str, dict[str, Question]] = defaultdict(dict)
     for question in questions:

@@ -1,4 +1,4 @@
-"""What a comparison found: one cell for each method and budget, scored by task."""
+"""The result of a comparison: one cell for each method and budget, scored by task."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Score:
 
 
 @dataclass(slots=True)
-class Row:
+class CellResult:
     """A cell with what was measured.
 
     Attributes:
@@ -151,7 +151,7 @@ class WrongImage:
 
 
 @dataclass(slots=True)
-class Result:
+class EvalResult:
     """A whole comparison; the first row is the unpruned model.
 
     Attributes:
@@ -160,7 +160,7 @@ class Result:
         settings: what was asked for.
     """
 
-    rows: list[Row]
+    rows: list[CellResult]
     tasks: list[str]
     wrong_image: dict[str, WrongImage]
     settings: dict[str, Any]
@@ -179,7 +179,7 @@ class Result:
             "hardware": self.hardware,
             "versions": self.versions,
             "tasks": self.tasks,
-            "wrong_image": {task: asdict(found) for task, found in self.wrong_image.items()},
+            "wrong_image": {task: asdict(wrong) for task, wrong in self.wrong_image.items()},
             "rows": [row.to_dict() for row in self.rows],
         }
 

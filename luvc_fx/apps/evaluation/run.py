@@ -26,7 +26,7 @@ from luvc_fx.apps.evaluation.methods import (
 )
 from luvc_fx.apps.evaluation.prompts import Prompts, collate
 from luvc_fx.apps.evaluation.questions import Question, read_questions, with_wrong_images
-from luvc_fx.apps.evaluation.result import UNPRUNED, Cell, Result, Row, WrongImage
+from luvc_fx.apps.evaluation.result import UNPRUNED, Cell, CellResult, EvalResult, WrongImage
 from luvc_fx.apps.evaluation.scoring import score, tasks_of
 from luvc_fx.apps.evaluation.store import Answers
 from luvc_fx.apps.evaluation.timing import time_prefills
@@ -41,7 +41,7 @@ from luvc_fx.selectors import registered
 BUDGETS = (0.75, 0.5, 0.33, 0.25, 0.125)
 
 Watch = Callable[[str, int, int], None]
-"""Told what is asked, how many questions are answered, and of how many."""
+"""Shows progress: a title, the number of questions answered, and that of all questions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Options:
     seed: int = 0
 
 
-def run(options: Options, say: Callable[[str], None], watch: Watch) -> Result:
+def run(options: Options, say: Callable[[str], None], watch: Watch) -> EvalResult:
     """Ask, score and compare; answers that `options.out` holds already are not asked for again.
 
     Raises:
@@ -86,7 +86,7 @@ def run(options: Options, say: Callable[[str], None], watch: Watch) -> Result:
     questions = read_questions(options.questions, options.split, options.limit)
     say(f"{len(questions)} questions about {len({q.scene for q in questions})} scenes")
     model, processor = load(options.model)
-    # Half precision is slow on a CPU, and its ties are others.
+    # Half precision is slow on a CPU, and decides near ties differently.
     model = model.to("cuda") if torch.cuda.is_available() else model.float()
     asker = Asker(model, processor, options, Answers(options.out / "answers.jsonl"), watch)
 
@@ -110,7 +110,7 @@ def run(options: Options, say: Callable[[str], None], watch: Watch) -> Result:
     rows = [_row(cell, scores.get(cell), asker, questions) for cell in cells]
     if options.rounds:
         _time(rows, asker, questions[0], options.rounds, say)
-    return Result(
+    return EvalResult(
         rows=rows,
         tasks=list(tasks_of(questions)),
         wrong_image=wrong_image,
@@ -128,7 +128,7 @@ def run(options: Options, say: Callable[[str], None], watch: Watch) -> Result:
 
 
 class Asker:
-    """Asks one model, or remembers what it said."""
+    """Asks one model; what it has answered before is read from `store`."""
 
     def __init__(self, model: Any, processor: Any, options: Options, store: Answers, watch: Watch) -> None:
         self.model, self.options, self.store, self.watch = model, options, store, watch
@@ -183,7 +183,7 @@ class Asker:
         return [known[question.key] for question in questions]
 
     def facts(self, cell: Cell, questions: Sequence[Question] | None = None) -> dict[str, Any]:
-        """What was seen while the cell was asked these questions, or all that it ever was; see `combined`."""
+        """`combined` facts of the cell on these questions, or on all that it was ever asked."""
         known = self.store.facts[self.key(cell)]
         return combined(list(known.values()) if questions is None else [known[q.key] for q in questions])
 
@@ -222,18 +222,18 @@ def _chosen(options: Options) -> list[str]:
 
 def _cells(options: Options, names: Sequence[str], layers: int) -> list[Cell]:
     """The cells of these methods, budget by budget, and then those with a budget of their own."""
-    known, found = methods(), []
+    known, cells = methods(), []
     for budget in dict.fromkeys(options.budgets):
         for name in names:
             if known[name].own_budget:
                 continue
-            made = known[name].make(budget, layers)
-            cell = Cell(name, budget, made, budget if known[name].smaller else None)
-            found.append(_seeded(cell, options.seed))
+            schedule = known[name].make(budget, layers)
+            cell = Cell(name, budget, schedule, budget if known[name].smaller else None)
+            cells.append(_seeded(cell, options.seed))
     for name in names:
         if known[name].own_budget:
-            found.append(Cell(name, None, known[name].make(1.0, layers)))
-    return found
+            cells.append(Cell(name, None, known[name].make(1.0, layers)))
+    return cells
 
 
 def _seeded(cell: Cell, seed: int) -> Cell:
@@ -286,21 +286,21 @@ def _given(source: str, selector: str, seed: int) -> Cell:
 
 def _rivals(selector: str, cells: Iterable[Cell]) -> dict[Cell, Cell]:
     """The cell of that method at each cell's budget, or of the same schedule with that selector."""
-    found = {}
+    rivals = {}
     by_name = {(cell.method, cell.budget): cell for cell in cells}
     for (method, budget), cell in by_name.items():
         stem = method.partition(":")[0]
         rival = by_name.get((f"{stem}:{selector}", None) if budget is None else (selector, budget))
         if rival is not None:
-            found[cell] = rival
-    return found
+            rivals[cell] = rival
+    return rivals
 
 
-def _row(cell: Cell, scores: Any, asker: Asker, questions: Sequence[Question]) -> Row:
+def _row(cell: Cell, scores: Any, asker: Asker, questions: Sequence[Question]) -> CellResult:
     if not scores:
-        return Row(cell)
+        return CellResult(cell)
     facts = asker.facts(cell, questions)
-    return Row(
+    return CellResult(
         cell,
         measured=facts["budget"],
         tokens_per_layer=facts["tokens_per_layer"],
@@ -311,9 +311,11 @@ def _row(cell: Cell, scores: Any, asker: Asker, questions: Sequence[Question]) -
     )
 
 
-def _time(rows: list[Row], asker: Asker, question: Question, rounds: int, say: Callable[[str], None]) -> None:
+def _time(
+    rows: list[CellResult], asker: Asker, question: Question, rounds: int, say: Callable[[str], None]
+) -> None:
     model, prompts = asker.model, asker.prompts
-    inputs = collate([prompts.row(question)], 1, prompts.padding, model.device, model.dtype)
+    inputs = collate([prompts.prompt(question)], 1, prompts.padding, model.device, model.dtype)
     timed = {row.cell.name: row for row in rows if row.scores and row.cell.smaller is None}
     schedules = {name: row.cell.schedule for name, row in timed.items() if row.cell.schedule is not None}
     for name, (median, spread) in time_prefills(model, inputs, schedules, rounds, say).items():

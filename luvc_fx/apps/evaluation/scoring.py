@@ -17,10 +17,10 @@ Right = NDArray[np.float64]
 def tasks_of(questions: Sequence[Question]) -> dict[str, NDArray[np.int64]]:
     """Numbers of the questions of each task; first those of all tasks together."""
     names = dict.fromkeys(question.task for question in questions)
-    found = {
+    numbers = {
         name: np.array([i for i, question in enumerate(questions) if question.task == name]) for name in names
     }
-    return {ALL_TASKS: np.arange(len(questions)), **found}
+    return {ALL_TASKS: np.arange(len(questions)), **numbers}
 
 
 def score(
@@ -51,14 +51,14 @@ def score(
     }
     tasks = tasks_of(questions)
     scenes = [question.scene for question in questions]
-    found: dict[Cell, dict[str, Score]] = {cell: {} for cell in answers}
+    scores: dict[Cell, dict[str, Score]] = {cell: {} for cell in answers}
     for task, numbers in tasks.items():
         within = [scenes[i] for i in numbers]
         asked = cluster_sums(np.ones(len(numbers)), within)
         base = cluster_sums(right[unpruned][numbers], within)
         for cell in answers:
             count, sums = len(seeds[cell]), cluster_sums(right[cell][numbers], within)
-            found[cell][task] = Score(
+            scores[cell][task] = Score(
                 questions=len(numbers),
                 scenes=len(asked),
                 accuracy=float(sums.sum() / (count * len(numbers))),
@@ -68,10 +68,10 @@ def score(
                 agreement=float(agrees[cell][numbers].mean()) / count,
             )
     counts = {cell: len(all_) for cell, all_ in seeds.items()}
-    _compare(found, UNPRUNED, {cell: unpruned for cell in answers}, right, counts, tasks, scenes)
+    _compare(scores, UNPRUNED, {cell: unpruned for cell in answers}, right, counts, tasks, scenes)
     for name, others in (rivals or {}).items():
-        _compare(found, name, others, right, counts, tasks, scenes)
-    return found
+        _compare(scores, name, others, right, counts, tasks, scenes)
+    return scores
 
 
 def _summed(of_seeds: list[list[bool]]) -> Right:
@@ -80,7 +80,7 @@ def _summed(of_seeds: list[list[bool]]) -> Right:
 
 
 def _compare(
-    found: dict[Cell, dict[str, Score]],
+    scores: dict[Cell, dict[str, Score]],
     name: str,
     others: Mapping[Cell, Cell],
     right: Mapping[Cell, Right],
@@ -102,7 +102,7 @@ def _compare(
             within = [scenes[i] for i in numbers]
             for cell, other in pairs:
                 gained = seeds[other] * right[cell][numbers] - seeds[cell] * right[other][numbers]
-                where.append(found[cell][task])
+                where.append(scores[cell][task])
                 values.append(sign_flip(cluster_sums(gained, within)))
                 differences.append(float(gained.mean()) / (seeds[cell] * seeds[other]))
         for scored, difference, p, adjusted in zip(where, differences, values, holm(values), strict=True):

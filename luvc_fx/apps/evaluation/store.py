@@ -15,7 +15,7 @@ class Answers:
     """A JSONL file of answers, by run (see `luvc_fx.apps.evaluation.keys.run_key`) and question.
 
     Each line is a batch, ``{"run", "answers": {question: answer}, "facts"}``, written at once; the facts are
-    what else was seen of that batch. A line that a crash cut short is dropped. So are lines of earlier
+    the measurements of that batch. A line that a crash cut short is dropped. So are lines of earlier
     versions, which knew facts of whole runs only: no run of this version has their keys.
 
     Attributes:
@@ -49,7 +49,7 @@ class Answers:
                 raise InputError(f"'{path}', line {number}, is no answer of `luvc-fx eval`") from None
 
     def add(self, run: str, answers: Mapping[str, str], facts: dict[str, Any]) -> None:
-        """Keep the answers of one batch, by the keys of the questions, and what was seen of it."""
+        """Keep the answers of one batch, by the keys of the questions, and its measurements."""
         self._remember(run, answers, facts)
         text = json.dumps({"run": run, "answers": dict(answers), "facts": facts}) + "\n"
         try:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from luvc_fx.apps.evaluation.prompts import Prompts, Row, collate
+from luvc_fx.apps.evaluation.prompts import Prompt, Prompts, collate
 from luvc_fx.generate.cache import layers_of, unsupported
 from luvc_fx.generate.families import family_of
 from luvc_fx.generate.limits import UNRESTRICTING_OPTIONS
@@ -82,27 +82,30 @@ def groups(shapes: Sequence[Hashable], images: Sequence[Hashable], most: int) ->
     by_shape: dict[Hashable, dict[Hashable, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number, (shape, image) in enumerate(zip(shapes, images, strict=True)):
         by_shape[shape][image].append(number)
-    found = []
+    filled = []
     for by_image in by_shape.values():
-        made: list[Group] = []
+        open_groups: list[Group] = []
         for numbers in by_image.values():
             for first in range(0, len(numbers), most):
                 part = numbers[first : first + most]
-                if not made or len(made[-1].questions) + len(part) > most:
-                    made.append(Group())
-                made[-1].places.extend([len(made[-1].images)] * len(part))
-                made[-1].images.append(part[0])
-                made[-1].questions.extend(part)
+                if not open_groups or len(open_groups[-1].questions) + len(part) > most:
+                    open_groups.append(Group())
+                open_groups[-1].places.extend([len(open_groups[-1].images)] * len(part))
+                open_groups[-1].images.append(part[0])
+                open_groups[-1].questions.extend(part)
         # Other numbers of rows would be other graphs.
-        rows = max(len(group.images) for group in made), most if len(made) > 1 else len(made[0].questions)
-        found += [(group, *rows) for group in made]
-    return found
+        rows = (
+            max(len(group.images) for group in open_groups),
+            most if len(open_groups) > 1 else len(open_groups[0].questions),
+        )
+        filled += [(group, *rows) for group in open_groups]
+    return filled
 
 
 def generate_together(
     prompts: Prompts,
-    images: Sequence[Row],
-    asked: Sequence[Row],
+    images: Sequence[Prompt],
+    asked: Sequence[Prompt],
     places: Sequence[int],
     options: Mapping[str, Any],
 ) -> Tensor:
@@ -143,7 +146,7 @@ def generate_together(
     longest = max(behind)
     longest += -longest % TEXT_STEP
     whole = collate(
-        [Row(row.text, {}, row.visual) for row in asked],
+        [Prompt(row.text, {}, row.visual) for row in asked],
         len(asked),
         prompts.padding,
         model.device,
@@ -189,7 +192,7 @@ def _turn(cache: Any, padding: Tensor) -> None:
     for layer in layers_of(cache):
         rows = layer.keys.shape[-2]
         if rows not in sources:
-            found = (torch.arange(rows, device=padding.device) - padding.unsqueeze(1)) % rows
-            sources[rows] = found[:, None, :, None]
+            source_rows = (torch.arange(rows, device=padding.device) - padding.unsqueeze(1)) % rows
+            sources[rows] = source_rows[:, None, :, None]
         source = sources[rows].expand_as(layer.keys)  # not `take_along_dim`, which looks at each number again
         layer.keys, layer.values = layer.keys.gather(2, source), layer.values.gather(2, source)

@@ -55,14 +55,14 @@ def drawn(
         speedup: of a prefill in which these shares of the visual tokens enter each layer.
     """
     numbers = random.Random(seed)
-    found: dict[Schedule, None] = dict.fromkeys(_default(target, layers, speedup))
+    schedules: dict[Schedule, None] = dict.fromkeys(_default(target, layers, speedup))
     for _ in range(_TRIES):
-        if len(found) == count:
+        if len(schedules) == count:
             break
         schedule = _one(numbers, layers)
         if schedule is not None and target <= speedup(shares(schedule, layers)) <= target * SLACK:
-            found[schedule] = None
-    return list(found)
+            schedules[schedule] = None
+    return list(schedules)
 
 
 def _default(target: float, layers: int, speedup: Callable[[list[float]], float]) -> list[Schedule]:
@@ -98,7 +98,7 @@ def _one(numbers: random.Random, layers: int) -> Schedule | None:
         return None
     ranking = numbers.choice(RANKINGS)
     if first == 0 and Prune(keep=1.0, layer=first, **ranking).selector.needs_attention:
-        return None  # nobody has paid attention yet
+        return None  # the selector needs the attention of the layer before
     places = [first, *sorted(numbers.sample(range(first + 1, last), stages - 1)), last]
     keep, prunes = 1.0, []
     for place in places[:-1]:

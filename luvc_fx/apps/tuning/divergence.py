@@ -1,4 +1,4 @@
-"""How far a schedule takes a model from what it says with all its visual tokens."""
+"""How far a schedule moves a model's answers from those with all visual tokens."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from luvc_fx.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """What the model generates for one sample.
+class Answer:
+    """The greedy answer to one sample.
 
     Attributes:
         tokens: int64 ``[steps]``.
@@ -33,14 +33,14 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """One schedule on some samples.
+class Divergence:
+    """How much the answers to some samples change under one schedule.
 
     Attributes:
         kl: mean over the samples of KL(all tokens || schedule) in nats: of a sample the mean over its steps
             up to the first token that differs, behind which the two have different texts in front of them.
         changed: share of the samples whose greedy answer is another.
-        rows: of each sample, `Said.rows`.
+        rows: of each sample, `Answer.rows`.
     """
 
     kl: float
@@ -49,13 +49,13 @@ class Heard:
 
 
 @torch.inference_mode()
-def say(model: Any, samples: Sequence[Mapping[str, Any]], steps: int) -> list[Said]:
+def greedy_answers(model: Any, samples: Sequence[Mapping[str, Any]], steps: int) -> list[Answer]:
     """Greedy answers of at most `steps` tokens.
 
     Raises:
         luvc_fx.NotRewritten: of a model under a strict schedule, what its graphs cannot follow.
     """
-    found = []
+    answers = []
     for sample in samples:
         with unwrapped():
             output = model.generate(
@@ -70,18 +70,18 @@ def say(model: Any, samples: Sequence[Mapping[str, Any]], steps: int) -> list[Sa
         held = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
         # The last token was chosen and not run.
         rows = [count - (len(tokens) - 1) for count in held]
-        found.append(Said(tokens, torch.cat(output.logits).float(), rows))
-    return found
+        answers.append(Answer(tokens, torch.cat(output.logits).float(), rows))
+    return answers
 
 
-def hear(
+def measure_divergence(
     model: Any,
     samples: Sequence[Mapping[str, Any]],
-    wanted: Sequence[Said],
+    wanted: Sequence[Answer],
     schedule: Schedule,
     steps: int,
     inner: str,
-) -> Heard:
+) -> Divergence:
     """Compare `schedule` with what the model says without it; the model is restored.
 
     Raises:
@@ -89,12 +89,12 @@ def hear(
     """
     _compat.forget_shapes()
     with luvc_fx.applied(model, schedule, inner=inner, strict=True):
-        got = say(model, samples, steps)
+        got = greedy_answers(model, samples, steps)
     kls, changed = zip(*(_compare(a, b) for a, b in zip(wanted, got, strict=True)), strict=True)
-    return Heard(sum(kls) / len(kls), sum(changed) / len(changed), [said.rows for said in got])
+    return Divergence(sum(kls) / len(kls), sum(changed) / len(changed), [said.rows for said in got])
 
 
-def _compare(wanted: Said, got: Said) -> tuple[float, bool]:
+def _compare(wanted: Answer, got: Answer) -> tuple[float, bool]:
     """KL, and whether the answers differ. One that ends earlier differs in its last token."""
     steps = min(len(wanted.tokens), len(got.tokens))
     differs = wanted.tokens[:steps] != got.tokens[:steps]
@@ -138,7 +138,7 @@ def halves(samples: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
 
 
 def _pixels_of(sample: Mapping[str, Any]) -> bytes:
-    """What tells images apart: a hash of all floating tensors."""
+    """A hash of all floating tensors: equal for equal images."""
     hasher = hashlib.sha256()
     for name, value in sorted(sample.items()):
         if isinstance(value, Tensor) and value.is_floating_point():

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from luvc_fx.apps.tuning.candidates import at_random, drawn
-from luvc_fx.apps.tuning.divergence import Said, halves, hear, say, sizes
+from luvc_fx.apps.tuning.divergence import Answer, greedy_answers, halves, measure_divergence, sizes
 from luvc_fx.apps.tuning.flops import DecoderCost
 from luvc_fx.report import NotRewritten
 from luvc_fx.schedule import Schedule
@@ -26,12 +26,12 @@ TOLERANCE = 0.99
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One schedule, as it did.
+    """One schedule, with its measured speed-up and divergence.
 
     Attributes:
         speedup: FLOPs of the decoder's prefills of these samples with all tokens over those with the
             schedule, from the rows that really entered its layers.
-        kl, changed: of `luvc_fx.apps.tuning.divergence.Heard`.
+        kl, changed: of `luvc_fx.apps.tuning.divergence.Divergence`.
         samples: on how many.
     """
 
@@ -48,7 +48,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         schedule: the best one; the empty schedule where even the smallest speed-up costs too much.
@@ -113,7 +113,7 @@ def tune(
         candidates: schedules to begin with, for each speed-up.
         new_tokens: of an answer, at most.
         inner: as of `luvc_fx.compile`; how fast it is plays no part in the search.
-        say_so: is told of every step.
+        say_so: called with one line about each step.
 
     Raises:
         ValueError: an argument or a sample that is not allowed, or no candidate that the graphs can follow.
@@ -138,15 +138,15 @@ def tune(
             raise ValueError(f"no candidate promises {target_speedup}x and suits the model{search.why()}")
         return search.tuned(best.schedule, search.held_out(best.schedule))
     assert max_loss is not None
-    found: Schedule | None = None
+    fastest: Schedule | None = None
     for rung in LADDER:
         best = search.best(rung)
         if best is None:
             continue  # no candidate promises just that
         if best.changed > max_loss:
             break
-        found = best.schedule
-    return search.tuned(*((Schedule(), None) if found is None else (found, search.held_out(found))))
+        fastest = best.schedule
+    return search.tuned(*((Schedule(), None) if fastest is None else (fastest, search.held_out(fastest))))
 
 
 class _Search:
@@ -164,14 +164,14 @@ class _Search:
         self.say_so = say_so
         self.cost = DecoderCost.of(model)
         self.layers = len(self.cost.weights)
-        found = [sizes(model, sample) for sample in samples]
-        self.visual = round(statistics.mean(visual for visual, _ in found))
-        self.text = round(statistics.mean(text for _, text in found))
+        counts = [sizes(model, sample) for sample in samples]
+        self.visual = round(statistics.mean(visual for visual, _ in counts))
+        self.text = round(statistics.mean(text for _, text in counts))
         numbers = dict(zip(("search", "held out"), halves(samples), strict=True))
         self.samples = {name: [samples[i] for i in part] for name, part in numbers.items()}
         say_so(f"asking the model itself {len(samples)} times")
-        self.wanted: dict[str, list[Said]] = {
-            name: say(model, part, steps) for name, part in self.samples.items()
+        self.wanted: dict[str, list[Answer]] = {
+            name: greedy_answers(model, part, steps) for name, part in self.samples.items()
         }
         self.trials: list[Trial] = []
         self.left_out: dict[Schedule, str] = {}
@@ -204,13 +204,13 @@ class _Search:
     def _try(self, schedule: Schedule, part: str, count: int) -> Trial | None:
         samples, wanted = self.samples[part][:count], self.wanted[part][:count]
         try:
-            heard = hear(self.model, samples, wanted, schedule, self.steps, self.inner)
+            divergence = measure_divergence(self.model, samples, wanted, schedule, self.steps, self.inner)
         except (NotRewritten, ValueError) as error:
             self.left_out[schedule] = str(error)
             return None
         whole = sum(self.cost.flops(said.rows) for said in wanted)
-        speedup = whole / sum(self.cost.flops(rows) for rows in heard.rows)
-        return Trial(schedule, speedup, heard.kl, heard.changed, len(samples))
+        speedup = whole / sum(self.cost.flops(rows) for rows in divergence.rows)
+        return Trial(schedule, speedup, divergence.kl, divergence.changed, len(samples))
 
     def why(self) -> str:
         """The first reason why a candidate was left out."""

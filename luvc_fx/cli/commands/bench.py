@@ -12,7 +12,7 @@ from rich.console import Console
 
 from luvc_fx.apps.bench.arms import ALL, BASELINE, FROZEN, QUICK
 from luvc_fx.apps.bench.choosing import AUTO
-from luvc_fx.apps.bench.result import Result
+from luvc_fx.apps.bench.result import BenchResult
 from luvc_fx.apps.bench.run import Options, run
 from luvc_fx.apps.bench.shapes import SHAPES, Visual
 from luvc_fx.apps.inputs import read_schedule
@@ -23,7 +23,7 @@ from luvc_fx.report.errors import InputError
 def bench(
     shape: Annotated[str, typer.Option(metavar="NAME", help=", ".join(SHAPES))] = "llava-ov-0.5b",
     schedule: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="A preset or a JSON file; frozen: 30 % on average.")
+        str, typer.Option(metavar="NAME|FILE", help="A preset, a JSON file, or frozen: a fixed one of 30 %.")
     ] = "frozen",
     images: Annotated[int, typer.Option(min=1, help="Images in the prompt.")] = 1,
     frames: Annotated[int, typer.Option(min=0, help="Frames of a video in place of images.")] = 0,
@@ -33,14 +33,16 @@ def bench(
     ] = "1",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after the first.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each arm, in turns.")] = 10,
-    layers: Annotated[int | None, typer.Option(min=1, help="At most so many layers of each part.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Build at most this many layers of encoder and decoder.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: torch's.")] = None,
     mode: Annotated[
         str | None,
         typer.Option(help="Inductor's mode, in all arms; best: the one in which the baseline is fastest."),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only plain Inductor and luvc_fx, 3 rounds.")
+        bool, typer.Option("--quick", help="Only plain Inductor and luvc_fx, at most 3 rounds.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Write stacked bars of the stages to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
@@ -48,8 +50,8 @@ def bench(
     """Time a schedule on a model of real size with random weights.
 
     The baseline is the same model, compiled by Inductor through the same callables with a schedule
-    that does nothing. All arms run in turns. No speed-up is given when a graph ran eagerly, a site
-    found no place, anything was compiled while the clock ran, or the logits are wrong.
+    that does nothing. All arms run in turns. No speed-up is given if a graph ran eagerly, a prune or
+    merge of the schedule is in no graph, anything was compiled during the timing, or the logits are wrong.
     """
     parsed = FROZEN if schedule == "frozen" else read_schedule(schedule)
     names = QUICK if quick else ALL
@@ -87,7 +89,7 @@ def _rows(batch: str) -> int | None:
     return int(batch)
 
 
-def _show(result: Result, console: Console) -> None:
+def _show(result: BenchResult, console: Console) -> None:
     about = result.rows[0]
     given, machine = about.shape, about.hardware
     text = result.prompt_rows - result.visual_tokens

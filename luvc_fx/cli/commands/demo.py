@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from luvc_fx.apps.demo import Result, ask, run
+from luvc_fx.apps.demo import DemoResult, ask, run
 from luvc_fx.apps.inputs import read_schedule
 from luvc_fx.cli.output import make_console, make_table, note
 
@@ -54,7 +54,7 @@ def demo(
         _show(result, make_console())
 
 
-def _show(result: Result, console: Console) -> None:
+def _show(result: DemoResult, console: Console) -> None:
     plain = "plain Inductor" if result.inner == "inductor" else f"plain {result.inner}"
     question, baseline, luvc = result.question, result.baseline, result.luvc
     expected = "" if question.expected is None else f" (right answer: {question.expected})"

@@ -17,7 +17,7 @@ from luvc_fx.apps.evaluation.methods import SEEDS
 from luvc_fx.apps.evaluation.methods import methods as known_methods
 from luvc_fx.apps.evaluation.plot import draw
 from luvc_fx.apps.evaluation.questions import ALL_TASKS
-from luvc_fx.apps.evaluation.result import Result, Row
+from luvc_fx.apps.evaluation.result import CellResult, EvalResult
 from luvc_fx.apps.evaluation.run import BUDGETS, Options, Watch, run
 from luvc_fx.cli.commands.demo import Inner
 from luvc_fx.cli.output import make_console, make_table, note
@@ -33,42 +33,48 @@ def evaluate(
         Path,
         typer.Option(metavar="FILE", help="JSONL: image or video, question, answer, task, scene, split."),
     ],
-    methods: Annotated[str, typer.Option(metavar="A,B,..", help=f"Of {NAMES}. Default: all.")] = "",
+    methods: Annotated[
+        str, typer.Option(metavar="A,B,..", help=f"Methods to compare, of {NAMES}. Default: all.")
+    ] = "",
     budgets: Annotated[
-        str, typer.Option(metavar="X,Y,..", help="Mean visual tokens a decoder layer, of all.")
+        str,
+        typer.Option(metavar="X,Y,..", help="Share of visual tokens entering a layer, averaged over layers."),
     ] = COLUMNS,
     schedule: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME|FILE[:SELECTOR]",
-            help="One more row: a preset or a JSON file, or its counts with tokens picked by SELECTOR.",
+            help="Also ask under this preset or JSON file; a SELECTOR picks the tokens in its place.",
         ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Only questions of this split.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many questions.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 25,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an answer. Default: the generation config's.")
+        int | None, typer.Option(min=1, help="Longest answer in tokens. Default: the generation config's.")
     ] = None,
     inner: Annotated[Inner, typer.Option(help="What runs the rewritten graphs.")] = Inner.EAGER,
     wrong_image: Annotated[
-        bool, typer.Option("--wrong-image", help="Also ask about another scene's image.")
+        bool, typer.Option("--wrong-image", help="Also ask each question about another scene's image.")
     ] = False,
     time: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Time N prefills of each row, by Inductor.")
+        int, typer.Option(min=0, metavar="N", help="Time N prefills of each row, compiled by Inductor.")
     ] = 0,
     seed: Annotated[
-        int, typer.Option(min=0, help=f"Of the bootstrap, and the first of {SEEDS} of random tokens.")
+        int,
+        typer.Option(
+            min=0, help=f"Seed of the bootstrap, and the first of {SEEDS} seeds of random selectors."
+        ),
     ] = 0,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="For answers, results.json, RESULTS.md, pareto.png.")
+        Path, typer.Option(metavar="DIR", help="Folder for answers, results.json, RESULTS.md and pareto.png.")
     ] = Path("luvc-eval"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
 ) -> None:
     """Ask a model the same questions with fewer and fewer visual tokens, method by method.
 
-    Answers are kept in --out: a run that was stopped goes on where it was, and a changed one asks only
-    what is new. Answers are right when they are the expected text, apart from case and outer spaces.
+    Answers are kept in --out: a run that was stopped continues there, and a changed one asks only what
+    is new. An answer is right if it is the expected text, apart from case and outer spaces.
     """
     options = Options(
         model=model,
@@ -125,7 +131,7 @@ def _progress() -> Iterator[Watch]:
         yield watch
 
 
-def _write(result: Result, out: Path) -> None:
+def _write(result: EvalResult, out: Path) -> None:
     try:
         (out / "results.json").write_text(result.to_json() + "\n", encoding="utf-8")
         (out / "RESULTS.md").write_text(markdown(result), encoding="utf-8")
@@ -137,7 +143,7 @@ def _write(result: Result, out: Path) -> None:
         note(str(error))
 
 
-def _show(result: Result, console: Console) -> None:
+def _show(result: EvalResult, console: Console) -> None:
     score = result.rows[0].scores[ALL_TASKS]
     console.print(
         f"unpruned: {score.accuracy:.1%} of {score.questions:,} questions about {score.scenes:,} scenes"
@@ -158,7 +164,7 @@ def _show(result: Result, console: Console) -> None:
             console.print(f"no answers from {row.cell.name}: {row.cell.reason}")
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: CellResult) -> list[str]:
     asked = row.cell.budget
     if not row.scores or row.measured is None:
         return [row.cell.method, "" if asked is None else f"{asked:.3f}", "n/a", "", "", ""]

@@ -48,27 +48,27 @@ def inspect(
     """
     # Nothing but the result may reach stdout, whatever a library prints.
     with contextlib.redirect_stdout(sys.stderr):
-        found = run(model_dir, read_schedule(schedule), image or (), prompt, note)
+        inspection = run(model_dir, read_schedule(schedule), image or (), prompt, note)
     if as_json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(inspection.to_dict()))
     else:
-        _show(found, schedule, make_console())
+        _show(inspection, schedule, make_console())
 
 
-def _show(found: Inspection, schedule: str, console: Console) -> None:
-    height, width = found.image_size
-    images = ", ".join(found.images)
-    if found.synthetic:
+def _show(inspection: Inspection, schedule: str, console: Console) -> None:
+    height, width = inspection.image_size
+    images = ", ".join(inspection.images)
+    if inspection.synthetic:
         images += f", {height} x {width} (no --image was given)"
-    console.print(f"{found.model} in {found.directory}, {found.hardware['dtype']}")
+    console.print(f"{inspection.model} in {inspection.directory}, {inspection.hardware['dtype']}")
     console.print(f"image:    {images}")
-    console.print(f"prompt:   {found.prompt_rows} tokens, {found.visual_tokens} of them visual")
+    console.print(f"prompt:   {inspection.prompt_rows} tokens, {inspection.visual_tokens} of them visual")
     console.print(f"schedule: {schedule}")
-    _show_anatomy(found.report.graphs, console)
-    _show_plan(found, console)
-    _show_layers(found, console)
-    _show_costs(found, console)
-    _show_refusals(found, console)
+    _show_anatomy(inspection.report.graphs, console)
+    _show_plan(inspection, console)
+    _show_layers(inspection, console)
+    _show_costs(inspection, console)
+    _show_refusals(inspection, console)
 
 
 def _show_anatomy(graphs: list[GraphReport], console: Console) -> None:
@@ -76,8 +76,8 @@ def _show_anatomy(graphs: list[GraphReport], console: Console) -> None:
     if not graphs:
         console.print("no graph was captured: Dynamo ran this model eagerly")
         return
-    told = [(number, graph) for number, graph in enumerate(graphs) if graph.kind != "other"]
-    shown = told[:COLUMNS]
+    recognised = [(number, graph) for number, graph in enumerate(graphs) if graph.kind != "other"]
+    shown = recognised[:COLUMNS]
     if shown:
         table = make_table(
             "what was recognised", *(f"graph {number}" for number, _ in shown), title="anatomy"
@@ -87,37 +87,37 @@ def _show_anatomy(graphs: list[GraphReport], console: Console) -> None:
             if any(cells):
                 table.add_row(name, *(cell or "-" for cell in cells))
         console.print(table)
-    if len(shown) < len(told):
-        console.print(f"{len(told) - len(shown)} more graphs are in --json")
-    if len(told) < len(graphs):
-        console.print(f"{len(graphs) - len(told)} graphs without image or attention are not shown")
+    if len(shown) < len(recognised):
+        console.print(f"{len(recognised) - len(shown)} more graphs are in --json")
+    if len(recognised) < len(graphs):
+        console.print(f"{len(graphs) - len(recognised)} graphs without image or attention are not shown")
 
 
-def _show_plan(found: Inspection, console: Console) -> None:
+def _show_plan(inspection: Inspection, console: Console) -> None:
     console.print()
-    if not found.plan:
-        nothing = not found.schedule.merge and not found.schedule.prune
+    if not inspection.plan:
+        nothing = not inspection.schedule.merge and not inspection.schedule.prune
         why = "the schedule asks for nothing" if nothing else "see what was refused"
         console.print(f"plan: nothing is inserted; {why}")
         return
     table = make_table("graph", "where", "what", "tokens", title="plan")
-    for site in found.plan:
+    for line in inspection.plan:
         tokens = (
             "-"
-            if site.before is None
-            else f"{site.before:,} -> {site.after:,} {site.of.removesuffix(' tokens')}"
+            if line.before is None
+            else f"{line.before:,} -> {line.after:,} {line.of.removesuffix(' tokens')}"
         )
-        table.add_row(str(site.graph), site.where, site.what, tokens)
+        table.add_row(str(line.graph), line.where, line.what, tokens)
     console.print(table)
 
 
-def _show_layers(found: Inspection, console: Console) -> None:
-    tokens = found.tokens_per_layer
-    if not tokens or found.budget is None:
+def _show_layers(inspection: Inspection, console: Console) -> None:
+    tokens = inspection.tokens_per_layer
+    if not tokens or inspection.budget is None:
         console.print("\nno decoder behind a fusion was recognised: tokens per layer are not known")
         return
     console.print()
-    graph = next(graph for graph in reversed(found.report.graphs) if graph.tokens_per_layer)
+    graph = next(graph for graph in reversed(inspection.report.graphs) if graph.tokens_per_layer)
     before, after = graph.kv_bytes_before, graph.kv_bytes_after
     bytes_known = len(before) == len(after) == len(tokens)
     headings = ["layers", "visual tokens", "of the prompt's"]
@@ -128,17 +128,18 @@ def _show_layers(found: Inspection, console: Console) -> None:
     for (count, *kv), same in itertools.groupby(rows):
         last = first + len(list(same)) - 1
         layers = str(first) if first == last else f"{first} - {last}"
-        share = f"{count / found.visual_tokens:.1%}"
+        share = f"{count / inspection.visual_tokens:.1%}"
         table.add_row(layers, f"{count:,}", share, *(_bytes(size) for size in kv))
         first = last + 1
     console.print(table)
     console.print(
-        f"budget: {found.budget:.3f} of {found.visual_tokens:,} visual tokens, mean over {len(tokens)} layers"
+        f"budget: {inspection.budget:.3f} of {inspection.visual_tokens:,} visual tokens, "
+        f"mean over {len(tokens)} layers"
     )
 
 
-def _show_costs(found: Inspection, console: Console) -> None:
-    graphs = [(number, graph) for number, graph in enumerate(found.report.graphs) if graph.flops_before]
+def _show_costs(inspection: Inspection, console: Console) -> None:
+    graphs = [(number, graph) for number, graph in enumerate(inspection.report.graphs) if graph.flops_before]
     if not graphs:
         return
     console.print()
@@ -155,16 +156,16 @@ def _show_costs(found: Inspection, console: Console) -> None:
                 name = ""
     console.print(table)
     captured = [graph.original for _, graph in graphs if graph.original is not None]
-    if captured and max(captured) < found.visual_tokens:
+    if captured and max(captured) < inspection.visual_tokens:
         console.print(
             f'"as captured": the prompt of the prefill is merged already, {max(captured):,} visual tokens '
-            f"and not {found.visual_tokens:,}"
+            f"and not {inspection.visual_tokens:,}"
         )
 
 
-def _show_refusals(found: Inspection, console: Console) -> None:
-    refused = [("call", refusal) for refusal in found.report.refusals]
-    for number, graph in enumerate(found.report.graphs):
+def _show_refusals(inspection: Inspection, console: Console) -> None:
+    refused = [("call", refusal) for refusal in inspection.report.refusals]
+    for number, graph in enumerate(inspection.report.graphs):
         refused += [(str(number), refusal) for refusal in graph.refusals]
     console.print()
     if refused:
@@ -174,7 +175,7 @@ def _show_refusals(found: Inspection, console: Console) -> None:
         console.print(table)
     else:
         console.print("refused: nothing")
-    for number, graph in enumerate(found.report.graphs):
+    for number, graph in enumerate(inspection.report.graphs):
         for text in graph.notes:
             console.print(f"note, graph {number}: {text}")
 
