@@ -12,7 +12,14 @@ import luvc_fx
 from luvc_fx import Merge, Prune, Schedule
 from luvc_fx.apps.tuning import search
 from luvc_fx.apps.tuning.candidates import SLACK, at_random, drawn, shares
-from luvc_fx.apps.tuning.divergence import Heard, Said, _compare, greedy_answers, halves, measure_divergence
+from luvc_fx.apps.tuning.divergence import (
+    Answer,
+    Divergence,
+    _compare,
+    greedy_answers,
+    halves,
+    measure_divergence,
+)
 from luvc_fx.apps.tuning.flops import DecoderCost
 from luvc_fx.schedule.presets import PICK
 from tests.support.models import inputs, tiny_internvl, tiny_llava
@@ -79,16 +86,16 @@ def test_shares_count_merges_and_the_layers_behind_a_prune() -> None:
 
 def test_the_measure_ends_with_the_first_token_that_differs() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
-    one = Said(torch.tensor([0, 1, 0]), logits, [])
+    one = Answer(torch.tensor([0, 1, 0]), logits, [])
     assert _compare(one, one) == (0.0, False)
     other = logits.clone()
     other[1] = torch.tensor([1.0, 0.0])
     other[2] = torch.tensor([-50.0, 50.0])  # has another past
-    kl, differs = _compare(one, Said(torch.tensor([0, 0, 1]), other, []))
+    kl, differs = _compare(one, Answer(torch.tensor([0, 0, 1]), other, []))
     p, q = logits[1].log_softmax(0), other[1].log_softmax(0)
     assert differs
     assert kl == pytest.approx((p.exp() * (p - q)).sum().item() / 2)
-    ended = Said(torch.tensor([0, 0]), other[:2], [])
+    ended = Answer(torch.tensor([0, 0]), other[:2], [])
     assert _compare(one, ended)[1]
 
 
@@ -167,10 +174,12 @@ def test_the_better_half_goes_on_to_more_samples(
     whole = samples[0]["input_ids"].shape[1]
     asked: list[tuple[int, Schedule]] = []
 
-    def planted(model: Any, given: Any, wanted: Any, schedule: Schedule, steps: int, inner: str) -> Heard:
+    def planted(
+        model: Any, given: Any, wanted: Any, schedule: Schedule, steps: int, inner: str
+    ) -> Divergence:
         asked.append((len(given), schedule))
         kl = -float(schedule.prune[0].layer or 0) if schedule.prune[0].layer is not None else 9.0
-        return Heard(kl, 0.0, [[whole // 2] * LAYERS] * len(given))
+        return Divergence(kl, 0.0, [[whole // 2] * LAYERS] * len(given))
 
     monkeypatch.setattr(search, "measure_divergence", planted)
     tuned = luvc_fx.tune(model, samples, target_speedup=1.5, candidates=4, new_tokens=1)

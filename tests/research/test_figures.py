@@ -216,7 +216,7 @@ def test_the_rows_left_over_are_visual_ones_of_the_last_layer(bench: Bench) -> N
     question = bench.questions[0]
     found = smoothing.left_over(bench, images, question, Schedule())
     inputs = collate(
-        [bench.prompts.row(question)], 1, bench.prompts.padding, bench.model.device, torch.float32
+        [bench.prompts.prompt(question)], 1, bench.prompts.padding, bench.model.device, torch.float32
     )
     pixels = bench.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     states = bench.model(**{**inputs, "pixel_values": pixels}, output_hidden_states=True).hidden_states[-2]

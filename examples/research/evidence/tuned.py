@@ -57,7 +57,7 @@ def samples(prompts: Prompts, questions: list[Question]) -> list[dict[str, Any]]
         by_scene.setdefault(question.scene, []).append(question)
     chosen = [of[number % len(of)] for number, of in enumerate(by_scene.values())]
     model = prompts.model
-    return [collate([prompts.row(q)], 1, prompts.padding, model.device, model.dtype) for q in chosen]
+    return [collate([prompts.prompt(q)], 1, prompts.padding, model.device, model.dtype) for q in chosen]
 
 
 def promised(model: Any, schedule: Schedule, prompts: list[dict[str, Any]]) -> float:

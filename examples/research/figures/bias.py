@@ -42,7 +42,7 @@ def scores_of(bench: Bench) -> dict[int, dict[str, Scores]]:
     prompts = bench.prompts
     found: dict[int, dict[str, list[Scores]]] = {n: {name: [] for name in SCORES} for n in LAYERS}
     for question in bench.scenes:
-        row = prompts.row(question)
+        row = prompts.prompt(question)
         inputs = collate([row], 1, prompts.padding, model.device, model.dtype)
         out = model(**inputs, output_hidden_states=True, output_attentions=True, use_cache=False)
         visual = placeholders(model, inputs["input_ids"])[0]

@@ -169,7 +169,7 @@ class Bench:
         by_type = score(typed, said, cells[UNPRUNED], {OTHER: pairs}, again=again)
         by_task = score(self.questions, said, cells[UNPRUNED], {OTHER: pairs}, again=again)
         cost = DecoderCost.of(self.model)
-        rows = [self.prompts.row(question) for question in self.questions]
+        rows = [self.prompts.prompt(question) for question in self.questions]
         text = round(median(row.length - row.visual for row in rows))
         whole = cost.flops([rows[0].visual + text] * len(cost.weights))
         found = {}

@@ -125,7 +125,7 @@ def textured(name: str, rng: np.random.Generator, told: bool) -> Image.Image:
 def left_over(bench: Bench, images: list[Image.Image], question: Question, schedule: Schedule) -> Shares:
     """``[images, width]``: mean of the visual rows that enter the last layer."""
     prompts, model = bench.prompts, bench.model
-    row = collate([prompts.row(question)], 1, prompts.padding, model.device, model.dtype)
+    row = collate([prompts.prompt(question)], 1, prompts.padding, model.device, model.dtype)
     pixels = bench.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     found = []
     with luvc_fx.applied(model, schedule, inner="eager", strict=True):

@@ -18,7 +18,7 @@ from luvc_fx import _compat
 from luvc_fx.apps.bench.timing import Clock, Span
 from luvc_fx.report import Report
 from luvc_fx.schedule import Schedule
-from luvc_fx.selectors import Site, choose_mask, wants_attention, wants_keys
+from luvc_fx.selectors import Site, choose_mask
 
 _PROJECTORS = ("multi_modal_projector", "merger")
 """What models call the module between encoder and text."""

@@ -172,5 +172,5 @@ def methods() -> Mapping[str, Method]:
     table = {method.name: method for method in _TABLE}
     for name in SHIPPED:
         about = f"the same counts, by the selector {name!r}"
-        table.setdefault(name, Method(name, _control(name), about))
+        table.setdefault(name, Method(name, _same_counts(name), about))
     return MappingProxyType(table)
