@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import runpy
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,9 @@ import luvc_fx
 from luvc_fx import Prune, Schedule
 from luvc_fx.apps.demo import MODEL_DIR
 from luvc_fx.cli.main import main as cli
+from tests.support import golden
 from tests.support.paths import EXAMPLES
+from tests.support.server import Server, running
 
 CLIENT = runpy.run_path(str(EXAMPLES / "serve_client.py"))
 IMAGE = MODEL_DIR / "objects.png"
@@ -31,43 +29,15 @@ QUESTIONS = ("where is the ring ?", "what color is the star ?", "how many object
 WORDS = 6
 
 
-@dataclass
-class Server:
-    """A running server and what it wrote on stderr."""
-
-    process: subprocess.Popen[bytes]
-    address: str
-    log: Path
-
-    def ask(self, question: str, stream: bool) -> str:
-        return CLIENT["ask"](self.address, str(MODEL_DIR), IMAGE, question, stream, WORDS)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "stderr"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    arguments = ["serve", str(MODEL_DIR), "--inner", "eager", "--warm-up"]
-    arguments += ["--host", "127.0.0.1", "--port", port]
-    with log.open("wb") as file:
-        process = subprocess.Popen([sys.executable, "-m", "luvc_fx.cli.main", *arguments], stderr=file)
-    found = Server(process, f"http://127.0.0.1:{port}", log)
-    try:
-        for _ in range(240):
-            try:
-                with urllib.request.urlopen(f"{found.address}/health", timeout=5):
-                    break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                time.sleep(0.5)
-        else:
-            raise AssertionError(log.read_text())
-        yield found
-    finally:
-        process.terminate()
-        process.wait(30)
+    with running([sys.executable, "-m", "luvc_fx.cli.main"], log) as server:
+        yield server
+
+
+def ask(server: Server, question: str, stream: bool) -> str:
+    return CLIENT["ask"](server.address, str(MODEL_DIR), IMAGE, question, stream, WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -98,23 +68,24 @@ def answers() -> dict[str, str]:
 def test_answers_in_one_piece_and_streamed_equal_generate(server: Server, answers: dict[str, str]) -> None:
     question = QUESTIONS[0]
     for stream in (False, True):
-        assert server.ask(question, stream).strip() == answers[question].strip()
+        assert ask(server, question, stream).strip() == answers[question].strip()
 
 
 @pytest.mark.slow
 def test_two_clients_at_once(server: Server, answers: dict[str, str]) -> None:
     asked = [QUESTIONS[1], QUESTIONS[2]] * 2
     with ThreadPoolExecutor(2) as pool:
-        got = list(pool.map(server.ask, asked, (False, True, True, False)))
+        got = list(pool.map(partial(ask, server), asked, (False, True, True, False)))
     assert [answer.strip() for answer in got] == [answers[question].strip() for question in asked]
 
 
 @pytest.mark.slow
 def test_pruning_is_seen_from_outside(server: Server, answers: dict[str, str]) -> None:
-    (before,) = CLIENT["report"](server.address).values()
-    server.ask(QUESTIONS[0], False)
+    before = server.report()
+    ask(server, QUESTIONS[0], False)
     (report,) = CLIENT["report"](server.address).values()
     assert report == before, "all was compiled before the server listened"
+    golden.check(golden.SERVE, report)
     kinds = {graph["kind"]: graph for graph in report["graphs"]}
     assert kinds["vision"]["inserted"] == ["merge after encoder block 2: width 16 -> 12"]
     assert kinds["prefill"]["tokens_per_layer"][-1] == 0

@@ -16,6 +16,7 @@ from typing import Any
 
 from luvc_fx.schedule import Merge, Prune, Schedule
 from tests.support.paths import DEMO_MODEL, ROOT
+from tests.support.server import running
 
 GOLDEN = ROOT / "tests" / "apps" / "golden"
 
@@ -54,6 +55,9 @@ CASES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """Arguments by case, for a command that runs in a folder with the files of `prepare`."""
+
+SERVE = "serve"
+"""The report of a running server."""
 
 VARYING = {
     # times
@@ -133,7 +137,11 @@ def main(program: str, *cases: str) -> None:
     """Record these cases, or all."""
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
-        for case in cases or CASES:
+        for case in cases or (*CASES, SERVE):
+            if case == SERVE:
+                with running([program], Path(name) / "stderr") as server:
+                    write(case, server.report())
+                continue
             command = [program, *CASES[case], "--json"]
             done = subprocess.run(command, cwd=name, stdout=subprocess.PIPE, text=True, check=True)
             write(case, json.loads(done.stdout))

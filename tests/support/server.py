@@ -1,0 +1,59 @@
+"""A running `luvc-fx serve` of the shipped model, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.paths import DEMO_MODEL
+
+SECONDS = 300
+"""How long a server may take to load, compile and listen."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a server listens, and the file with what it wrote on stderr."""
+
+    address: str
+    log: Path
+
+    def report(self) -> Any:
+        """The report of its model, as `luvc-fx serve` gives it."""
+        with urllib.request.urlopen(f"{self.address}/luvc_fx/report") as answer:
+            (report,) = json.load(answer).values()
+        return report
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], log: Path) -> Iterator[Server]:
+    """Start `command`, which is `luvc-fx`, and wait until it has compiled and listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = ["serve", str(DEMO_MODEL), "--inner", "eager", "--warm-up"]
+    arguments += ["--host", "127.0.0.1", "--port", port]
+    with log.open("wb") as file:
+        process = subprocess.Popen([*command, *arguments], stderr=file)
+    server = Server(f"http://127.0.0.1:{port}", log)
+    deadline = time.monotonic() + SECONDS
+    try:
+        while True:
+            try:
+                with urllib.request.urlopen(f"{server.address}/health", timeout=5):
+                    break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(30)
