@@ -12,7 +12,7 @@ from luvc_fx.cli.main import main
 from tests.support import golden
 
 # The dear ones run the shipped model with all its layers more than once, or compile with Inductor.
-DEAR = {"demo-options", "inspect-video", "inspect-document", "bench"}
+DEAR = {"demo", "demo-options", "inspect-video", "inspect-document", "bench"}
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="recorded on a CPU")
 

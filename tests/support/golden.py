@@ -25,6 +25,7 @@ IMAGES = tuple(str(DEMO_MODEL / name) for name in ("chart.png", "objects.png"))
 QUESTION = ("--question", "which bar is tallest ?")
 
 CASES: Mapping[str, tuple[str, ...]] = {
+    "demo": ("demo", *EAGER, "--runs", "1"),
     "demo-options": (
         "demo",
         *EAGER,
