@@ -18,11 +18,14 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One OIM step at a site.
+    """One merge at a site.
 
     Attributes:
-        before, after: length of the merged axis in patches, of each of the encoder's `frames`.
-        runs: per tile the places that may merge, where some of them are padding; `shortest` of those.
+        merge: the schedule item.
+        before, after: length of the merged axis in patches, for each of the encoder's `frames`.
+        runs: where tiles are padded, for each tile the first and the last + 1 of the places on the axis that
+            show the picture: only those may merge. None where all may.
+        shortest: length of the shortest of `runs` that is not the whole axis.
     """
 
     merge: Merge
@@ -34,11 +37,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class MergeSite:
-    """OIM steps after one encoder block.
+    """The merges after one encoder block.
 
     Attributes:
-        keys: of the block's attention calls, `[images, heads, rows, dim]` each.
-        grids, merged: before and after, in patches, of each of the encoder's `frames`.
+        block: number of the encoder block, from 0.
+        node: the residual value that leaves the block.
+        keys: the keys of each of the block's attention calls, `[images, heads, rows, dim]`.
+        steps: in the order in which they run; all of one merger.
+        grids, merged: the grids before and after, in patches, for each of the encoder's `frames`.
     """
 
     block: int
@@ -51,7 +57,14 @@ class MergeSite:
 
 @dataclass(frozen=True, slots=True)
 class PruneSite:
-    """Before one decoder layer, `count` of `left` visual tokens stay in each row."""
+    """Before one decoder layer, `count` of `left` visual tokens stay in each row.
+
+    Attributes:
+        layer: number of the decoder layer, from 0.
+        node: the residual value that enters the layer.
+        prune: the schedule item.
+        grid: height and width of each image's tokens while all of them are there in raster order, else None.
+    """
 
     layer: int
     node: fx.Node

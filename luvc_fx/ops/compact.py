@@ -45,7 +45,7 @@ def index_by_scattering(mask: Tensor, count: int | torch.SymInt) -> Tensor:
 
 
 def index_by_counting(mask: Tensor, count: int | torch.SymInt) -> Tensor:
-    """`mask_to_index` for accelerators: a scan and a reduction, where a scatter needs a zeroed buffer too."""
+    """`mask_to_index` for accelerators: a cumulative sum and a reduction, and no buffer of zeros."""
     passed = mask.cumsum(1, dtype=torch.int32)
     wanted = torch.arange(count, device=mask.device)  # type: ignore[arg-type]
     found = (passed.unsqueeze(1) <= wanted.unsqueeze(-1)).sum(-1)
@@ -60,7 +60,7 @@ def drop_tokens(
     Args:
         places: int64 ``[B, N]``, ascending: the rows of the sequence where the tokens are.
         keep: bool ``[B, N]``, the tokens that stay; as many in each row.
-        ahead: int64 ``[B, N]``, how many tokens stay ahead of each.
+        ahead: int64 ``[B, N]``, how many of the tokens before each one stay.
         length: rows of the sequence; may be symbolic, as `rows`.
         rows: of the sequence that is left: `length` less the tokens that go.
 
@@ -78,7 +78,7 @@ def drop_tokens(
 
 
 def drop_by_counting(places: Tensor, keep: Tensor, ahead: Tensor, rows: int | torch.SymInt) -> Tensor:
-    """`drop_tokens` for accelerators: a row is further down by the tokens that went before it."""
+    """`drop_tokens` for accelerators: each new row is its own number plus the dropped tokens before it."""
     before = torch.arange(places.shape[1], device=places.device) - ahead
     gap = (places - before).unsqueeze(1)
     row = torch.arange(rows, device=places.device)  # type: ignore[arg-type]

@@ -122,7 +122,8 @@ def _merge_round(
     # At an end of the line the clamp makes a survivor its own neighbour, and a survivor goes
     # nowhere.
     left, right = (here - 1).clamp(min=0), (here + 1).clamp(max=length - 1)
-    # Both answers in one word, which Inductor keeps: 1 for a token from the left, 2 from the right.
+    # Bit 0: the left neighbour joins; bit 1: the right one does. As one tensor Inductor stores it, and does
+    # not compute the proposals again for each use.
     joins = torch.where(goes.gather(2, left) > 0, 1, 0) + torch.where(goes.gather(2, right) < 0, 2, 0)
     from_left, from_right = joins % 2 == 1, joins > 1
 

@@ -52,7 +52,7 @@ def select_global(scores: Tensor, k: int) -> Tensor:
 
 
 def keep_global(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`select_global` as `counted` has it."""
+    """What `select_global` keeps, as the pair that `counted` returns."""
     if all_or_none(scores, k) is not None:
         return keep_alike(scores, k)
     if scores.device.type == "cpu":
@@ -61,13 +61,13 @@ def keep_global(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def top_by_sorting(scores: Tensor, k: int) -> Tensor:
-    """`select_global` for the CPU, where two sorts beat the quadratic count by far."""
+    """`select_global` for the CPU, where two sorts are far faster than comparing all pairs."""
     order = torch.sort(_without_nan(scores), dim=1, descending=True, stable=True).indices
     return torch.sort(order[:, :k], dim=1).values
 
 
 def top_by_counting(scores: Tensor, k: int) -> Tensor:
-    """`select_global` for accelerators: ranks by comparison, compaction by cumsum."""
+    """`select_global` for accelerators: each score is compared with all others, and no library sorts."""
     return mask_to_index(descending_rank(_without_nan(scores)) < k, k)
 
 
@@ -99,7 +99,7 @@ def select_blocks(scores: Tensor, k: int, grid: tuple[int, int] | None) -> Tenso
 
 
 def keep_blocks(scores: Tensor, k: int, grid: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """`select_blocks` as `counted` has it; no scan is needed where the blocks are runs."""
+    """What `select_blocks` keeps, as the pair that `counted` returns; for runs, without a sum."""
     tokens = _checked_tokens(scores, grid)
     if all_or_none(scores, k) is not None:
         return keep_alike(scores, k)
@@ -131,12 +131,12 @@ def marked(positions: Tensor, tokens: int) -> Tensor:
 
 
 def counted(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The mask, and how many of its True entries are ahead of each place: int64 ``[B, N]``."""
+    """A mask, bool ``[B, N]``, and how many of its True entries come before each place, int64 ``[B, N]``."""
     return mask, mask.cumsum(1) - mask.to(torch.int64)
 
 
 def keep_alike(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """All or none of `rows` ``[B, N, ...]`` stay, as `counted` has it."""
+    """All of `rows` ``[B, N, ...]`` stay (k = N) or none (k = 0), as the pair that `counted` returns."""
     mask = torch.full(rows.shape[:2], k > 0, dtype=torch.bool, device=rows.device)
     place = torch.arange(rows.shape[1] if k else 1, device=rows.device)
     return mask, place.expand(rows.shape[:2])
@@ -169,9 +169,13 @@ def _without_nan(scores: Tensor) -> Tensor:
 
 
 def _keys(scores: Tensor) -> Tensor:
-    """Distinct int64 ``[B, N]`` in the order of the scores; of equal ones, the lower index is larger.
+    """Distinct numbers that compare as the scores do, and of equal scores by the lower index.
 
-    A maximum of score and index in one word is one kernel on an accelerator, where two would be two.
+    Score and index share one 64-bit word, so that a maximum of words finds both at once: one kernel on an
+    accelerator, where a maximum and its index are two.
+
+    Returns:
+        int64 ``[B, N]``.
     """
     tokens = scores.shape[1]
     scores = _without_nan(scores.detach())
@@ -183,6 +187,7 @@ def _keys(scores: Tensor) -> Tensor:
 
 
 def _index_of(keys: Tensor, tokens: int) -> Tensor:
+    """The index within the words that `_keys` makes."""
     return tokens - 1 - keys.remainder(1 << 32)
 
 

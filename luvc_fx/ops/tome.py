@@ -1,4 +1,4 @@
-"""ToMe: merge similar tokens wherever they stand in a row, the 1-D control beside OIM.
+"""ToMe: merge similar tokens wherever they stand in a row, the baseline beside OIM.
 
 Bipartite soft matching (Bolya et al., arXiv 2210.09461), written from its description: tokens at even
 places propose to the most similar token at an odd place, and the most similar pairs merge. The result is

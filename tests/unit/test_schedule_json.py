@@ -62,7 +62,7 @@ def test_json_keeps_every_field_of_a_prune(
     selector: str, coverage: str, keep: float, absorb: bool, data: st.DataObject
 ) -> None:
     own = selectors.SELECTORS.get(selector).parameters()
-    how = {name: data.draw(PRUNE_PARAMETERS[name]) for name in own}
+    how = {name: data.draw(PRUNE_PARAMETERS.get(name, st.just(value))) for name, value in own.items()}
     prune = Prune(keep, layer=-3, selector=selector, coverage=coverage, absorb=absorb, **how)
     (item,) = json.loads(Schedule(prune=prune).to_json())["prune"]
     flat = {"keep": keep, "layer": -3, "selector": selector, "coverage": coverage, "absorb": absorb, **how}
@@ -77,7 +77,8 @@ def test_json_keeps_every_field_of_a_prune(
     st.data(),
 )
 def test_json_keeps_every_field_of_a_merge(axis: str, keep: float, method: str, data: st.DataObject) -> None:
-    how = {name: data.draw(MERGE_PARAMETERS[name]) for name in MERGERS.get(method).parameters()}
+    own = MERGERS.get(method).parameters()
+    how = {name: data.draw(MERGE_PARAMETERS.get(name, st.just(value))) for name, value in own.items()}
     merge = Merge(axis, keep, layer=-2, method=method, **how)
     (item,) = json.loads(Schedule(merge=merge).to_json())["merge"]
     assert item == {"axis": axis, "keep": keep, "layer": -2, "method": method, **how}
@@ -116,7 +117,7 @@ def read(**items: Any) -> Schedule:
 def test_files_that_list_the_parameters_of_all_methods_mean_what_they_meant(selector: str) -> None:
     (prune,) = read(prune=OLD_PRUNE | {"selector": selector}).prune
     used = prune.selector.parameters()
-    assert used == {name: OLD_PRUNE[name] for name in used}
+    assert used == {name: OLD_PRUNE.get(name, value) for name, value in used.items()}
     assert read(merge=OLD_MERGE).merge == (Merge("width", keep=0.5, layer=1, method="tome", feature="keys"),)
 
 
