@@ -15,6 +15,7 @@ from torch import fx
 
 from luvc_fx.graph import markers
 from luvc_fx.graph.emit import inserted
+from luvc_fx.mergers import MERGERS
 from luvc_fx.schedule import Schedule
 from luvc_fx.selectors import selector_fingerprint
 
@@ -37,13 +38,21 @@ COMPILE_TIME = (
 
 
 def fingerprint(schedule: Schedule) -> str:
-    """A key of our version, of the files that shape a graph, of `schedule` and of the selectors it names."""
+    """A key of our version, of the files that shape a graph, of `schedule` and of the methods it names."""
     hasher = hashlib.sha256(_sources().encode())
     hasher.update(schedule.to_json().encode())
-    for name in sorted({prune.selector.name for prune in schedule.prune}):
-        # Those of third parties are not among our files.
-        hasher.update(f"{name}={selector_fingerprint(name)}".encode())
+    hasher.update(methods_key(schedule).encode())
     return hasher.hexdigest()[:32]
+
+
+def methods_key(schedule: Schedule) -> str:
+    """A key of the code of the selectors and mergers that `schedule` names.
+
+    Those of third parties are not among our files.
+    """
+    selectors = {prune.selector.name: selector_fingerprint(prune.selector.name) for prune in schedule.prune}
+    mergers = {merge.method.name: MERGERS.fingerprint(merge.method.name) for merge in schedule.merge}
+    return f"{sorted(selectors.items())} {sorted(mergers.items())}"
 
 
 def depends_on_us(graph: fx.Graph) -> bool:

@@ -7,7 +7,9 @@ schedules, JSON files and commands call it. A registry is the one place that kno
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast
@@ -35,6 +37,20 @@ class Method:
 
 
 M = TypeVar("M", bound=Method)
+
+
+def code_key(code: Any) -> str:
+    """A key of the code of a function or class, for caches.
+
+    The source where there is one. Something that only exists in memory counts by its bytecode, which does not
+    see the functions that it calls.
+    """
+    try:
+        text = inspect.getsource(code)
+    except (OSError, TypeError):
+        made = getattr(code, "__code__", None)
+        text = repr(code) if made is None else f"{made.co_code!r}{made.co_consts!r}{made.co_names!r}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Registry(Generic[M]):
@@ -96,6 +112,10 @@ class Registry(Generic[M]):
             there = ", ".join(map(repr, self._defaults))
             raise ValueError(f"{self.kind} {name!r} is not registered; there are {there}")
         return self._defaults[name]
+
+    def fingerprint(self, name: str) -> str:
+        """A key of the code of the class of that name. Raises `ValueError` where there is none."""
+        return code_key(type(self.get(name)))
 
     def make(self, owner: str, field: str, value: object, parameters: Mapping[str, Any]) -> M:
         """A method from its name, or from an instance, with some parameters changed.

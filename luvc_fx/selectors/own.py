@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from luvc_fx.methods.checks import set_integer
+from luvc_fx.methods.registry import code_key
 from luvc_fx.selectors.base import SELECTORS, Selector, Site
 from luvc_fx.selectors.spectrum import check_filter
 
@@ -131,18 +130,10 @@ def unregister(name: str) -> None:
 
 
 def selector_fingerprint(name: str) -> str:
-    """A key of the code of the selector of that name, for compiler caches.
-
-    The source where there is one. Something that only exists in memory counts by its bytecode, which
-    does not see the functions that it calls.
+    """A key of the code of the selector of that name, for caches: see `luvc_fx.methods.registry.code_key`.
 
     Raises:
         ValueError: there is no such selector.
     """
-    code_of = _REGISTERED[name].function if name in _REGISTERED else type(SELECTORS.get(name))
-    try:
-        text = inspect.getsource(code_of)
-    except (OSError, TypeError):
-        code = getattr(code_of, "__code__", None)
-        text = repr(code_of) if code is None else f"{code.co_code!r}{code.co_consts!r}{code.co_names!r}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    known = _REGISTERED.get(name)
+    return SELECTORS.fingerprint(name) if known is None else code_key(known.function)

@@ -10,7 +10,9 @@ import pytest
 
 from luvc_fx import mergers, selectors
 from luvc_fx.apps.evaluation.methods import methods
+from luvc_fx.dynamo.fingerprint import methods_key
 from luvc_fx.methods.registry import Method, Registry
+from luvc_fx.schedule import Merge, Prune, Schedule
 from tests.support.paths import ROOT
 
 HELPERS = {"__init__", "base", "choose", "own"}
@@ -35,6 +37,16 @@ def test_each_file_of_the_room_is_one_method(room: object) -> None:
     defined_in = {type(registry.get(name)).__module__.rpartition(".")[2] for name in registry.names()}
     assert files == defined_in and len(registry.names()) == len(files)
     assert {name.replace("-", "_") for name in registry.names()} == files
+
+
+def test_a_schedule_has_the_keys_of_the_code_of_its_methods() -> None:
+    known = {mergers.MERGERS.fingerprint(name) for name in mergers.MERGERS.names()}
+    known |= {selectors.selector_fingerprint(name) for name in selectors.SHIPPED}
+    assert len(known) == len(mergers.MERGERS.names()) + len(selectors.SHIPPED)
+    tome = Schedule(merge=Merge("width", keep=0.5, layer=1, method="tome"), prune=Prune(keep=0.5, layer=1))
+    key = methods_key(tome)
+    assert mergers.MERGERS.fingerprint("tome") in key and selectors.selector_fingerprint("spectrum") in key
+    assert mergers.MERGERS.fingerprint("oim") not in key
 
 
 def test_every_selector_can_be_evaluated() -> None:

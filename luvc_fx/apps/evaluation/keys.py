@@ -9,9 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from luvc_fx.dynamo.fingerprint import COMPILE_TIME, hash_of_sources
+from luvc_fx.dynamo.fingerprint import COMPILE_TIME, hash_of_sources, methods_key
 from luvc_fx.schedule import Schedule
-from luvc_fx.selectors import selector_fingerprint
 
 # Files that can change an answer; those that plot, score or print cannot.
 _PLACES = (
@@ -48,9 +47,7 @@ def run_key(model: str, schedule: Schedule, **settings: Any) -> str:
         settings: device, inner compiler, dtype, batch, number of new tokens: anything that JSON can hold.
     """
     hasher = hashlib.sha256(f"{model}\n{code_key()}\n{schedule.to_json()}\n".encode())
-    for name in sorted({prune.selector.name for prune in schedule.prune}):
-        # Those of third parties are not among our files.
-        hasher.update(f"{name}={selector_fingerprint(name)}\n".encode())
+    hasher.update(methods_key(schedule).encode())
     hasher.update(json.dumps(settings, sort_keys=True).encode())
     return hasher.hexdigest()[:24]
 
