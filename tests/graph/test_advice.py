@@ -13,6 +13,7 @@ import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule
 from luvc_fx.dynamo.advice import with_advice
 from luvc_fx.report import Insertion, Reason, Refusal, Report
+from tests.support.cases import slow_unless
 from tests.support.family_matrix import (
     BACKEND,
     FAMILIES,
@@ -45,7 +46,9 @@ def cases(*families: str) -> list[tuple[str, str]]:
     return [*((families[0], part) for part in PARTS), *((family, "both") for family in families[1:])]
 
 
-@pytest.mark.parametrize(("family", "part"), cases("qwen2", "qwen2.5", "qwen3"))
+@pytest.mark.parametrize(
+    ("family", "part"), slow_unless(cases("qwen2", "qwen2.5", "qwen3"), [("qwen2", "both")])
+)
 def test_qwen_under_backend_names_the_front_door(family: str, part: str) -> None:
     """Its grids are tensors, so vision, fusion and decoder are in graphs of their own."""
     report = under_backend(family, PARTS[part])
@@ -65,7 +68,7 @@ def test_qwen_under_backend_names_the_front_door(family: str, part: str) -> None
     assert len(merges) == (0 if part == "prune" else 1)
 
 
-@pytest.mark.parametrize(("family", "part"), cases("onevision", "next"))
+@pytest.mark.parametrize(("family", "part"), slow_unless(cases("onevision", "next"), [("onevision", "both")]))
 def test_tiles_under_backend_name_nothing_that_does_not_help(family: str, part: str) -> None:
     """`image_sizes` is a tensor: neither output hooks nor scalars have to do with it."""
     report = under_backend(family, PARTS[part])

@@ -13,6 +13,7 @@ import torch
 
 import luvc_fx
 from luvc_fx import Merge, Prune, Schedule
+from tests.support.cases import slow_unless
 from tests.support.models import inputs, tiny_internvl, tiny_llava
 from tests.support.models_anyres import anyres_inputs, tiny_onevision
 from tests.support.oracle import OracleResult, oracle_forward, score_gap
@@ -32,7 +33,7 @@ def check(got: dict[str, Any], wanted: OracleResult, tolerance: float = 1e-5) ->
     assert [values.shape[2] for values in got["values"]] == wanted.kv_lengths
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", slow_unless(MODELS, ["LLaVA"]))
 def test_an_exported_program_equals_the_oracle_for_prompts_of_any_length(family: str) -> None:
     model = MODELS[family](decoder_layers=3, encoder_layers=3)
     prompt = inputs(model, batch=2, padding=(0, 2))

@@ -47,7 +47,9 @@ def code_of(case: Case) -> str:
     return generate(part.gm, part.inputs)
 
 
-@pytest.mark.parametrize("capability", TARGETS, ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "capability", [pytest.param(AMPERE, marks=pytest.mark.slow), HOPPER], ids=["sm_80", "sm_90"]
+)
 @pytest.mark.parametrize("name", ALL)
 def test_launches_and_externs(name: str, capability: tuple[int, int]) -> None:
     case = ALL[name]
