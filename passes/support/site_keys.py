@@ -31,7 +31,7 @@ ScoreKeys = Callable[..., tuple[Tensor, Tensor]]
 
 
 def site_keys(graph: fx.Graph, decoder: Decoder, site: PruneSite) -> tuple[list[fx.Node], ScoreKeys]:
-    """The inputs of `Site.attended` and `Site.keys`, and the function that computes them.
+    """The inputs of `Site.mean_query_attention` and `Site.keys`, and the function that computes them.
 
     Queries and keys without rotary positions are the last values of the layer that are made of its input
     and of weights alone; rotary tables are values that go with the tokens.

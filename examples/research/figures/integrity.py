@@ -89,7 +89,7 @@ def memberships(model: Any, pixels: Tensor, steps: Sequence[Merge]) -> Tensor:
                 before = tuple(sides)
                 sides[step.axis == "width"] = step.length
                 parts = (members, sizes, slots)
-                if step.method == "tome":
+                if step.method.name == "tome":
                     merged = sequence_merge(*parts, sides[0] * sides[1], tokens)
                 else:
                     grids = [part.unflatten(1, before) for part in parts]
