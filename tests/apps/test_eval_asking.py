@@ -34,7 +34,7 @@ from luvc_fx.downsample import downsample_all
 from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Prune, Schedule
 from tests.support.models import inputs, tiny_llava
-from tests.support.paths import EXAMPLES
+from tests.support.paths import RESEARCH
 
 running = importlib.import_module("luvc_fx.apps.evaluation.run")
 
@@ -202,7 +202,7 @@ def test_wrong_images_are_compared_on_their_own_questions(options: Any) -> None:
         result
     )
     assert result.to_dict()["wrong_image"]["many"]["right_image"] == 1.0
-    table = by_path(EXAMPLES / "evidence" / "table.py")
+    table = by_path(RESEARCH / "evidence" / "table.py")
     lines = table.sets_table({"of": result.to_dict()})
     assert "| of | 9 | 5 | 100.0% | 0.0% (100.0%) | yes | alone (100%) |" in lines
     assert "per set" in LEGEND and "not over sets" in table.LEGEND
@@ -213,7 +213,7 @@ def test_a_missed_budget_is_told(options: Any, capsys: pytest.CaptureFixture[str
     assert [row.measured for row in result.rows[1:]] == [pytest.approx(0.3), pytest.approx(0.5)]
     text = markdown(result)
     assert "| downsample | 100.0 (100.0 - 100.0), at 30.0 % | 100.0 (100.0 - 100.0) |" in text
-    table = by_path(EXAMPLES / "evidence" / "table.py")
+    table = by_path(RESEARCH / "evidence" / "table.py")
     given = {"of": {**result.to_dict(), "wrong_image": {}}}
     assert "| of | downsample | 100.0 (100.0 - 100.0), at 30.0% | 100.0 (100.0 - 100.0) |" in "\n".join(
         table.methods_table(given)
@@ -301,7 +301,7 @@ def test_keys_follow_packages_and_how_frames_are_read(monkeypatch: pytest.Monkey
 @pytest.fixture(scope="module")
 def example() -> Any:
     """What makes a small Qwen2-VL and its processor."""
-    return by_path(EXAMPLES / "mixed_sizes" / "qwen2_vl.py")
+    return by_path(RESEARCH / "mixed_sizes" / "qwen2_vl.py")
 
 
 @pytest.fixture(scope="module")
