@@ -7,14 +7,14 @@ from shipped import shipped
 
 import luvc_fx
 
-INNER = sys.argv[1] if len(sys.argv) > 1 else "inductor"
+inner = sys.argv[1] if len(sys.argv) > 1 else "inductor"
 
 model, inputs = shipped()
 stock = model
 
 with torch.no_grad():
     # the backend
-    backend = luvc_fx.backend("image", inner=INNER)
+    backend = luvc_fx.backend("image", inner=inner)  # "inductor", unless you say otherwise
     model = torch.compile(luvc_fx.prepare(model), backend=backend)
     logits = model(**inputs).logits  # of the surviving rows
     # end of the backend
@@ -22,7 +22,7 @@ with torch.no_grad():
     assert [graph.kind for graph in backend.report.graphs] == ["whole"]
 
     torch._dynamo.reset()
-    options = {"luvc.schedule": "image", "luvc.inner": INNER}
+    options = {"luvc.schedule": "image", "luvc.inner": inner}
     # by name
     named = torch.compile(stock, backend="luvc_fx", options=options)
     # end of by name

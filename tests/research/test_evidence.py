@@ -79,6 +79,15 @@ def test_the_table_of_presets_has_the_best_and_the_worst_set_of_each() -> None:
     assert "123.4 % (LLaVA of a third seed, objects) | 95.6 % (LLaVA of another seed, objects)" in made
 
 
+def test_the_advice_has_the_budgets_of_the_presets() -> None:
+    advice = (ROOT / "docs" / "start" / "which-schedule.md").read_text(encoding="utf-8").splitlines()
+    made = table.presets_table(table.load("test"))
+    for name in PRESETS:
+        (share,) = (line.split(" | ")[1].strip() for line in made if line.startswith(f"| `{name}` |"))
+        (said,) = (line for line in advice if f'| `"{name}"` |' in line)
+        assert f" {share}" in said, (name, share)
+
+
 def test_no_published_method_and_no_control_is_above_the_default() -> None:
     """What is significantly above it prunes with the same pick: once, or behind a merge."""
     results = table.load("test")
