@@ -20,7 +20,8 @@ from examples.research.evidence.evidence import MODELS, RESULTS
 from examples.research.paths import RUNS
 from examples.research.tinyvlm.questions import export
 from luvc_fx.apps.evaluation.methods import once, progressive
-from luvc_fx.apps.evaluation.run import Options, run
+from luvc_fx.apps.evaluation.options import Options
+from luvc_fx.apps.evaluation.run import run
 from luvc_fx.apps.tuning.candidates import shares
 from luvc_fx.schedule import Merge, Prune, Schedule
 from luvc_fx.schedule.presets import PICK, PRESETS

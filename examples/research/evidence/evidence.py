@@ -18,7 +18,8 @@ from examples.research.paths import RUNS, TRAINED
 from examples.research.tinyvlm.questions import export
 from luvc_fx.apps.demo import MODEL_DIR
 from luvc_fx.apps.evaluation.markdown import markdown
-from luvc_fx.apps.evaluation.run import BUDGETS, Options, run
+from luvc_fx.apps.evaluation.options import BUDGETS, Options
+from luvc_fx.apps.evaluation.run import run
 
 MODELS = {
     "llava": MODEL_DIR,

@@ -18,10 +18,11 @@ import luvc_fx
 from examples.research.evidence.evidence import MODELS, RESULTS
 from examples.research.paths import RUNS
 from examples.research.tinyvlm.questions import export
+from luvc_fx.apps.evaluation.options import Options
 from luvc_fx.apps.evaluation.prompts import Prompts, collate
 from luvc_fx.apps.evaluation.questions import ALL_TASKS, Question, read_questions
 from luvc_fx.apps.evaluation.result import UNPRUNED, Cell
-from luvc_fx.apps.evaluation.run import Asker, Options
+from luvc_fx.apps.evaluation.run import Asker
 from luvc_fx.apps.evaluation.scoring import score
 from luvc_fx.apps.evaluation.statistics import holm
 from luvc_fx.apps.evaluation.store import Answers

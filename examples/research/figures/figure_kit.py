@@ -13,10 +13,11 @@ from typing import Any
 from examples.research.tinyvlm.scenes import TASKS, Scene, sample
 from luvc_fx.apps.demo import MODEL_DIR
 from luvc_fx.apps.evaluation.methods import SEEDED, SEEDS
+from luvc_fx.apps.evaluation.options import Options
 from luvc_fx.apps.evaluation.prompts import Prompts
 from luvc_fx.apps.evaluation.questions import ALL_TASKS, Question
 from luvc_fx.apps.evaluation.result import UNPRUNED, Cell
-from luvc_fx.apps.evaluation.run import Asker, Options, Watch
+from luvc_fx.apps.evaluation.run import Asker, Watch
 from luvc_fx.apps.evaluation.scoring import score
 from luvc_fx.apps.evaluation.store import Answers
 from luvc_fx.apps.local_model import load

@@ -9,9 +9,10 @@ from examples.research.figures.figure_kit import SPLIT, Bench, Numbers, listed
 from examples.research.paths import TRAINED
 from examples.research.tinyvlm.questions import export
 from luvc_fx.apps.evaluation.markdown import EVIDENCE
+from luvc_fx.apps.evaluation.options import Options
 from luvc_fx.apps.evaluation.questions import ALL_TASKS
 from luvc_fx.apps.evaluation.result import UNPRUNED
-from luvc_fx.apps.evaluation.run import Options, run
+from luvc_fx.apps.evaluation.run import run
 
 NAME, TITLE = "latency", "Latency and accuracy on the same videos"
 FOLDER, FRAMES = "internvl", 16

@@ -15,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from luvc_fx.apps.evaluation.markdown import LEGEND, markdown, marks
 from luvc_fx.apps.evaluation.methods import SEEDS
 from luvc_fx.apps.evaluation.methods import methods as known_methods
+from luvc_fx.apps.evaluation.options import BUDGETS, Options
 from luvc_fx.apps.evaluation.plot import draw
 from luvc_fx.apps.evaluation.questions import ALL_TASKS
 from luvc_fx.apps.evaluation.result import CellResult, EvalResult
-from luvc_fx.apps.evaluation.run import BUDGETS, Options, Watch, run
+from luvc_fx.apps.evaluation.run import Watch, run
 from luvc_fx.cli.commands.demo import Inner
 from luvc_fx.cli.output import make_console, make_table, note
 from luvc_fx.report.errors import InputError
