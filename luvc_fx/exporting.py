@@ -101,9 +101,9 @@ def _rewritten(model: Any, inputs: dict[str, Tensor], schedule: Schedule, dynami
 
     def keep(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            found = gm.forward(*args)
-            captured.append((gm, example_inputs, found))
-            return found
+            outputs = gm.forward(*args)
+            captured.append((gm, example_inputs, outputs))
+            return outputs
 
         return run
 
@@ -119,11 +119,11 @@ def _rewritten(model: Any, inputs: dict[str, Tensor], schedule: Schedule, dynami
     except _compat.NOT_ONE_GRAPH as error:
         raise ValueError(f"the forward of {type(model).__name__} is not one graph: {brief(error)}") from error
     _check(ours.report, schedule)
-    ((gm, example_inputs, found),) = captured
+    ((gm, example_inputs, outputs),) = captured
     _own_weights(gm, example_inputs, model, inputs)
     _write_out_markers(gm.graph)
-    # Dynamo returns what it likes in an order of its own; the tensors say which is which.
-    place = {id(tensor): number for number, tensor in enumerate(found)}
+    # The graph returns its results in an order of Dynamo's own; the tensors themselves say which is which.
+    place = {id(tensor): number for number, tensor in enumerate(outputs)}
     nodes: Any = output_node(gm.graph).args[0]
     output_node(gm.graph).args = (_compat.tree_map(lambda tensor: nodes[place[id(tensor)]], wanted),)
     gm.graph.set_codegen(fx.graph.CodeGen())

@@ -288,9 +288,9 @@ def _guarded_on(model: Any, given: Mapping[str, Any]) -> str:
     """What graphs of this size are guarded on: what the model is told about its images, or their shape."""
     sizes = [f"{name} {as_text(given[name])}" for name in STEERING if given.get(name) is not None]
     shapes = [
-        f"{kind.pixels} {tuple(given[kind.pixels].shape)}"
-        for kind in modalities(model)
-        if isinstance(given.get(kind.pixels), Tensor)
+        f"{modality.pixels} {tuple(given[modality.pixels].shape)}"
+        for modality in modalities(model)
+        if isinstance(given.get(modality.pixels), Tensor)
     ]
     return "; ".join(sizes or shapes)
 
