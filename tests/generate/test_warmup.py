@@ -127,8 +127,14 @@ def test_ready_inputs_of_one_row(llava: Any) -> None:
     assert len(kinds(llava)) == 5
 
 
+def limit_to(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `luvc_fx.compile` lets Dynamo compile of one function, where it is told and where it is read."""
+    monkeypatch.setattr(_compat, "RECOMPILE_LIMIT", number)
+    monkeypatch.setattr("luvc_fx._compat.torch.RECOMPILE_LIMIT", number)
+
+
 def test_more_sizes_than_the_limit_warn(qwen: Any, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compat, "RECOMPILE_LIMIT", 2)
+    limit_to(2, monkeypatch)
     luvc_fx.compile(qwen, PRUNED, inner="eager", on_no_match="ignore")
     sizes = [(16, 16), (16, 32), (32, 16), (32, 32)]
     with pytest.warns(LuvcWarning, match="4 sizes of images need up to 5 prefill graphs.* 2 times at most"):
@@ -137,7 +143,7 @@ def test_more_sizes_than_the_limit_warn(qwen: Any, processor: Any, monkeypatch: 
     assert not done.settled
     assert "Dynamo has reached its limit" in str(done)
     # Sizes that the processor brings to one grid are one.
-    monkeypatch.setattr(_compat, "RECOMPILE_LIMIT", 3)
+    limit_to(3, monkeypatch)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         luvc_fx.warmup(qwen, [(32, 32), (33, 32), (32, 33)], processor)
