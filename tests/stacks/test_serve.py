@@ -19,6 +19,7 @@ import luvc_fx
 from luvc_fx import Prune, Schedule
 from luvc_fx.apps.demo import MODEL_DIR
 from luvc_fx.cli.main import main as cli
+from tests.support import golden
 from tests.support.paths import EXAMPLES
 from tests.support.server import Server, running
 
@@ -84,6 +85,7 @@ def test_pruning_is_seen_from_outside(server: Server, answers: dict[str, str]) -
     ask(server, QUESTIONS[0], False)
     (report,) = CLIENT["report"](server.address).values()
     assert report == before, "all was compiled before the server listened"
+    golden.check(golden.SERVE, report)
     kinds = {graph["kind"]: graph for graph in report["graphs"]}
     assert kinds["vision"]["inserted"] == ["merge after encoder block 2: width 16 -> 12"]
     assert kinds["prefill"]["tokens_per_layer"][-1] == 0
