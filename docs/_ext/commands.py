@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import typer
@@ -18,16 +19,21 @@ def group() -> Any:
     return typer.main.get_command(app)
 
 
+def code_of(text: str) -> str:
+    """`text` with the options in it as code, so that their dashes stay."""
+    return re.sub(r"(?<![\w`])(--[\w-]+)", r"`\1`", text)
+
+
 def described(name: str) -> list[str]:
     """The command's help as Markdown: its text, then each argument and option."""
     command = group().commands[name]
-    lines = [" ".join(line.split()) for line in (command.help or "").splitlines()]
+    lines = [code_of(" ".join(line.split())) for line in (command.help or "").splitlines()]
     lines += [""]
     for parameter in command.params:
         names = "`, `".join([*parameter.opts, *parameter.secondary_opts])
         if parameter.param_type_name == "argument":
             names = parameter.name.upper()
-        about = " ".join((getattr(parameter, "help", "") or "").split())
+        about = code_of(" ".join((getattr(parameter, "help", "") or "").split()))
         default = parameter.default
         default = getattr(default, "value", default)
         if isinstance(default, str | int | float) and not isinstance(default, bool) and str(default):

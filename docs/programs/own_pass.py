@@ -20,7 +20,7 @@ def drop_ones(graph, schedule):
 
         %z = relu(%x)
     """
-    found = [node for node in graph.nodes if op_name(node) == "mul" and node.args[1:] in ((1,), (1.0,))]
+    found = [n for n in graph.nodes if op_name(n) == "mul" and n.args[1:] in ((1,), (1.0,))]
 
     def edit():
         for node in found:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import typer
 
+from luvc_fx import Reason
 from luvc_fx.cli.commands import COMMANDS, SETTINGS
 from tests.support.paths import EXAMPLES, ROOT
 
@@ -173,3 +174,8 @@ def test_every_page_is_in_the_table_of_contents() -> None:
         listed |= {line for line in body.splitlines() if line and not line.startswith(":")}
     pages = {page.relative_to(DOCS).with_suffix("").as_posix() for page in PAGES[1:]}
     assert pages - {"index"} == listed
+
+
+def test_every_reason_is_explained() -> None:
+    text = (DOCS / "reference" / "report.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)) == {reason.value for reason in Reason}
