@@ -216,7 +216,7 @@ def run(
     if picture is not None:
         say(f"drawing {picture}")
         _draw(picture, budgeted, inputs, processor)
-    obstacles = _obstacles(schedule, luvc_fx.report_of(plain), baseline, report, luvc, visual)
+    obstacles = why_no_speedup(schedule, luvc_fx.report_of(plain), baseline, report, luvc, visual)
     return DemoResult(
         question=question,
         schedule=schedule,
@@ -288,7 +288,7 @@ def _refusals(report: Report) -> list[Refusal]:
     return [*report.refusals, *(refusal for graph in report.graphs for refusal in graph.refusals)]
 
 
-def _obstacles(
+def why_no_speedup(
     schedule: Schedule, plain: Report, baseline: Arm, report: Report, luvc: Arm, visual: int
 ) -> list[str]:
     """Why a speed-up would mislead; empty where both arms are what they claim to be."""

@@ -171,7 +171,7 @@ def test_no_speedup_over_a_graph_that_was_refused() -> None:
             luvc_fx.report.GraphReport(kind="prefill", tokens_per_layer=[256] * 4, original=256)
         )
     report.refuse(luvc_fx.Refusal(luvc_fx.Reason.CACHE, "some cache"))
-    found = demo._obstacles(schedule, plain, arm, report, arm, 256)
+    found = demo.why_no_speedup(schedule, plain, arm, report, arm, 256)
     assert found == ["cache: some cache", "no graph was rewritten to prune"]
 
 

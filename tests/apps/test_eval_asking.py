@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
 
 import luvc_fx
+from examples.research.evidence import table
+from examples.research.mixed_sizes import qwen2_vl
 from luvc_fx.apps.demo import MODEL_DIR
 from luvc_fx.apps.evaluation import keys, prompts
 from luvc_fx.apps.evaluation.asking import Facts, ask
@@ -34,20 +35,10 @@ from luvc_fx.downsample import downsample_all
 from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Prune, Schedule
 from tests.support.models import inputs, tiny_llava
-from tests.support.paths import RESEARCH
 
 running = importlib.import_module("luvc_fx.apps.evaluation.run")
 
 LAYERS = 16
-
-
-def by_path(path: Path) -> Any:
-    """A module of an example, whatever else has its name."""
-    spec = importlib.util.spec_from_file_location(f"by_path_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def quiet(*_: object) -> None:
@@ -202,7 +193,6 @@ def test_wrong_images_are_compared_on_their_own_questions(options: Any) -> None:
         result
     )
     assert result.to_dict()["wrong_image"]["many"]["right_image"] == 1.0
-    table = by_path(RESEARCH / "evidence" / "table.py")
     lines = table.sets_table({"of": result.to_dict()})
     assert "| of | 9 | 5 | 100.0% | 0.0% (100.0%) | yes | alone (100%) |" in lines
     assert "per set" in LEGEND and "not over sets" in table.LEGEND
@@ -213,12 +203,11 @@ def test_a_missed_budget_is_told(options: Any, capsys: pytest.CaptureFixture[str
     assert [row.measured for row in result.rows[1:]] == [pytest.approx(0.3), pytest.approx(0.5)]
     text = markdown(result)
     assert "| downsample | 100.0 (100.0 - 100.0), at 30.0 % | 100.0 (100.0 - 100.0) |" in text
-    table = by_path(RESEARCH / "evidence" / "table.py")
     given = {"of": {**result.to_dict(), "wrong_image": {}}}
     assert "| of | downsample | 100.0 (100.0 - 100.0), at 30.0% | 100.0 (100.0 - 100.0) |" in "\n".join(
         table.methods_table(given)
     )
-    command._show(result, command.make_console())
+    command.show(result, command.make_console())
     shown = capsys.readouterr().out
     assert "0.300" in shown and "s/question" not in shown, "which no two methods are measured alike in"
     assert result.to_dict()["rows"][1]["seconds_per_question"] == 1.0
@@ -299,16 +288,10 @@ def test_keys_follow_packages_and_how_frames_are_read(monkeypatch: pytest.Monkey
 
 
 @pytest.fixture(scope="module")
-def example() -> Any:
-    """What makes a small Qwen2-VL and its processor."""
-    return by_path(RESEARCH / "mixed_sizes" / "qwen2_vl.py")
-
-
-@pytest.fixture(scope="module")
-def qwen(example: Any) -> tuple[Any, Any]:
+def qwen() -> tuple[Any, Any]:
     """A small model and its processor, without the part for videos."""
-    model = example.build_model(hidden=256, decoder_layers=1, vision_hidden=64, encoder_layers=1)
-    return model, example.build_processor()
+    model = qwen2_vl.build_model(hidden=256, decoder_layers=1, vision_hidden=64, encoder_layers=1)
+    return model, qwen2_vl.build_processor()
 
 
 def pictures(folder: Path, *sizes: tuple[int, int]) -> tuple[Path, ...]:
@@ -334,8 +317,8 @@ def test_a_video_is_not_shown_as_images_where_the_processor_lost_its_part(qwen: 
 
 
 @pytest.mark.parametrize("templated", [True, False])
-def test_a_prompt_begins_once(example: Any, qwen: Any, tmp_path: Path, templated: bool) -> None:
-    model, processor = qwen[0], example.build_processor()
+def test_a_prompt_begins_once(qwen: Any, tmp_path: Path, templated: bool) -> None:
+    model, processor = qwen[0], qwen2_vl.build_processor()
     tokenizer = processor.tokenizer
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -367,7 +350,7 @@ def test_pixels_are_held_for_one_batch(
     asked = [Question((path,), "what ?", "a", "t", "s") for path in media]
     made: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    real = Prompts._process
+    real = Prompts.process
 
     def process(self: Prompts, question: Question) -> Any:
         found = real(self, question)
@@ -378,7 +361,7 @@ def test_pixels_are_held_for_one_batch(
         alive.append(sum(pixels() is not None for pixels in made))
         return torch.cat([input_ids, input_ids[:, :1]], dim=1)
 
-    monkeypatch.setattr(Prompts, "_process", process)
+    monkeypatch.setattr(Prompts, "process", process)
     monkeypatch.setattr(prompts, "PIXEL_BYTES", most)
     monkeypatch.setattr(qwen[0], "generate", generate)
     parts = list(ask(Prompts(*qwen), asked, Schedule(), batch=2))

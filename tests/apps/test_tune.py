@@ -15,7 +15,7 @@ from luvc_fx.apps.tuning.candidates import SLACK, at_random, drawn, shares
 from luvc_fx.apps.tuning.divergence import (
     Answer,
     Divergence,
-    _compare,
+    compare,
     greedy_answers,
     halves,
     measure_divergence,
@@ -87,16 +87,16 @@ def test_shares_count_merges_and_the_layers_behind_a_prune() -> None:
 def test_the_measure_ends_with_the_first_token_that_differs() -> None:
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
     one = Answer(torch.tensor([0, 1, 0]), logits, [])
-    assert _compare(one, one) == (0.0, False)
+    assert compare(one, one) == (0.0, False)
     other = logits.clone()
     other[1] = torch.tensor([1.0, 0.0])
     other[2] = torch.tensor([-50.0, 50.0])  # has another past
-    kl, differs = _compare(one, Answer(torch.tensor([0, 0, 1]), other, []))
+    kl, differs = compare(one, Answer(torch.tensor([0, 0, 1]), other, []))
     p, q = logits[1].log_softmax(0), other[1].log_softmax(0)
     assert differs
     assert kl == pytest.approx((p.exp() * (p - q)).sum().item() / 2)
     ended = Answer(torch.tensor([0, 0]), other[:2], [])
-    assert _compare(one, ended)[1]
+    assert compare(one, ended)[1]
 
 
 def test_the_model_itself_diverges_by_nothing(model: Any, samples: list[dict[str, Any]]) -> None:

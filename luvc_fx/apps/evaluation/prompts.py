@@ -122,7 +122,7 @@ class Prompts:
         if question in self._texts and of in self._pixels:
             text, visual, smaller, front = self._texts[question]
             return Prompt(text, self._pixels[of], visual, smaller, front)
-        inputs, smaller = self._process(question)
+        inputs, smaller = self.process(question)
         length = inputs["input_ids"].shape[1]
         text = {name: inputs[name] for name in PADDED if name in inputs}
         text.setdefault("attention_mask", torch.ones(1, length, dtype=torch.int64))
@@ -138,7 +138,8 @@ class Prompts:
             self._bytes += size
         return Prompt(text, self._pixels.get(of, pixels), visual, smaller, front)
 
-    def _process(self, question: Question) -> tuple[dict[str, Tensor], Downsampled | None]:
+    def process(self, question: Question) -> tuple[dict[str, Tensor], Downsampled | None]:
+        """The processor's inputs for a question, and what its images were made smaller to."""
         frames, made_smaller = read_frames(question), None
         options: dict[str, Any] = {}
         as_video = question.video and getattr(self.processor, VIDEO, None) is not None

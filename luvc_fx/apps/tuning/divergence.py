@@ -90,11 +90,11 @@ def measure_divergence(
     _compat.forget_shapes()
     with luvc_fx.applied(model, schedule, inner=inner, strict=True):
         got = greedy_answers(model, samples, steps)
-    kls, changed = zip(*(_compare(a, b) for a, b in zip(wanted, got, strict=True)), strict=True)
+    kls, changed = zip(*(compare(a, b) for a, b in zip(wanted, got, strict=True)), strict=True)
     return Divergence(sum(kls) / len(kls), sum(changed) / len(changed), [said.rows for said in got])
 
 
-def _compare(wanted: Answer, got: Answer) -> tuple[float, bool]:
+def compare(wanted: Answer, got: Answer) -> tuple[float, bool]:
     """KL, and whether the answers differ. One that ends earlier differs in its last token."""
     steps = min(len(wanted.tokens), len(got.tokens))
     differs = wanted.tokens[:steps] != got.tokens[:steps]

@@ -100,7 +100,7 @@ def evaluate(
     if as_json:
         print(result.to_json())
     else:
-        _show(result, make_console())
+        show(result, make_console())
         note(f"results.json, RESULTS.md, pareto.png and answers.jsonl are in {out}")
 
 
@@ -144,7 +144,8 @@ def _write(result: EvalResult, out: Path) -> None:
         note(str(error))
 
 
-def _show(result: EvalResult, console: Console) -> None:
+def show(result: EvalResult, console: Console) -> None:
+    """Print a result as a table."""
     score = result.rows[0].scores[ALL_TASKS]
     console.print(
         f"unpruned: {score.accuracy:.1%} of {score.questions:,} questions about {score.scenes:,} scenes"
