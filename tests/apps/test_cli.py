@@ -157,9 +157,10 @@ def test_a_binary_schedule_file(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_schedule_that_the_model_cannot_follow(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "schedule.json"
+    eager = ("demo", "--inner", "eager", "--schedule")
     for prune in (Prune(keep=0.5, layer=99), Prune(tokens=100_000, layer=2)):
         file.write_text(Schedule(prune=(prune,)).to_json())
-        assert "does not fit the model" in _refused(capfd, "demo", "--schedule", str(file))
+        assert "does not fit the model" in _refused(capfd, *eager, str(file))
 
 
 def test_no_speedup_over_a_graph_that_was_refused() -> None:
