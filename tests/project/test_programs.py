@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from luvc_fx.apps.evaluation.questions import read_questions
 from tests.support.cases import slow_unless
 from tests.support.paths import RESEARCH, ROOT
 
@@ -58,3 +59,11 @@ def test_a_program_runs_and_prints_what_stands_beside_it(name: str, tmp_path: Pa
 def test_settings_are_of_programs_that_exist() -> None:
     outputs = {path.stem for path in PROGRAMS.glob("*.out")}
     assert {*ARGUMENTS, *FAST, *outputs} <= set(names())
+
+
+def test_the_line_of_questions_that_is_shown_can_be_read(tmp_path: Path) -> None:
+    line = tmp_path / "questions.jsonl"
+    line.write_text((PROGRAMS / "question.json").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "a.png").touch()
+    (question,) = read_questions(line)
+    assert (question.answer, question.task) == ("red", "color")
