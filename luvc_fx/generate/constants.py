@@ -51,9 +51,9 @@ class Grids:
         return [list(row) for row in self.rows]
 
 
-def as_text(control: Any) -> str:
+def as_text(numbers: Any) -> str:
     """Integers ``[n]`` or ``[n, k]``, a tensor or lists, as text: ``"1,8,8;1,4,12"`` or ``"1;2"``."""
-    rows = control.tolist() if isinstance(control, Tensor) else list(control)
+    rows = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
     rows = [row.tolist() if isinstance(row, Tensor) else row for row in rows]
     return ";".join(
         ",".join(str(int(number)) for number in (row if isinstance(row, (list, tuple)) else [row]))

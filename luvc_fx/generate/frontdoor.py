@@ -102,7 +102,7 @@ def compile(
     Args:
         model: a vision-language model of transformers that encodes its images by `get_image_features`
             (the documentation has a table of the families that tests cover), or a PEFT model around one.
-        schedule, inner, mode, options, on_no_match, strict: as of `luvc_fx.dynamo.backend`.
+        schedule, inner, mode, options, on_no_match, strict: as of `luvc_fx.backend`.
         dynamic: as of `torch.compile`, for the text; each number and shape of images is a graph.
 
     Raises:

@@ -13,10 +13,8 @@ from torch import Tensor, fx
 
 from luvc_fx._compat import OpOverload, OpOverloadPacket, argument_names
 from luvc_fx.graph import markers
+from luvc_fx.graph.emit import inserted
 from luvc_fx.graph.nodes import is_tensor, op_name, shape
-
-MARK = "luvc_fx"
-"""What nodes of ours carry, see `luvc_fx.graph.emit`."""
 
 NAMES = {"_flash_attn_forward", "_flash_attn_varlen_forward"}
 
@@ -73,7 +71,7 @@ def is_followed(given: dict[str, Any]) -> bool:
 
 def _are_ours(bounds: fx.Node) -> bool:
     """Whether the front door asked for these bounds, or a pass wrote them already."""
-    return markers.is_call(bounds, markers.CACHE_MASK) or MARK in bounds.meta
+    return markers.is_call(bounds, markers.CACHE_MASK) or inserted(bounds)
 
 
 def heads_first(node: object, packed: bool) -> fx.Node | None:

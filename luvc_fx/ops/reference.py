@@ -286,11 +286,13 @@ def norm_scores(x: Array) -> Array:
     return np.array([[sum(float(value) ** 2 for value in token) for token in row] for row in x])
 
 
-def pact_positions(x: Array, attended: Array, keys: Array, count: int) -> Array:
+def pact_positions(x: Array, attention: Array, keys: Array, count: int) -> Array:
     """Twin of `luvc_fx.selectors.pact.Pact`, in float64: ``[B, count]``."""
     rows = []
-    for tokens, paid, compared in zip(x.astype(np.float64), attended, keys.astype(np.float64), strict=True):
-        scores = paid * np.sqrt((tokens**2).sum(-1))
+    for tokens, weights, compared in zip(
+        x.astype(np.float64), attention, keys.astype(np.float64), strict=True
+    ):
+        scores = weights * np.sqrt((tokens**2).sum(-1))
         best = sorted(_best_first(scores, range(len(scores)))[: math.ceil(math.sqrt(count * len(scores)))])
         apart = np.array([[1.0 - _cosine(compared[i], compared[j]) for j in best] for i in best])
         density = np.exp(-((apart / 2) ** 2)).sum(-1)

@@ -1,7 +1,7 @@
 """What to do at which site: a `Schedule` is data, not code.
 
-A schedule names merges (OIM, inside the vision encoder) and prunes (SPU or a control, between decoder
-layers). It is frozen, hashable, equal by value and serialisable, so it can be part of a cache key.
+A schedule names merges (OIM, inside the vision encoder) and prunes (SPU or another selector, between
+decoder layers). It is frozen, hashable, equal by value and serialisable, so it can be part of a cache key.
 The method is LUVC (arXiv 2512.09010); its full text was not available to us, so every number in a preset
 is ours, chosen by measurement, and `Schedule.luvc` is our literal reading of the abstract.
 """

@@ -23,7 +23,7 @@ def place_features(
     """Set `context.representatives`: for each feature that is left its placeholder, numbered over all images.
 
     Args:
-        slots: int64 ``[n, H', W']`` for each of the encoder's frames, within each grid.
+        representatives: int64 ``[n, H', W']`` for each of the encoder's frames, within each grid.
         leaving: the residual value that leaves the last block, merged if it is.
     """
     if encoder.packing is not None:

@@ -64,13 +64,13 @@ def site_keys(graph: fx.Graph, decoder: Decoder, site: PruneSite) -> tuple[list[
         among = torch.arange(rows, device=x.device) <= places.amax(1, keepdim=True)
         if masks:
             among = among & visible(values[-1], over_cache, earlier.shape[2], rows)
-        attended = _attended(queries, keys, among, scale).gather(1, places)
-        return attended, gather_rows(rotated_keys, places, 2).transpose(1, 2).flatten(2)
+        attention = _mean_query_attention(queries, keys, among, scale).gather(1, places)
+        return attention, gather_rows(rotated_keys, places, 2).transpose(1, 2).flatten(2)
 
     return [before.keys, *given, *masks], score_keys
 
 
-def _attended(queries: Tensor, keys: Tensor, among: Tensor, scale: float) -> Tensor:
+def _mean_query_attention(queries: Tensor, keys: Tensor, among: Tensor, scale: float) -> Tensor:
     """Attention weights of the mean query, averaged over the heads.
 
     Args:
