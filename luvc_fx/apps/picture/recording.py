@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import luvc_fx
 from luvc_fx import _compat
 from luvc_fx.anatomy.encoder import patch_convolution
 from luvc_fx.anatomy.recognise import recognise
 from luvc_fx.apps.picture.owners import owners
+from luvc_fx.generate.frontdoor import applied, report_of
 from luvc_fx.graph import markers
 from luvc_fx.graph.emit import MARK
 from luvc_fx.graph.notes import LAYOUT, ORIGINS, SHRUNK, Layout, Merged, Pruned
@@ -92,9 +92,9 @@ def record(model: Any, inputs: Mapping[str, Any], schedule: Schedule) -> Recordi
 
     _compat.forget_shapes()
     # Inference tensors have no gradients, which the recorder asks for.
-    with torch.inference_mode(False), luvc_fx.applied(model, schedule, inner=inner, on_no_match="ignore"):
+    with torch.inference_mode(False), applied(model, schedule, inner=inner, on_no_match="ignore"):
         model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
-        report = luvc_fx.report_of(model)
+        report = report_of(model)
     found = [*report.refusals, *(refusal for graph in report.graphs for refusal in graph.refusals)]
     recording.refusals = list(dict.fromkeys(found))
     return recording
@@ -162,11 +162,11 @@ class _Recorder(fx.Interpreter):
 
 def _vision_of(graph: fx.Graph) -> tuple[Layout, fx.Node, tuple[int, ...] | None] | None:
     """Layout of the encoder in this graph, the value with its pixels, and the features' origins."""
-    told = next((n for n in graph.nodes if markers.is_call(n, markers.PATCHES)), None)
+    marker = next((n for n in graph.nodes if markers.is_call(n, markers.PATCHES)), None)
     first, layout = _first_block(graph)
-    if told is not None:
-        layout = layout or _layout_of(told)
-        return layout, told, layout.origins
+    if marker is not None:
+        layout = layout or _layout_of(marker)
+        return layout, marker, layout.origins
     if first is None or layout is None:
         return None
     convolution = patch_convolution(graph, first)
@@ -185,7 +185,7 @@ def _first_block(graph: fx.Graph) -> tuple[fx.Node | None, Layout | None]:
 
 
 def _layout_of(marker: fx.Node) -> Layout:
-    """Of an encoder that was not recognised: what the front door told about its patches."""
+    """Of an encoder that was not recognised: what the front door says of its patches."""
     _, numbers, unit = marker.args
     assert isinstance(numbers, (list, tuple)) and isinstance(unit, int)
     sizes: list[int] = [int(number) for number in numbers]  # type: ignore[arg-type]

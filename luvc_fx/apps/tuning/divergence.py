@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import luvc_fx
 from luvc_fx import _compat
 from luvc_fx.generate.families import placeholders
+from luvc_fx.generate.frontdoor import applied
 from luvc_fx.report import unwrapped
 from luvc_fx.schedule import Schedule
 
@@ -88,7 +88,7 @@ def measure_divergence(
         luvc_fx.NotRewritten: something of the schedule that the graphs cannot follow.
     """
     _compat.forget_shapes()
-    with luvc_fx.applied(model, schedule, inner=inner, strict=True):
+    with applied(model, schedule, inner=inner, strict=True):
         got = greedy_answers(model, samples, steps)
     kls, changed = zip(*(compare(a, b) for a, b in zip(wanted, got, strict=True)), strict=True)
     return Divergence(sum(kls) / len(kls), sum(changed) / len(changed), [said.rows for said in got])
