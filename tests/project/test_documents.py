@@ -26,7 +26,12 @@ PAGES = [
     README,
     *sorted(path for path in DOCS.rglob("*.md") if not {"_build", "_generated"} & set(path.parts)),
 ]
-OTHER_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(EXAMPLES.rglob("*.md"))]
+OTHER_PAGES = [
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "tests").glob("*.md")),
+    *sorted(EXAMPLES.rglob("*.md")),
+]
 PROGRAMS = sorted([*DOCS.glob("programs/*.py"), *EXAMPLES.glob("*.py")])
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 REGION = re.compile(r"^ *# (?P<name>[^\n]+)\n(?P<body>.*?)^ *# end of (?P=name)$", re.MULTILINE | re.DOTALL)
