@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import luvc_fx
+from luvc_fx.apps.bench.timing import spread
 from luvc_fx.apps.environment import hardware, versions
 from luvc_fx.apps.inputs import read_image
 from luvc_fx.apps.picture.kept_tokens import check_path
@@ -211,7 +212,7 @@ def run(
     arms = []
     for answer, timed, kv, seconds in zip(answers, times, lengths, compiled, strict=True):
         tokens = [length - (prompt.shape[1] - visual) for length in kv]
-        arms.append(Arm(answer, statistics.median(timed), _spread(timed), tokens, kv, seconds))
+        arms.append(Arm(answer, statistics.median(timed), spread(timed), tokens, kv, seconds))
     baseline, luvc = arms
     if picture is not None:
         say(f"drawing {picture}")
@@ -275,13 +276,6 @@ def _interleaved(models: tuple[Any, ...], inputs: Mapping[str, torch.Tensor], ru
             if number >= 0:
                 times[which].append(elapsed)
     return times
-
-
-def _spread(times: list[float]) -> float:
-    if len(times) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-    return high - low
 
 
 def _refusals(report: Report) -> list[Refusal]:

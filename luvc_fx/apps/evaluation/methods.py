@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from luvc_fx.apps.bench.arms import FASTV_LAYER
 from luvc_fx.schedule import Merge, Prune, Schedule, presets, round_half_up
 from luvc_fx.schedule.budget import cascade
 from luvc_fx.selectors import SELECTORS, SHIPPED
@@ -26,9 +27,6 @@ so that answers with a single seed would tell more about that set than about the
 
 SEEDS = 3
 """Seeds with which such a selector is run; the answers of all are counted together."""
-
-FASTV_LAYER = 2
-"""FastV prunes once, before this decoder layer (K = 2 in its paper, arXiv 2403.06764)."""
 
 PACT_LAYER = 4
 """PACT prunes once, before this decoder layer (its paper, arXiv 2504.08966)."""
