@@ -36,7 +36,7 @@ class CompiledEncoder:
 
     Attributes:
         family: what is known of the model.
-        signature: of that method.
+        signature: of the model's own encoder, the method that `modality` names.
         merging, unmerged: the compiled encoder, with the merges of the schedule and without.
     """
 

@@ -129,7 +129,7 @@ class GraphSet:
 
 
 def _forward_body(family: Family, forward: Callable[..., Any]) -> Callable[..., tuple[Any, Tensor | None]]:
-    """What is compiled for a forward: the model's own, told what its graph cannot show."""
+    """What is compiled for a forward: the model's own, with markers for what its graph cannot show."""
     enter = family.feature_entry()
     known = {modality.name: modality for modality in family.modalities()}
     text_config = family.model.config.get_text_config()

@@ -48,8 +48,8 @@ def code_key(code: Any) -> str:
     try:
         text = inspect.getsource(code)
     except (OSError, TypeError):
-        made = getattr(code, "__code__", None)
-        text = repr(code) if made is None else f"{made.co_code!r}{made.co_consts!r}{made.co_names!r}"
+        inner = getattr(code, "__code__", None)
+        text = repr(code) if inner is None else f"{inner.co_code!r}{inner.co_consts!r}{inner.co_names!r}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

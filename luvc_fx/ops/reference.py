@@ -46,7 +46,7 @@ def orthogonal_merge(
         ]
         while len(lines[0]) > length:
             now = len(lines[0])
-            # All grids lose as many, and each but from its own run.
+            # All grids lose equally many places, each only from its own run.
             merges = min(now - length, *((now - outside) // 2 for outside in padding))
             first = 0 if runs is None else int(runs[b, 0])
             end = first + now - padding[b]

@@ -210,7 +210,7 @@ def _select_runs(scores: Tensor, k: int) -> Tensor:
     block = torch.arange(k, device=scores.device)
     start, end = ((b * tokens + k - 1) // k for b in (block, block + 1))
     place = start.unsqueeze(1) + torch.arange(longest, device=scores.device)
-    # Padding repeats the last token of a run, which a maximum does not mind.
+    # Padding repeats the last token of a run, which changes no maximum.
     place = torch.minimum(place, end.unsqueeze(1) - 1)
     cells = _keys(scores).index_select(1, place.flatten()).reshape(batch, k, longest)
     return _index_of(cells.amax(-1), tokens)

@@ -49,7 +49,7 @@ def site_keys(graph: fx.Graph, decoder: Decoder, site: PruneSite) -> tuple[list[
     key = _before_rotary(graph, decoder.axes, site.node, call.keys)
     rotated = _after_rotary(graph, decoder.axes, site.node, call.keys, key)
     steps, given = _replay(graph, site.node, (query, key, rotated))
-    masks, over_cache = last_mask(before)  # of the same rows, and there already
+    masks, over_cache = last_mask(before)  # it hides the same rows, and exists already
     swapped = [decoder.axes.axis(node) == 1 for node in (query, key, rotated)]
 
     def score_keys(x: Tensor, places: Tensor, earlier: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:

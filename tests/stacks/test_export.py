@@ -71,7 +71,7 @@ def test_a_prompt_with_another_number_of_images_fails_and_does_not_answer_wrong(
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
 def test_the_package_answers_in_a_process_without_luvc_fx(family: str, tmp_path: Path) -> None:
-    """`examples/export`: package.py makes it, run.py loads it."""
+    """`examples/export_package.py` makes it, `examples/run_package.py` loads it."""
     model = MODELS[family](decoder_layers=2, encoder_layers=2)
     prompt = inputs(model)
     path, data, answers = (str(tmp_path / name) for name in ("vlm.pt2", "inputs.pt", "outputs.pt"))

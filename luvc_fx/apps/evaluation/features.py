@@ -53,12 +53,12 @@ class Features:
             key = hasher.digest()
             if key in self.kept:
                 return self.kept[key]
-            found = run(pixels, plain, text, layout)
-            size = sum(part.nbytes for part in _tensors(found))
+            encoded = run(pixels, plain, text, layout)
+            size = sum(part.nbytes for part in _tensors(encoded))
             if self._bytes + size <= MOST_BYTES:
-                self.kept[key] = found
+                self.kept[key] = encoded
                 self._bytes += size
-            return found
+            return encoded
 
         return call
 

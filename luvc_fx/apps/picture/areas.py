@@ -28,7 +28,7 @@ class Stage:
             `GONE`.
         absorbed: bool, as `owners`: patches whose own token was dropped, and averaged into that one.
         tokens: how many are left, of `before`; `what`: tokens, or patches of which several make one token.
-        patches: of one that neither merged nor absorbed another.
+        patches: of a token that neither merged nor absorbed another.
         ends: of `tokens`, those that stand for no area, such as ends of lines.
     """
 
@@ -128,12 +128,12 @@ def _feature_of_row(layout: Layout, grids: list[Grid], origins: tuple[int, ...] 
     """int64 ``[rows]``: the feature that each row becomes, or `GONE`; `grids` of each of `layout.frames`."""
     frames = [grid for (count, _), grid in zip(layout.frames, grids, strict=True) for _ in range(count)]
     total = sum(height * width for height, width in frames)
-    found = torch.full((total,), GONE)
+    features = torch.full((total,), GONE)
     if origins is not None:
         for number, origin in enumerate(origins):
             if origin >= 0:
-                found[origin] = number
-        return found
+                features[origin] = number
+        return features
     start = feature = 0
     for height, width in frames:
         high, wide = layout.unit
@@ -141,9 +141,9 @@ def _feature_of_row(layout: Layout, grids: list[Grid], origins: tuple[int, ...] 
         patches = blocks.repeat_interleave(high, 0).repeat_interleave(wide, 1)
         inside = torch.empty(height * width, dtype=torch.int64)
         inside[_rows(layout, (height, width)).flatten()] = patches.flatten()
-        found[start : start + height * width] = inside + feature
+        features[start : start + height * width] = inside + feature
         start, feature = start + height * width, feature + blocks.numel()
-    return found
+    return features
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class _Rows:
         blocks = _feature_of_row(self.layout, grids, None)
         old = _feature_of_row(self.layout, [grid for _, grid in self.layout.frames], None)[self.first]
         by_block = blocks[row]
-        # Per block at first the one it is in now, if that is the same for all of its patches.
+        # For each block of the picture the lowest and the highest block that its patches are in now.
         low, high = (
             torch.zeros(int(old.max()) + 1, dtype=torch.int64).scatter_reduce(
                 0, old, by_block, reduce, include_self=False

@@ -52,7 +52,8 @@ class Tuned:
 
     Attributes:
         schedule: the best one; the empty schedule where even the smallest speed-up costs too much.
-        held_out: it on samples about images that took no part in the search; None for the empty schedule.
+        held_out: the best one on samples about images that took no part in the search; None for the empty
+            schedule.
         compared: on the same samples the presets, and the best schedule with tokens at random.
         trials: everything that was tried, in order, on samples of the search.
         left_out: schedules that the model's graphs cannot follow, and why.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 HOW = ("resize", "pad")
 GREY = (127, 127, 127)
-"""Near the mean that image processors take off, so that padding says little."""
+"""Near the mean that image processors subtract, so that padding is close to zero."""
 
 
 @dataclass(frozen=True, slots=True)
