@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.durations import by_file, read, table
 from tests.support.paths import ROOT
-from tests.support.slow_share import SHARES, dealt, share_of
+from tests.support.slow_share import SHARES, dealt, first_of, share_of
 
 NAMES = [f"tests/test_it.py::test_{number:02}" for number in range(10)]
 
@@ -26,6 +26,13 @@ def test_every_slow_test_is_in_one_share() -> None:
 def test_the_commit_says_whose_share() -> None:
     commits = [f"{number:08x}" + "e" * 32 for number in range(2 * SHARES)]
     assert [share_of(commit) for commit in commits] == [*range(SHARES), *range(SHARES)]
+
+
+def test_commits_of_one_share_begin_with_different_tests() -> None:
+    commits = [f"{0:08x}{number:08x}" + "e" * 24 for number in range(5)]
+    assert {share_of(commit) for commit in commits} == {0}
+    assert [first_of(commit, 3) for commit in commits] == [0, 1, 2, 0, 1]
+    assert first_of(commits[1], 0) == 0
 
 
 @pytest.mark.parametrize(("minutes", "late"), [("1", 0), ("0", 2)])

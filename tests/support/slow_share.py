@@ -2,8 +2,9 @@
 
 ``pytest -p tests.support.slow_share -m slow --commit HASH --minutes 25`` is what `.ci/run` does after
 `make test`. The slow tests are dealt into `SHARES` hands in the order of their names, and the commit's
-hash says whose hand is played: one commit always runs the same ones, and a few commits run all. A test
-that has started is never stopped. When the minutes are used the others are skipped, and their number is said.
+hash says whose hand is played, and with which test it begins: one commit always runs the same ones in the
+same order. A test that has started is never stopped. When the minutes are used the others are skipped, and
+their number is said; other commits begin with other tests, so it is not always the same ones that are left.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ def dealt(names: Sequence[str], share: int) -> set[str]:
     return set(sorted(names)[share::SHARES])
 
 
+def first_of(commit: str, count: int) -> int:
+    """With which of `count` tests a commit begins, by digits of its hash that do not decide its share."""
+    return int(commit[8:16], 16) % count if count else 0
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("slow share")
     group.addoption(
@@ -40,9 +46,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)  # after -m has selected
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[BEGAN] = time.monotonic()
-    mine = dealt([item.nodeid for item in items], share_of(config.getoption("commit")))
+    commit = config.getoption("commit")
+    mine = dealt([item.nodeid for item in items], share_of(commit))
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in mine])
-    items[:] = [item for item in items if item.nodeid in mine]
+    hand = [item for item in items if item.nodeid in mine]
+    first = first_of(commit, len(hand))
+    items[:] = hand[first:] + hand[:first]
 
 
 @pytest.hookimpl(tryfirst=True)
