@@ -132,8 +132,7 @@ def _rewritten(model: Any, inputs: dict[str, Tensor], schedule: Schedule, dynami
 
 
 def _check(report: Report, schedule: Schedule) -> None:
-    refusals = [*report.refusals, *(refusal for graph in report.graphs for refusal in graph.refusals)]
-    if refusals:
+    if refusals := report.all_refusals():
         raise ValueError("the schedule cannot be followed: " + "; ".join(map(str, refusals)))
     wanted = schedule.prune or schedule.merge
     if wanted and not any(graph.inserted for graph in report.graphs):

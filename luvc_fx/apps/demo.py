@@ -22,7 +22,7 @@ from luvc_fx.apps.bench.timing import spread
 from luvc_fx.apps.environment import hardware, versions
 from luvc_fx.apps.inputs import read_image
 from luvc_fx.apps.picture.kept_tokens import check_path
-from luvc_fx.report import Reason, Refusal, Report
+from luvc_fx.report import Reason, Report
 from luvc_fx.report.errors import InputError
 from luvc_fx.schedule import Schedule
 
@@ -203,7 +203,7 @@ def run(
         answers.append(processor.tokenizer.decode(words, skip_special_tokens=True).strip())
         lengths.append(_kv_lengths(model, inputs))
     report = luvc_fx.report_of(budgeted)
-    for refusal in _refusals(report):
+    for refusal in report.all_refusals():
         if refusal.reason is Reason.SCHEDULE:
             raise InputError(f"the schedule does not fit the model: {refusal.text}")
 
@@ -278,16 +278,12 @@ def _interleaved(models: tuple[Any, ...], inputs: Mapping[str, torch.Tensor], ru
     return times
 
 
-def _refusals(report: Report) -> list[Refusal]:
-    return [*report.refusals, *(refusal for graph in report.graphs for refusal in graph.refusals)]
-
-
 def why_no_speedup(
     schedule: Schedule, plain: Report, baseline: Arm, report: Report, luvc: Arm, visual: int
 ) -> list[str]:
     """Why a speed-up would mislead; empty where both arms are what they claim to be."""
-    obstacles = [f"plain: {refusal}" for refusal in _refusals(plain)]
-    obstacles += [str(refusal) for refusal in _refusals(report)]
+    obstacles = [f"plain: {refusal}" for refusal in plain.all_refusals()]
+    obstacles += [str(refusal) for refusal in report.all_refusals()]
     if not plain.of_kind("prefill"):
         obstacles.append("plain: no prefill graph was compiled, so it ran eagerly")
     if any(tokens != visual for tokens in baseline.tokens_per_layer):

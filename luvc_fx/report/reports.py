@@ -129,6 +129,10 @@ class Report:
         self.refusals.append(refusal)
         return True
 
+    def all_refusals(self) -> list[Refusal]:
+        """Those of calls, and then those of each graph."""
+        return [*self.refusals, *(refusal for graph in self.graphs for refusal in graph.refusals)]
+
     def of_kind(self, kind: str) -> list[GraphReport]:
         """The graphs of one kind."""
         return [graph for graph in self.graphs if graph.kind == kind]

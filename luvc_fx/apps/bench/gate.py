@@ -16,8 +16,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 def refusals(name: str, report: Report) -> list[str]:
     """What the schedule asked for and was refused."""
-    all_refusals = [*report.refusals, *(refusal for graph in report.graphs for refusal in graph.refusals)]
-    return [f"{name}: {refusal}" for refusal in all_refusals]
+    return [f"{name}: {refusal}" for refusal in report.all_refusals()]
 
 
 def unmatched(name: str, report: Report, schedule: Schedule) -> list[str]:

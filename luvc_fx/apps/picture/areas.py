@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from luvc_fx.apps.picture.recording import Prune, Recording, Vision
+from luvc_fx.apps.picture.recording import RecordedPrune, Recording, Vision
 from luvc_fx.graph.notes import Layout
 
 GONE = -1
@@ -196,7 +196,7 @@ class _Tokens:
         owners, absorbed = _framed(self.owner, self.sizes), _framed(self.absorbed, self.sizes)
         return Stage(title, owners, absorbed, self.tokens, self.before, self.patches, ends=ends)
 
-    def pruned(self, prune: Prune) -> _Tokens:
+    def pruned(self, prune: RecordedPrune) -> _Tokens:
         """What is left behind a prune.
 
         Raises:

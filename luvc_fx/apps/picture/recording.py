@@ -22,7 +22,7 @@ from luvc_fx.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
-class Merge:
+class RecordedMerge:
     """One merge of one encoder.
 
     Attributes:
@@ -34,7 +34,7 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
-class Prune:
+class RecordedPrune:
     """One prune of one prompt.
 
     Attributes:
@@ -61,7 +61,7 @@ class Vision:
     layout: Layout
     pixels: Tensor
     origins: tuple[int, ...] | None
-    merges: list[Merge] = field(default_factory=list)
+    merges: list[RecordedMerge] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -73,7 +73,7 @@ class Recording:
     """
 
     visions: list[Vision] = field(default_factory=list)
-    prunes: list[Prune] = field(default_factory=list)
+    prunes: list[RecordedPrune] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
 
@@ -95,8 +95,7 @@ def record(model: Any, inputs: Mapping[str, Any], schedule: Schedule) -> Recordi
     with torch.inference_mode(False), applied(model, schedule, inner=inner, on_no_match="ignore"):
         model.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1)
         report = report_of(model)
-    found = [*report.refusals, *(refusal for graph in report.graphs for refusal in graph.refusals)]
-    recording.refusals = list(dict.fromkeys(found))
+    recording.refusals = list(dict.fromkeys(report.all_refusals()))
     return recording
 
 
@@ -151,12 +150,12 @@ class _Recorder(fx.Interpreter):
 
     def _shrunk(self, n: fx.Node, result: Tensor) -> Tensor:
         note = n.meta[SHRUNK]
-        found = owners(self.leaves.pop(n.name), result)
+        rows_now = owners(self.leaves.pop(n.name), result)
         if isinstance(note, Merged):
-            self.recording.visions[-1].merges.append(Merge(note, found))
+            self.recording.visions[-1].merges.append(RecordedMerge(note, rows_now))
         else:
             places, rows = self.noted[note.places], self.noted[note.rows]
-            self.recording.prunes.append(Prune(note, places[0], rows[0], found[0]))
+            self.recording.prunes.append(RecordedPrune(note, places[0], rows[0], rows_now[0]))
         return result.detach()
 
 
