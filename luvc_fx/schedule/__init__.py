@@ -8,7 +8,6 @@ from luvc_fx.ops.spu import ENERGIES, NORMALIZATIONS
 from luvc_fx.schedule.merge import Merge
 from luvc_fx.schedule.prune import COVERAGES, Prune
 from luvc_fx.schedule.schedule import JSON_VERSION, KINDS, Schedule
-from luvc_fx.selectors import SHIPPED as SELECTORS
 
 METHODS = MERGERS.names()
 """The names of the mergers."""
@@ -24,7 +23,6 @@ __all__ = [
     "NORMALIZATIONS",
     "PAIRINGS",
     "REALIZATIONS",
-    "SELECTORS",
     "Merge",
     "Prune",
     "Schedule",

@@ -20,18 +20,31 @@ _METHODS: dict[type, tuple[str, str, Registry[Any]]] = {
     Prune: ("selector", "spectrum", SELECTORS),
 }
 
+# The keys of version 1, in their order. They are written for every method, also for one that has no such
+# parameter (with the default of one that has), so that a file reads and looks the same with each luvc_fx.
+_KEYS: dict[type, tuple[str, ...]] = {
+    Merge: ("axis", "keep", "length", "layer", "depth", "pairing", "feature", "method"),
+    Prune: (
+        *("keep", "tokens", "layer", "depth", "selector", "energy", "coverage", "cutoff", "seed"),
+        *("normalize", "per_image", "realization", "absorb"),
+    ),
+}
+
 
 def write_item(item: Merge | Prune) -> dict[str, Any]:
     """An object that `read_items` reads; what is None is left out."""
-    method_field, *_ = _METHODS[type(item)]
-    body: dict[str, Any] = {}
-    for field in dataclasses.fields(item):
-        value = getattr(item, field.name)
-        if field.name == method_field:
-            body |= {field.name: value.name, **value.parameters()}
-        elif value is not None:
-            body[field.name] = value
-    return body
+    kind = type(item)
+    method_field, _, registry = _METHODS[kind]
+    method = getattr(item, method_field)
+    given = {field.name: getattr(item, field.name) for field in dataclasses.fields(kind)}
+    given |= {method_field: method.name, **method.parameters()}
+    values = {key: given[key] if key in given else _default(registry, key) for key in _KEYS[kind]}
+    return {key: value for key, value in (values | given).items() if value is not None}
+
+
+def _default(registry: Registry[Any], parameter: str) -> Any:
+    """The default of the first method that has such a parameter."""
+    return registry.holders(parameter)[0].parameters()[parameter]
 
 
 def read_items(field: str, kind: type, items: object) -> tuple[Any, ...]:

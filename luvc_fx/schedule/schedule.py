@@ -18,6 +18,7 @@ from typing import Any
 from luvc_fx.methods.checks import check_choice, refuse
 from luvc_fx.schedule.as_json import check_keys, read_items, write_item
 from luvc_fx.schedule.merge import Merge
+from luvc_fx.schedule.presets import LUVC, PRESETS, cascaded
 from luvc_fx.schedule.prune import Prune
 
 JSON_VERSION = 1
@@ -98,9 +99,7 @@ class Schedule:
     def preset(cls, name: str) -> Schedule:
         """Our own schedule for ``"image"``, ``"video"`` or ``"document"`` input."""
         check_choice("Schedule", "preset", name, KINDS)
-        from luvc_fx.schedule.presets import PRESETS  # they are schedules themselves
-
-        return PRESETS[name]
+        return cls(**PRESETS[name])
 
     @classmethod
     def at_budget(cls, budget: float, layers: int) -> Schedule:
@@ -116,14 +115,12 @@ class Schedule:
         >>> [(prune.layer, prune.keep) for prune in Schedule.at_budget(0.25, 16).prune]
         [(1, 0.5), (3, 0.25), (7, 0.125), (15, 0.0)]
         """
-        from luvc_fx.schedule.presets import cascaded
-
-        schedule = cascaded(budget, layers)
-        if schedule is None:
+        prunes = cascaded(budget, layers)
+        if prunes is None:
             most = (layers - 1) / layers if layers > 1 else 0
             allowed = f"above 0 and at most {most:g}, as no token enters the last of {layers} layers"
             refuse("Schedule", "budget", budget, allowed)
-        return schedule
+        return cls(prune=prunes)
 
     @classmethod
     def luvc(cls, name: str) -> Schedule:
@@ -132,9 +129,7 @@ class Schedule:
         Layers and ratios are not given by the abstract; these are our guesses, kept for comparison.
         """
         check_choice("Schedule", "luvc", name, KINDS)
-        from luvc_fx.schedule.presets import LUVC
-
-        return LUVC[name]
+        return cls(**LUVC[name])
 
     @classmethod
     def of(cls, value: Schedule | str) -> Schedule:

@@ -13,8 +13,8 @@ from examples.research.evidence import choices, table, tuned
 from luvc_fx.apps.bench.shapes import SHAPES
 from luvc_fx.apps.tuning.candidates import shares
 from luvc_fx.apps.tuning.flops import DecoderCost
+from luvc_fx.schedule import KINDS
 from luvc_fx.schedule.budget import cascade
-from luvc_fx.schedule.presets import PRESETS
 from tests.support.paths import ROOT
 
 SAID = ROOT / "docs" / "evidence" / "accuracy.md"
@@ -82,7 +82,7 @@ def test_the_table_of_presets_has_the_best_and_the_worst_set_of_each() -> None:
 def test_the_advice_has_the_budgets_of_the_presets() -> None:
     advice = (ROOT / "docs" / "start" / "which-schedule.md").read_text(encoding="utf-8").splitlines()
     made = table.presets_table(table.load("test"))
-    for name in PRESETS:
+    for name in KINDS:
         (share,) = (line.split(" | ")[1].strip() for line in made if line.startswith(f"| `{name}` |"))
         (said,) = (line for line in advice if f'| `"{name}"` |' in line)
         assert f" {share}" in said, (name, share)
@@ -105,7 +105,7 @@ def test_candidates_that_are_compared_let_as_many_tokens_in() -> None:
             assert mean(shares(schedule, 16)) == pytest.approx(float(stem.partition("-")[2]) / 100, abs=1e-4)
         elif stem.startswith("place"):
             by_words.setdefault(name.partition(":")[0], []).append(mean(shares(schedule, 16)))
-    assert len(by_words) == len(PRESETS) + len(choices.BUDGETS)
+    assert len(by_words) == len(KINDS) + len(choices.BUDGETS)
     for budgets in by_words.values():
         assert len(budgets) >= 3 and budgets == pytest.approx(budgets[:1] * len(budgets), abs=1e-4)
 

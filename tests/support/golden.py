@@ -101,12 +101,7 @@ def prepare(folder: Path) -> None:
 
 
 def lasting(data: Any) -> Any:
-    """`data` without the keys in `VARYING`; floats are rounded, and of absolute paths the name is left.
-
-    Schedules are written anew: parameters that its selector does not have were listed once, and no more.
-    """
-    if isinstance(data, dict) and set(data) == {"version", "merge", "prune"}:
-        data = json.loads(Schedule.from_json(json.dumps(data)).to_json())
+    """`data` without the keys in `VARYING`; floats are rounded, and of absolute paths the name is left."""
     if isinstance(data, dict):
         return {key: lasting(value) for key, value in data.items() if key not in VARYING}
     if isinstance(data, list):

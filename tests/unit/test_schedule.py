@@ -17,7 +17,8 @@ import luvc_fx
 from luvc_fx.mergers import Merger
 from luvc_fx.mergers.oim import Oim
 from luvc_fx.mergers.tome import Tome
-from luvc_fx.schedule import KINDS, SELECTORS, Merge, Prune, Schedule, round_half_up
+from luvc_fx.schedule import KINDS, Merge, Prune, Schedule, round_half_up
+from luvc_fx.selectors import SHIPPED
 from luvc_fx.selectors.distinct import Distinct
 from luvc_fx.selectors.random import Random
 from luvc_fx.selectors.random_block import RandomBlock
@@ -49,7 +50,7 @@ BAD_VALUES: dict[str, tuple[type, dict[str, Any], str, Any, str]] = {
     "prune to more": (Prune, PRUNE, "keep", 1.1, "[0, 1]"),
     "prune nan": (Prune, PRUNE, "keep", math.nan, "[0, 1]"),
     "prune layer text": (Prune, PRUNE, "layer", "1", "a whole number"),
-    "selector": (Prune, PRUNE, "selector", "best", ", ".join(map(repr, SELECTORS))),
+    "selector": (Prune, PRUNE, "selector", "best", ", ".join(map(repr, SHIPPED))),
     "coverage": (Prune, PRUNE, "coverage", "local", "'block', 'global'"),
     "absorb as a number": (Prune, PRUNE, "absorb", 1, "True or False"),
     "method": (Merge, MERGE, "method", "1d", "'oim', 'tome'"),

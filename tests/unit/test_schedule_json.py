@@ -65,8 +65,10 @@ def test_json_keeps_every_field_of_a_prune(
     how = {name: data.draw(PRUNE_PARAMETERS.get(name, st.just(value))) for name, value in own.items()}
     prune = Prune(keep, layer=-3, selector=selector, coverage=coverage, absorb=absorb, **how)
     (item,) = json.loads(Schedule(prune=prune).to_json())["prune"]
-    flat = {"keep": keep, "layer": -3, "selector": selector, "coverage": coverage, "absorb": absorb, **how}
-    assert item == flat
+    given = {"keep": keep, "layer": -3, "selector": selector, "coverage": coverage, "absorb": absorb, **how}
+    # Every key of version 1, in its order, with the default of what this selector has not.
+    assert item == {key: OTHER_PRUNE[key] for key in OLD_PRUNE} | given
+    assert list(item)[: len(OLD_PRUNE)] == list(OLD_PRUNE)
     assert Schedule.from_json(Schedule(prune=prune).to_json()).prune == (prune,)
 
 
@@ -81,7 +83,8 @@ def test_json_keeps_every_field_of_a_merge(axis: str, keep: float, method: str, 
     how = {name: data.draw(MERGE_PARAMETERS.get(name, st.just(value))) for name, value in own.items()}
     merge = Merge(axis, keep, layer=-2, method=method, **how)
     (item,) = json.loads(Schedule(merge=merge).to_json())["merge"]
-    assert item == {"axis": axis, "keep": keep, "layer": -2, "method": method, **how}
+    assert item == {"pairing": "line", "axis": axis, "keep": keep, "layer": -2, "method": method, **how}
+    assert list(item) == list(OLD_MERGE)
     assert Schedule.from_json(Schedule(merge=merge).to_json()).merge == (merge,)
 
 
@@ -98,6 +101,14 @@ OLD_PRUNE = {
     "per_image": True,
     "realization": "fft",
     "absorb": False,
+}
+OTHER_PRUNE = OLD_PRUNE | {
+    "energy": "residual",
+    "cutoff": 0.25,
+    "seed": 0,
+    "normalize": "none",
+    "per_image": False,
+    "realization": "auto",
 }
 OLD_MERGE = {
     "axis": "width",

@@ -79,7 +79,8 @@ def with_selector(schedule: Schedule, selector: str, seed: int = 0) -> Schedule:
 
 
 def _default(budget: float, layers: int) -> Schedule | None:
-    return presets.cascaded(budget, layers)
+    prunes = presets.cascaded(budget, layers)
+    return None if prunes is None else Schedule(prune=prunes)
 
 
 def _spectrum(budget: float, layers: int) -> Schedule | None:

@@ -68,8 +68,9 @@ def drawn(
 def _default(target: float, layers: int, speedup: Callable[[list[float]], float]) -> list[Schedule]:
     """The default cascade with the largest budget, in percent, that promises `target`: one or none."""
     for percent in range(100, 0, -1):
-        schedule = cascaded(percent / 100, layers)
-        if schedule is not None:
+        prunes = cascaded(percent / 100, layers)
+        if prunes is not None:
+            schedule = Schedule(prune=prunes)
             promised = speedup(shares(schedule, layers))
             if promised >= target:
                 return [schedule] if promised <= target * SLACK else []

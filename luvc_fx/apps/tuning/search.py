@@ -12,8 +12,9 @@ from luvc_fx.apps.tuning.candidates import at_random, drawn
 from luvc_fx.apps.tuning.divergence import Answer, greedy_answers, halves, measure_divergence, sizes
 from luvc_fx.apps.tuning.flops import DecoderCost
 from luvc_fx.report import NotRewritten
-from luvc_fx.schedule import Schedule
-from luvc_fx.schedule.presets import PRESETS
+from luvc_fx.schedule import KINDS, Schedule
+
+PRESETS = {name: Schedule.preset(name) for name in KINDS}
 
 LADDER = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0)
 """Speed-ups that a search for the fastest harmless schedule goes through."""

@@ -9,9 +9,9 @@ import torch
 
 import luvc_fx
 from luvc_fx.ops import select_blocks, select_global
-from luvc_fx.schedule import SELECTORS, Prune, Schedule
+from luvc_fx.schedule import Prune, Schedule
 from luvc_fx.selectors import SELECTORS as REGISTRY
-from luvc_fx.selectors import Site, choose, register, registered, unregister
+from luvc_fx.selectors import SHIPPED, Site, choose, register, registered, unregister
 
 X = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(0))
 SITE = Site(2, 4, (4, 4), 1)
@@ -20,7 +20,7 @@ SITE = Site(2, 4, (4, 4), 1)
 @pytest.fixture(autouse=True)
 def names_of_this_test_only():
     yield
-    for name in set(registered()) - set(SELECTORS):
+    for name in set(registered()) - set(SHIPPED):
         unregister(name)
 
 
@@ -31,7 +31,7 @@ def asked(answer, count=5, x=X, site=SITE, **options):
 
 
 def test_ours_are_registered_under_the_names_that_schedules_allow():
-    assert registered()[: len(SELECTORS)] == SELECTORS
+    assert registered()[: len(SHIPPED)] == SHIPPED
     assert luvc_fx.register_selector is register
 
 

@@ -12,12 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luvc_fx import schedule
 from luvc_fx.ops import reference, select_blocks, select_global, spectral_energy
 from luvc_fx.schedule import COVERAGES, ENERGIES, NORMALIZATIONS, Prune
-from luvc_fx.selectors import SELECTORS, Selector, Site, choose
+from luvc_fx.selectors import SELECTORS, SHIPPED, Selector, Site, choose
 
-OURS = schedule.SELECTORS
+OURS = SHIPPED
 VALUES = st.integers(-2, 2).map(float) | st.sampled_from([float("nan"), float("inf"), 1e38])
 SITE = Site(layer=0, layers=4)
 
