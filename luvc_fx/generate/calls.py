@@ -102,9 +102,11 @@ class Calls:
         `generate` would make one, from the number of rows in layer 0.
         """
         limits, cache = self._limits, kwargs.get("past_key_values")
-        shortened = isinstance(cache, PrunedRows)
-        will_be = limits is not None and limits.shorten and is_empty(cache)
-        if (shortened or will_be) and unsupported(cache) is None:
+        # A step does not ask whether its cache is empty: of a static one that is a wait for the device.
+        shortened = isinstance(cache, PrunedRows) or (
+            limits is not None and limits.shorten and is_empty(cache)
+        )
+        if shortened and unsupported(cache) is None:
             return kwargs["attention_mask"]
         return self._originals["create_masks_for_generate"](*args, **kwargs)
 
