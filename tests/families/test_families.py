@@ -57,7 +57,7 @@ FAST = (
     ("internvl", BACKEND),
     ("qwen2", "an image and a video"),
     ("qwen2", "two rows, left padding"),
-    ("qwen2", "rows with other numbers of tokens"),
+    ("qwen2", "a batch of unequal token counts"),
     ("qwen2", BACKEND),
     ("qwen3", "an image"),
     ("onevision", "padding cropped"),
@@ -160,7 +160,7 @@ def test_pixels_without_a_known_encoder(name: str, monkeypatch: pytest.MonkeyPat
 @torch.no_grad()
 def test_beams_of_rows_with_other_numbers_of_tokens() -> None:
     """Left alone as without beams, whatever the beams ask for."""
-    model, batch = model_of("qwen2"), prompt_of("qwen2", "rows with other numbers of tokens")
+    model, batch = model_of("qwen2"), prompt_of("qwen2", "a batch of unequal token counts")
     beams = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False}
     stock = model.generate(**batch, **beams)
     with luvc_fx.applied(model, SCHEDULE, inner="eager"):

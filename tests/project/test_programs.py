@@ -21,6 +21,7 @@ PROGRAMS = ROOT / "docs" / "programs"
 ARGUMENTS = {
     "forward": ("eager",),
     "generate": ("eager",),
+    "own_check": ("eager",),
     "own_family": ("eager",),
     "own_merger": ("eager",),
     "picture": ("{tmp}/kept.png",),

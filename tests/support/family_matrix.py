@@ -158,8 +158,8 @@ FAMILIES: dict[str, Family] = {
         _rows(qwen_inputs),
         {
             **_inputs(_QWEN),
-            "rows that would keep other numbers": _UNEVEN_MERGED,
-            "rows with other numbers of tokens": _UNEVEN,
+            "a batch that would keep unequal counts": _UNEVEN_MERGED,
+            "a batch of unequal token counts": _UNEVEN,
         },
         whole=Input(_QWEN["an image"][0], merged=False, pruned=False, reasons=_PIECES),
         flex=False,
@@ -184,7 +184,7 @@ FAMILIES: dict[str, Family] = {
         {
             **{name: Input(*_QWEN[name]) for name in _DEEP},
             # Every tap's features enter the decoder beside those that merged.
-            "merges behind the first tap": Input(
+            "merges behind the first deepstack tap": Input(
                 _QWEN["an image"][0], merged=False, reasons=(Reason.SCHEDULE,), model=(("taps", (0, 1)),)
             ),
             "an image and a video": Input(
@@ -209,7 +209,7 @@ FAMILIES: dict[str, Family] = {
             ),
             "a video": Input([[3, ("video", 2), 4]], [[3, ("video", 3), 4]]),
             "an image and a video": Input([[3, ("image", 16, 32), 2, ("video", 2), 4]]),
-            "rows with other numbers of tokens": _UNEVEN_TILES,
+            "a batch of unequal token counts": _UNEVEN_TILES,
         },
         whole=Input(_TILED["an image in tiles"][0], merged=False, reasons=_BROKEN),
     ),
