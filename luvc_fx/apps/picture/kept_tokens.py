@@ -32,8 +32,8 @@ def picture(
     A merged token is drawn as the area of all patches that went into it, in their mean colour; the area of a
     dropped token is dark, or dim where the token was averaged into one that stays. The panels show what the
     graphs of `luvc_fx.compile` did with this prompt: they are run once, uncompiled. In half precision and on
-    a GPU compiled code may decide close cases otherwise. The model is left as it was;
-    what Dynamo has learnt of sizes in this process is forgotten, so functions compiled earlier may compile again.
+    a GPU compiled code may decide close cases otherwise. The model is left as it was; what Dynamo has learnt
+    of sizes in this process is forgotten, so functions that were compiled earlier may compile again.
 
     Args:
         model: as for `luvc_fx.compile`, or compiled by it.
