@@ -155,6 +155,7 @@ def test_a_binary_schedule_file(capfd: pytest.CaptureFixture[str]) -> None:
     assert "text file" in _refused(capfd, "demo", "--schedule", str(file))
 
 
+@pytest.mark.slow
 def test_a_schedule_that_the_model_cannot_follow(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "schedule.json"
     eager = ("demo", "--inner", "eager", "--schedule")

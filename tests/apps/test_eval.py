@@ -66,6 +66,7 @@ def quiet(*_: object) -> None:
     """Say nothing."""
 
 
+@pytest.mark.slow
 def test_from_questions_to_tables_and_on_from_where_it_stopped(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +126,7 @@ def test_smaller_images_and_what_the_graphs_refuse(small: Path, tmp_path: Path) 
     assert f"- no answers from many: {many.cell.reason}" in markdown(result)
 
 
+@pytest.mark.slow
 def test_batches_give_the_answers_of_single_prompts(small: Path) -> None:
     """Padding, the filled last batch, and the order of the answers."""
     model, processor = load(small / "model")
@@ -292,6 +294,7 @@ def test_evidence_needs_accuracy_and_the_image() -> None:
 # ---------------------------------------------------------------------------------------------- command
 
 
+@pytest.mark.slow
 def test_the_command_writes_all_and_prints_one_object(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,7 +106,7 @@ CASES = {
     "llava, unpruned": ("llava", Schedule()),
     "qwen2_vl, merged": ("qwen2_vl", schedule_of("random", merges=True)),
 }
-FAST = 3
+FAST = 1
 
 
 @pytest.mark.parametrize(

@@ -393,6 +393,7 @@ def test_wrong_picture_files(capfd: pytest.CaptureFixture[str], tmp_path: Path) 
     assert err.startswith("luvc-fx: picture ")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_command_draws_the_demo(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "kept.png"

@@ -99,6 +99,7 @@ def test_the_measure_ends_with_the_first_token_that_differs() -> None:
     assert compare(one, ended)[1]
 
 
+@pytest.mark.slow
 def test_the_model_itself_diverges_by_nothing(model: Any, samples: list[dict[str, Any]]) -> None:
     wanted = greedy_answers(model, samples[:2], 3)
     divergence = measure_divergence(model, samples[:2], wanted, Schedule(), 3, "eager")
@@ -122,6 +123,7 @@ def test_no_image_is_both_searched_on_and_held_out() -> None:
         halves(asked[:2])
 
 
+@pytest.mark.slow
 def test_what_a_model_refuses_is_left_out(
     model: Any, samples: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +141,7 @@ def test_what_a_model_refuses_is_left_out(
         luvc_fx.tune(model, samples, target_speedup=1.5, new_tokens=1)
 
 
+@pytest.mark.slow
 def test_a_speedup_that_nobody_promises_does_not_end_the_search(
     model: Any, samples: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,9 +102,7 @@ def test_the_table_has_the_rows_of_the_matrix() -> None:
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    slow_unless(
-        [cell for cell in CELLS if cell[1] != BACKEND], (("llava", "an image"), ("qwen2", "an image"))
-    ),
+    slow_unless([cell for cell in CELLS if cell[1] != BACKEND], (("llava", "an image"),)),
 )
 def test_new_shapes(family: str, name: str) -> None:
     """More text and another image: the oracle's answers, and as many recompiles as the table says."""
@@ -140,6 +138,7 @@ def test_strict_raises_what_is_refused(family: str, name: str) -> None:
     assert isinstance(caught.value, NotRewritten) or "NotRewritten" in str(caught.value)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["a video", "an image and a video"])
 def test_pixels_without_a_known_encoder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

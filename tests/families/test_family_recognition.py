@@ -151,6 +151,7 @@ def test_bfloat16(family: str) -> None:
         assert rms(out.logits.float() - want.logits.float()) < 0.03 * rms(want.logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", slow_unless(FAMILIES, KINDS))
 @torch.no_grad()
 def test_attention_that_is_written_out(family: str) -> None:

@@ -147,6 +147,7 @@ class Vision(Recorder):
         return gm.forward
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_each_new_grid_is_one_compilation_without_symbols() -> None:
     model: Any = tiny_qwen2_vl(decoder_layers=1, encoder_layers=2)

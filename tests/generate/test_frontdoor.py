@@ -135,6 +135,7 @@ def test_decoding_recompiles_once_for_growing_caches(model: Any) -> None:
     assert len(recorder.graphs) == warm
 
 
+@pytest.mark.slow
 def test_prompts_of_other_lengths(model: Any) -> None:
     recorder = Recorder()
     luvc_fx.compile(model, CASCADE, inner=recorder, strict=True)
@@ -246,6 +247,7 @@ def test_beams_are_pruned_but_not_merged(model: Any) -> None:
     assert tokens == [[64, 32, 16, 0]]
 
 
+@pytest.mark.slow
 def test_one_beam_returned_several_times_is_greedy_decoding_of_the_pruned_model(model: Any) -> None:
     prompt = inputs(model)
     pruned = Schedule(prune=CASCADE.prune)
@@ -284,6 +286,7 @@ def test_what_cannot_be_shortened_runs_with_all_tokens(model: Any, options: dict
         model.generate(**prompt, max_new_tokens=2, do_sample=False, **options)
 
 
+@pytest.mark.slow
 def test_assisted_decoding_runs_with_all_tokens(model: Any) -> None:
     prompt, helper = inputs(model), tiny_llava(seed=1)
     stock = generate(model, assistant_model=helper, **prompt)
@@ -355,6 +358,7 @@ def test_later_images_of_a_model_with_masks_of_its_own(model: Any, monkeypatch: 
         model(**later, past_key_values=model(**prompt).past_key_values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_a_cache_that_was_reset_holds_a_longer_prompt(model: Any, kind: type[Any]) -> None:
     short, long = inputs(model), inputs(model, text=(3, 40))
@@ -461,6 +465,7 @@ def test_copies_and_pickles_are_refused(model: Any) -> None:
         copy.deepcopy(model)
 
 
+@pytest.mark.slow
 def test_two_threads_generate_at_once(model: Any) -> None:
     prompts = [inputs(model, seed=seed, batch=1 + seed % 2) for seed in range(4)]
     wanted = [oracle_generate(model, CASCADE, NEW_TOKENS, **prompt) for prompt in prompts]
@@ -513,6 +518,7 @@ def test_impossible_schedules_raise_before_anything_changes(model: Any, schedule
     assert "forward" not in vars(model)
 
 
+@pytest.mark.slow
 def test_more_tokens_than_there_are_is_said_by_the_graph(model: Any) -> None:
     """Before that nobody knows how many there are: a row may hold several images."""
     schedule = Schedule(prune=(Prune(tokens=65, layer=1),))

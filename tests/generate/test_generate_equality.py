@@ -28,7 +28,11 @@ def generated(model: Any, schedule: Schedule, inner: str, batch: dict[str, torch
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"batch": 2, "padding": (0, 3)}, {"batch": 2, "images": 2}],
+    [
+        {},
+        pytest.param({"batch": 2, "padding": (0, 3)}, marks=pytest.mark.slow),
+        pytest.param({"batch": 2, "images": 2}, marks=pytest.mark.slow),
+    ],
     ids=["one row", "left padding", "two images a row"],
 )
 @torch.no_grad()

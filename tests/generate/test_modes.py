@@ -171,6 +171,7 @@ def assert_both_doors_are_the_oracle(model: Any, wanted_from: Any, prompt: dict[
         assert torch.equal(model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False), tokens)
 
 
+@pytest.mark.slow
 def test_a_lora_adapter() -> None:
     peft = pytest.importorskip("peft")
     model = tiny_llava(**SMALL)

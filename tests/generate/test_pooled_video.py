@@ -39,6 +39,7 @@ def with_image(grid: int) -> list[list[Any]]:
     return [[3, ("image", 3 * grid, 8 * grid), 2, ("video", 2), 4]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grid", "rows", "schedule", "generated"),
     [

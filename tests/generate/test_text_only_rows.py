@@ -145,6 +145,7 @@ def test_two_turns(kind: type[Any], attn: str) -> None:
         torch.testing.assert_close(out.logits[0][number], logits, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_fastv_does_not_look_at_stand_ins() -> None:
     """In a row without images it ranks padding, to which nobody pays: the other rows do not notice."""

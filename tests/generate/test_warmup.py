@@ -105,6 +105,7 @@ def test_buckets_bound_the_graphs(qwen: Any, processor: Any) -> None:
     assert kinds(qwen, warmed) == []
 
 
+@pytest.mark.slow
 def test_a_batch_is_warmed_with_padded_rows_and_without(llava: Any) -> None:
     luvc_fx.compile(llava, BOTH, inner="eager", strict=True)
     done = luvc_fx.warmup(llava, inputs=inputs(llava, batch=2))
@@ -118,6 +119,7 @@ def test_a_batch_is_warmed_with_padded_rows_and_without(llava: Any) -> None:
     assert len(kinds(llava)) == done.graphs
 
 
+@pytest.mark.slow
 def test_ready_inputs_of_one_row(llava: Any) -> None:
     luvc_fx.compile(llava, BOTH, inner="eager", strict=True)
     done = luvc_fx.warmup(llava, inputs=[inputs(llava)])

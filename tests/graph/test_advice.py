@@ -98,6 +98,7 @@ def test_without_scalars_the_setting_is_named() -> None:
     assert "leave torch._dynamo.config.capture_scalar_outputs on" in first.text
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_front_door_is_no_advice_behind_the_front_door() -> None:
     model, batch = model_of("qwen3"), prompt_of("qwen3", "an image and a video")
@@ -113,6 +114,7 @@ def test_the_front_door_is_no_advice_behind_the_front_door() -> None:
             assert len(inserted(luvc_fx.report_of(model))) > 2
 
 
+@pytest.mark.slow
 def test_a_whole_encoder_whose_decoder_is_elsewhere() -> None:
     """Both the prune and the merge have a reason."""
     model = luvc_fx.prepare(FAMILIES["llava"].make(**FAMILIES["llava"].size))

@@ -171,6 +171,7 @@ UNFOLLOWED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNFOLLOWED)
 @torch.no_grad()
 def test_calls_that_cannot_be_followed_run_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,6 +134,7 @@ class ReadsTheStream(RandomVLM):
         return super().tables(Rows(rows.ids, order, order, rows.valid) if len(rows.order[0]) == 17 else rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["causal", "bool", "flag"])
 def test_positions_made_of_a_length_that_was_read_late(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is merged or dropped, the rows that are left keep the numbers of the whole prompt."""

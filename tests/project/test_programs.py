@@ -29,7 +29,7 @@ ARGUMENTS = {
     "saved": ("{tmp}/saved",),
     "sizes": (str(RESEARCH / "models" / "qwen2_vl"), "eager"),
 }
-FAST = ("forward", "generate", "own_pass", "schedules")
+FAST = ("forward", "own_pass", "schedules")
 MEASURED = re.compile(r"\d+ ms|[\d.]+ s\b|\d+ -> \d+ nodes")
 """What differs from run to run, or with the version of torch."""
 

@@ -46,6 +46,7 @@ def test_an_exported_program_equals_the_oracle_for_prompts_of_any_length(family:
         check(module(**other), oracle_forward(model, BOTH, **other))
 
 
+@pytest.mark.slow
 def test_what_is_exported_is_torch_alone_and_the_models_weights() -> None:
     model = tiny_llava(decoder_layers=3, encoder_layers=3)
     prompt = inputs(model)
@@ -60,6 +61,7 @@ def test_what_is_exported_is_torch_alone_and_the_models_weights() -> None:
         program.module()(**inputs(model, text=(3, 9)))
 
 
+@pytest.mark.slow
 def test_a_prompt_with_another_number_of_images_fails_and_does_not_answer_wrong() -> None:
     model = tiny_llava(decoder_layers=3, encoder_layers=3)
     module = luvc_fx.export(model, inputs(model), BOTH).module()

@@ -170,6 +170,7 @@ def test_batch_and_length_may_be_symbolic():
         assert torch.equal(graph(x, mask), drop_three(x, mask))
 
 
+@pytest.mark.slow
 def test_compiles(compiled):
     mask, x = mask_of(5, 2, 9, 4), torch.randn(1, 9, 3)
 

@@ -213,6 +213,7 @@ def test_traces_without_sort_or_scatter(traced_names, axis):
     assert not names & {"sort", "topk", "argsort", "scatter", "scatter_reduce", "index_put"}
 
 
+@pytest.mark.slow
 def test_compiles(compiled):
     tensors = random_grid(8, 2, 6, 7, 8)
     want = orthogonal_merge(*tensors, "width", 3)

@@ -219,6 +219,7 @@ def test_shared_traces_without_sort_or_scatter(traced_names, axis, keyed):
     assert not names & {"sort", "topk", "argsort", "scatter", "scatter_reduce", "index_put"}
 
 
+@pytest.mark.slow
 def test_shared_with_keys_compiles(compiled):
     tensors = random_grid(22, 2, 6, 7, 8)
     keys = keys_of(23, tensors[0], 4)

@@ -214,6 +214,7 @@ def test_gradient() -> None:
     )
 
 
+@pytest.mark.slow
 def test_compiles(compiled: Any) -> None:
     tensors, runs = random_grid(8, 2, 6, 7, 8), torch.tensor([[0, 7], [1, 5]])
 

@@ -156,6 +156,7 @@ def test_blocks_trace_without_sort(traced_names, grid, k):
     assert not names & {"sort", "topk", "argsort", "argmax"}
 
 
+@pytest.mark.slow
 def test_compiles(compiled):
     x = torch.randint(0, 4, (2, 16), generator=torch.Generator().manual_seed(1)).float()
     x[0, 3] = float("nan")

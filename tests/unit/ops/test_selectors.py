@@ -221,6 +221,7 @@ def test_traces(traced_names, name, count):
         assert not names & {"bmm", "mm", "_fft_r2c"}
 
 
+@pytest.mark.slow
 def test_compiles(compiled):
     x = tokens(3, 2, 16, 4)
     site = Site(1, 4, (4, 4))
