@@ -195,6 +195,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Prompts, li
     yield Prompts(model.float(), processor), asked[:11]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_single_prompts(
     demo: tuple[Prompts, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ def test_a_speedup_that_nobody_promises_does_not_end_the_search(
     assert luvc_fx.tune(model, samples, max_loss=0.99, new_tokens=1).schedule == fine
 
 
+@pytest.mark.slow
 def test_the_best_schedule_of_a_speedup(model: Any, samples: list[dict[str, Any]]) -> None:
     told: list[str] = []
     tuned = luvc_fx.tune(model, samples, target_speedup=1.5, candidates=2, new_tokens=2, say_so=told.append)

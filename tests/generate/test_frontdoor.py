@@ -313,6 +313,7 @@ CACHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CACHES)
 def test_other_caches_in_forward_are_refused_by_name(model: Any, name: str) -> None:
     prompt = inputs(model)
@@ -340,6 +341,7 @@ def test_an_image_of_a_later_turn_over_a_static_cache_keeps_its_tokens(model: An
     assert reasons == [Reason.PAST_NOT_EMPTY]
 
 
+@pytest.mark.slow
 def test_later_images_of_a_model_with_masks_of_its_own(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 3 and PaliGemma override `create_masks_for_generate`: their images are not causal."""
     own = staticmethod(create_masks_for_generate)

@@ -87,6 +87,7 @@ def test_after_it_nothing_compiles_and_another_size_compiles_once(qwen: Any, pro
     assert "encoded['image']" in prefill.recompile_reason
 
 
+@pytest.mark.slow
 def test_buckets_bound_the_graphs(qwen: Any, processor: Any) -> None:
     luvc_fx.compile(qwen, PRUNED, inner="eager", strict=True)
     area, unit = (5 * STEP) ** 2, SizeBuckets.granularity_of(qwen)

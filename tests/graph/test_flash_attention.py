@@ -99,6 +99,7 @@ def test_pruned_layers_call_it_on_fewer_rows(rows: str) -> None:
     assert {g.kind for g in report.graphs} == {"vision", "prefill", "decode"}, "nothing fell into pieces"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_second_turn_sees_what_is_left_of_the_first() -> None:
     """Several queries over caches of several lengths: the last query lies beside the last key."""
@@ -116,6 +117,7 @@ def test_a_second_turn_sees_what_is_left_of_the_first() -> None:
     assert_close(logits[1], logits[0], 2e-5, "logits")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_fastv_looks_at_the_last_query() -> None:
     """As with SDPA, which is held against transformers' own weights elsewhere."""

@@ -98,6 +98,7 @@ def test_a_mask_that_is_added() -> None:
 # ------------------------------------------------------------------------------------- a later turn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selector", ["pact", "fastv"])
 @torch.no_grad()
 def test_a_later_turn_over_the_shortened_cache(selector: str) -> None:

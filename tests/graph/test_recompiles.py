@@ -53,6 +53,7 @@ def test_twelve_schedules_on_one_model() -> None:
         assert backend.report.graphs[0].rewritten
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_twelve_shapes_of_one_model() -> None:
     backend = luvc_fx.backend(SCHEDULES[3], inner="eager", strict=True)

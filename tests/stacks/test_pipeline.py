@@ -45,6 +45,7 @@ def test_a_batch_of_chats_gets_the_tokens_of_generate() -> None:
     assert words == ["right", "1", "purple"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_compiled_before_and_a_request_that_is_no_chat() -> None:
     model = AutoModelForImageTextToText.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
