@@ -15,7 +15,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 demo: $(READY)
 	$(BIN)/luvc-fx demo
 
-# What a change can break, in under 15 minutes: all but the tests marked slow, and the docstrings' examples.
+# What a change can break: all but the tests marked slow, and the docstrings' examples.
 test: lint
 	$(PYTEST)
 
