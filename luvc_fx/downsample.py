@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from luvc_fx.generate.families import family_of
+from luvc_fx.generate.rgb import to_rgb
 from luvc_fx.generate.sizes.buckets import SizeBuckets
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def downsample(model: Any, processor: Any, image: Image, budget: float) -> Downs
 
     Args:
         model, processor: of transformers.
+        image: of any mode and orientation; it is brought to RGB first (`to_rgb`).
         budget: in (0, 1].
 
     Raises:
@@ -69,7 +71,7 @@ def downsample(model: Any, processor: Any, image: Image, budget: float) -> Downs
     image_processor = getattr(processor, "image_processor", None)
     if vision is None or image_processor is None:
         raise ValueError(f"{type(model).__name__} and {type(processor).__name__} are for no images")
-    family = family_of(model)
+    family, image = family_of(model), to_rgb(image)
     if family.takes_any_size(image_processor):
         return _any_size(model, image_processor, image, budget)
     if family.takes_squares(image_processor):

@@ -38,12 +38,18 @@ WARM_UP = 3
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked about which image; `expected` is known for the shipped ones only."""
+    """What is asked about which image.
+
+    Attributes:
+        expected: the right answer, which is known for the shipped questions only.
+        notes: what reading the image did to it and may be unexpected (`read_image`).
+    """
 
     image: Image
     source: str
     text: str
     expected: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,7 @@ class DemoResult:
             "hardware": self.hardware,
             "versions": self.versions,
             **({} if self.picture is None else {"picture": str(self.picture)}),
+            **({"image_notes": list(self.question.notes)} if self.question.notes else {}),
         }
 
 
@@ -126,7 +133,10 @@ def ask(image: Path | None = None, text: str | None = None) -> Question:
     if text is not None and "<image>" in text:
         raise InputError("the question must not contain '<image>'; the prompt already has one image")
     if image is not None:
-        return Question(read_image(image), str(image), text or shipped[0]["questions"][0]["text"])
+        notes: list[str] = []
+        read = read_image(image, notes.append)
+        text = shipped[0]["questions"][0]["text"] if text is None else text
+        return Question(read, str(image), text, notes=tuple(notes))
     name, questions = shipped[0]["image"], shipped[0]["questions"]
     known = {question["text"]: question["answer"] for question in questions}
     text = questions[0]["text"] if text is None else text
@@ -179,6 +189,8 @@ def run(
             check_path(picture)
         except ValueError as error:
             raise InputError(str(error)) from None
+    for note in question.notes:
+        say(note)
     say("loading the model")
     plain, processor = load_model()
     if unknown := unknown_words(processor, question.text):

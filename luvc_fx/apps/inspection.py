@@ -57,7 +57,8 @@ class Inspection:
 
     Attributes:
         images: files, or one line about the synthetic image.
-        image_size: height and width of the first image.
+        image_size: height and width of the first image, upright.
+        image_notes: what reading the images did to them and may be unexpected (`read_image`).
         prompt_rows: text and visual tokens of the prompt; `visual_tokens` of them are visual.
         budget: mean over decoder layers of the visual tokens entering the layer, over `visual_tokens`;
             None where no graph has a decoder behind a fusion.
@@ -79,11 +80,15 @@ class Inspection:
     report: Report
     hardware: dict[str, Any]
     versions: dict[str, str]
+    image_notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        if not self.image_notes:
+            del own["image_notes"]
         return {
-            **{item.name: getattr(self, item.name) for item in fields(self)},
+            **own,
             "schedule": json.loads(self.schedule.to_json()),
             "plan": [asdict(line) for line in self.plan],
             "report": self.report.to_dict(),
@@ -107,7 +112,10 @@ def inspect(
         InputError: a directory, an image, a prompt or a schedule that cannot be used, or a model that
             luvc_fx cannot wire or that fails in its forward.
     """
-    pictures = [read_image(path) for path in images]
+    notes: list[str] = []
+    pictures = [read_image(path, notes.append) for path in images]
+    for note in notes:
+        say(note)
     say("loading the model")
     model, processor = load(directory)
     try:
@@ -141,6 +149,7 @@ def inspect(
         report=report,
         hardware=hardware(model),
         versions=versions(),
+        image_notes=tuple(notes),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from luvc_fx.generate.rgb import to_rgb
 from luvc_fx.report.errors import InputError, cannot
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 def make_prompt(model: Any, processor: Any, images: Sequence[Image], text: str) -> dict[str, Any]:
     """One user's turn, images first: by the chat template, or image tokens and the text without one.
 
+    Args:
+        images: of any mode and orientation; `to_rgb` is what the processor gets.
+
     Raises:
         InputError: a text that the prompt cannot hold, or a processor that cannot make the prompt.
     """
@@ -22,6 +26,7 @@ def make_prompt(model: Any, processor: Any, images: Sequence[Image], text: str) 
         raise InputError("the prompt is empty")
     if token in text:
         raise InputError(f"the prompt must not contain {token!r}: images are put in front of it")
+    images = [to_rgb(image) for image in images]
     try:
         if getattr(processor, "chat_template", None):
             content = [{"type": "image", "image": image} for image in images]
@@ -31,7 +36,7 @@ def make_prompt(model: Any, processor: Any, images: Sequence[Image], text: str) 
             )
         else:
             prompt = "\n".join([*[token] * len(images), text])
-            inputs = processor(images=list(images), text=prompt, return_tensors="pt")
+            inputs = processor(images=images, text=prompt, return_tensors="pt")
     except Exception as error:
         raise cannot(f"{type(processor).__name__} cannot make the prompt", error) from error
     if not (inputs["input_ids"] == model.config.image_token_id).any():

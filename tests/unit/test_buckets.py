@@ -77,14 +77,14 @@ def test_resize() -> None:
 
 
 def test_an_image_of_a_bucket_is_returned_as_it_is() -> None:
-    image = picture(336, 336, "L")
+    image = picture(336, 336)
     assert THREE.fit(image) is image
     assert THREE.fit(image, "pad") is image
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
 def test_pad_keeps_the_aspect_ratio(mode: str) -> None:
-    image = Image.new(mode, (900, 600), 200 if mode == "L" else (200,) * len(mode))
+    image = Image.new(mode, (900, 600), 200 if mode == "L" else (200, 200, 200, 255)[: len(mode)])
     fitted = THREE.fit(image, how="pad", color=(1, 2, 3))
     assert (fitted.mode, fitted.height, fitted.width) == ("RGB", 336, 336)
     pixels = numpy.asarray(fitted)

@@ -25,7 +25,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import luvc_fx
 from luvc_fx.apps.environment import hardware, versions
-from luvc_fx.apps.inputs import read_schedule
+from luvc_fx.apps.inputs import read_image, read_schedule
+from luvc_fx.generate.rgb import to_rgb
 
 MOST_SHAPES = 24
 """Shapes of images for which one set of graphs is compiled; then a new set is begun.
@@ -306,8 +307,7 @@ def read_frames(source: Any, most: int) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def _image(source: Any) -> Image.Image:
-    image = Image.open(source) if isinstance(source, str | Path) else source
-    return image.convert("RGB")
+    return read_image(Path(source)) if isinstance(source, str | Path) else to_rgb(source)
 
 
 def _sizes(messages: list[dict[str, Any]]) -> str:

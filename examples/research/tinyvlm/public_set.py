@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from luvc_fx.apps.inputs import read_image
 
 IMAGES = {"train": range(3400), "tune": range(3400, 3700), "dev": range(3700, 4000), "test": range(1000)}
 PAPER = 60  # summed difference of the channels from the background's, above which a pixel is the shape's
@@ -34,7 +37,7 @@ def public(split: str, seed: int, size: int) -> tuple[Image.Image, tuple[int, in
     numbers = IMAGES[split]
     number = numbers[seed % len(numbers)]
     paths, asked = _part(split == "test")
-    image = Image.open(paths[number]).convert("RGB")
+    image = read_image(Path(paths[number]))
     drawn = np.asarray(image, int)
     ys, xs = np.nonzero(np.abs(drawn - drawn[0, 0]).sum(-1) > PAPER)
     scale = size / image.width

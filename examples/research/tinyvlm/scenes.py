@@ -20,6 +20,7 @@ import skimage
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from examples.research.tinyvlm.public_set import public
+from luvc_fx.apps.inputs import read_image
 
 SIZE = 128
 SPLITS = {"train": 0, "tune": 1, "dev": 2, "test": 3}
@@ -139,7 +140,7 @@ def _easy(split: str, seed: int) -> Scene:
 def _photos() -> list[Image.Image]:
     folder = Path(skimage.__file__).parent / "data"
     hopper = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    photos = [Image.open(p).convert("RGB") for p in [*(folder / n for n in PHOTOS), hopper]]
+    photos = [read_image(p) for p in [*(folder / n for n in PHOTOS), hopper]]
     for photo in photos:
         photo.thumbnail((512, 512))
     return photos

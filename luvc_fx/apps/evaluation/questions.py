@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luvc_fx.apps.inputs import read_image
+from luvc_fx.generate.rgb import Say
 from luvc_fx.report.errors import InputError
 
 if TYPE_CHECKING:
@@ -166,9 +167,34 @@ def read_frames(question: Question) -> list[Image]:
     Raises:
         InputError: a file that holds no image, or no array of frames.
     """
-    if question.media[0].suffix in ARRAYS:
-        return _array_frames(question.media[0])
-    return [read_image(path) for path in question.media]
+    return [frame for path in question.media for frame in _frames(path)]
+
+
+def check_media(questions: Sequence[Question]) -> list[str]:
+    """Decode all files of these questions, so that none fails when half of the answers are there.
+
+    Returns:
+        What reading them did that may be unexpected (`read_image`), a line each.
+
+    Raises:
+        InputError: naming the first file that cannot be read, and the number of others.
+    """
+    notes: list[str] = []
+    errors: list[InputError] = []
+    for path in dict.fromkeys(path for question in questions for path in question.media):
+        try:
+            _frames(path, notes.append)
+        except InputError as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise InputError(f"{errors[0]}; {len(errors) - 1} more files cannot be read either")
+    if errors:
+        raise errors[0]
+    return notes
+
+
+def _frames(path: Path, say: Say = lambda _: None) -> list[Image]:
+    return _array_frames(path) if path.suffix in ARRAYS else [read_image(path, say)]
 
 
 def _array_frames(path: Path) -> list[Image]:

@@ -21,7 +21,7 @@ from luvc_fx.apps.evaluation.methods import (
 )
 from luvc_fx.apps.evaluation.options import Options
 from luvc_fx.apps.evaluation.prompts import Prompts, collate
-from luvc_fx.apps.evaluation.questions import Question, read_questions, with_wrong_images
+from luvc_fx.apps.evaluation.questions import Question, check_media, read_questions, with_wrong_images
 from luvc_fx.apps.evaluation.result import UNPRUNED, Cell, CellResult, EvalResult, WrongImage
 from luvc_fx.apps.evaluation.scoring import score, tasks_of
 from luvc_fx.apps.evaluation.store import Answers
@@ -45,6 +45,8 @@ def run(options: Options, say: Callable[[str], None], watch: Watch) -> EvalResul
     names, given = chosen_methods(options), schedule_cells(options)
     questions = read_questions(options.questions, options.split, options.limit)
     say(f"{len(questions)} questions about {len({q.scene for q in questions})} scenes")
+    if read_otherwise := check_media(questions):
+        say(_first_of(read_otherwise))
     model, processor = load(options.model)
     # Half precision is slow on a CPU, and decides near ties differently.
     model = model.to("cuda") if torch.cuda.is_available() else model.float()
@@ -81,6 +83,7 @@ def run(options: Options, say: Callable[[str], None], watch: Watch) -> EvalResul
             "answers": f"greedy, {_most(options)}, batches of {options.batch}",
             "inner": options.inner,
             "seed": options.seed,
+            **({"images": _first_of(read_otherwise)} if read_otherwise else {}),
         },
         hardware=hardware(model),
         versions=versions(),
@@ -167,6 +170,10 @@ def _wrong_image(
 
 def _most(options: Options) -> str:
     return "new tokens as configured" if options.new_tokens is None else f"{options.new_tokens} new tokens"
+
+
+def _first_of(lines: Sequence[str]) -> str:
+    return lines[0] if len(lines) == 1 else f"{lines[0]}; and {len(lines) - 1} more such lines"
 
 
 def _row(cell: Cell, scores: Any, asker: Asker, questions: Sequence[Question]) -> CellResult:

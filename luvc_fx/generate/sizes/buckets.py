@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from luvc_fx.generate.families import family_of
+from luvc_fx.generate.rgb import to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -138,20 +139,26 @@ class SizeBuckets:
         return min(self.sizes, key=distance)
 
     def fit(self, image: Image, how: str = "resize", color: Any = GREY) -> Image:
-        """A PIL image brought to its nearest bucket; one that has its size already is returned as it is.
+        """A PIL image brought to its nearest bucket, in RGB; one that is both already is returned as it is.
+
+        An image of another mode, or with an EXIF orientation, is brought to upright RGB before anything
+        else, transparent parts on white.
 
         Args:
             how: ``"resize"`` to exactly that size, which changes the aspect ratio a little, or ``"pad"``:
                 the largest size with the image's own ratio that fits, in the middle of `color`.
-            color: of the padding, as `PIL.Image.new` takes it for RGB; other modes are converted.
+            color: of the padding, as `PIL.Image.new` takes it for RGB.
 
         Raises:
-            ValueError: another `how`.
+            ValueError: another `how`, another color, or something that is no PIL image.
         """
-        if how not in HOW:
-            raise ValueError(f"how is {how!r}; allowed: {', '.join(map(repr, HOW))}")
         from PIL import Image
 
+        if how not in HOW:
+            raise ValueError(f"how is {how!r}; allowed: {', '.join(map(repr, HOW))}")
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"image is {image!r}; allowed: a PIL image")
+        image = to_rgb(image)
         bucket = self.nearest(image.height, image.width)
         if (image.height, image.width) == bucket:
             return image
@@ -163,9 +170,12 @@ class SizeBuckets:
             min(most, max(1, round(side * scale)))
             for side, most in zip((image.height, image.width), bucket, strict=True)
         ]
-        canvas = Image.new("RGB", (bucket[1], bucket[0]), color)
+        try:
+            canvas = Image.new("RGB", (bucket[1], bucket[0]), color)
+        except (TypeError, ValueError):
+            raise ValueError(f"color is {color!r}; allowed: a colour of Pillow for RGB") from None
         place = ((bucket[1] - inner[1]) // 2, (bucket[0] - inner[0]) // 2)
-        canvas.paste(image.convert("RGB").resize((inner[1], inner[0]), bicubic), place)
+        canvas.paste(image.resize((inner[1], inner[0]), bicubic), place)
         return canvas
 
     def most_graphs(self, warmed: bool = True) -> int:
