@@ -44,7 +44,8 @@ def check_schedule(model: Any, schedule: Schedule) -> None:
     """Raise `ValueError` for a layer or a length that the model's config shows to be impossible.
 
     Only sizes that the config states are checked; the graph has the last word. How many visual tokens
-    there are it does not state: a row may hold several images.
+    there are it does not state: a row may hold several images. Nor does it state what an earlier merge
+    leaves of a grid: whole blocks of patches merge, and how large those are is seen in the graph.
     """
     schedule.prunes_at(model.config.get_text_config().num_hidden_layers)
     family = family_of(model)
@@ -55,4 +56,4 @@ def check_schedule(model: Any, schedule: Schedule) -> None:
     if grid is None:
         return
     for _, merge in merges:
-        grid[merge.axis] = merge.target(grid[merge.axis])
+        merge.target(grid[merge.axis])

@@ -193,6 +193,19 @@ def test_lengths_are_whole_blocks() -> None:
 
 
 @torch.no_grad()
+def test_lengths_fit_what_is_left_in_whole_blocks() -> None:
+    """A tenth of 8 patches is one block of 2 here, not one patch, so a later length of 2 is right."""
+    model = internvl()
+    prompt = inputs(model)
+    asked = (Merge("width", length=2, layer=1), Merge("width", keep=0.1, layer=0))
+    want = oracle_forward(model, Schedule(merge=asked), **prompt)
+    with luvc_fx.applied(model, Schedule(merge=asked), inner="eager", strict=True):
+        torch.testing.assert_close(model(**prompt).logits, want.logits, atol=1e-4, rtol=1e-4)
+        vision = luvc_fx.report_of(model).graphs[0]
+    assert (vision.merged_grid, want.rows.shape[1]) == ((8, 2), prompt["input_ids"].shape[1] - 12)
+
+
+@torch.no_grad()
 def test_rows_with_other_numbers_of_tiles_stay_whole() -> None:
     model = internvl()
     two, one = inputs(model, tiles=2), inputs(model, text=(3, 5 + 16), tiles=1, seed=1)

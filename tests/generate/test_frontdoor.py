@@ -532,6 +532,17 @@ def test_more_tokens_than_there_are_is_said_by_the_graph(model: Any) -> None:
         generate(model, 2, **inputs(model))
 
 
+def test_a_length_above_what_a_merge_left_is_said_by_the_graph(model: Any) -> None:
+    """How many patches make one feature, and so what is left, is seen there."""
+    prompt = inputs(model)
+    wanted = model(**prompt).logits
+    merges = (Merge("width", length=5, layer=1), Merge("width", keep=0.5, layer=0))
+    luvc_fx.compile(model, Schedule(merge=merges), inner="eager")
+    with pytest.warns(LuvcWarning, match="Merge.length is 5; allowed: at most 4, the width"):
+        assert torch.equal(model(**prompt).logits, wanted)
+    assert [refusal.reason for refusal in luvc_fx.report_of(model).all_refusals()] == [Reason.SCHEDULE]
+
+
 def test_other_arguments_and_models_raise(model: Any) -> None:
     with pytest.raises(ValueError, match="inner is 'fast'"):
         luvc_fx.compile(model, "image", inner="fast")
