@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import luvc_fx
@@ -94,6 +96,59 @@ def test_pruning_is_seen_from_outside(server: Server, answers: dict[str, str]) -
     log = server.log.read_text()
     assert "luvc_fx: vision graph" in log
     assert "prune before decoder layer 15: spectrum 48 -> 0" in log
+
+
+def chat(image: str | None = None, **more: Any) -> dict[str, Any]:
+    """The body of a request about an image, a data URL unless told otherwise."""
+    messages = CLIENT["messages"](IMAGE, QUESTIONS[0])
+    if image is not None:
+        messages[0]["content"][0]["image_url"]["url"] = image
+    return {"model": str(MODEL_DIR), "messages": messages, "max_tokens": WORDS, "temperature": 0, **more}
+
+
+@pytest.mark.slow
+def test_bad_requests_are_a_sentence_with_status_400(server: Server) -> None:
+    stray = chat()
+    stray["messages"][0]["content"][1]["text"] = "what is <image> ?"
+    bodies = {
+        "is not in a format": chat("data:image/png;base64,AAAA"),
+        "is no base64": chat("not an image"),
+        "cannot be fetched": chat("http://127.0.0.1:9/none.png"),
+        "a list of messages that is not empty": chat(messages=[]),
+        "'<image>', which stands for media": stray,
+        "n is 2": chat(n=2),
+        "logprobs is true": chat(logprobs=True),
+        "tools have no place": chat(tools=[{"type": "function", "function": {"name": "f"}}]),
+    }
+    for says, body in bodies.items():
+        status, answer = server.post("/v1/chat/completions", body)
+        assert (status, says in answer["error"]["message"]) == (400, True), answer
+    status, answer = server.post("/v1/completions", {"model": str(MODEL_DIR), "prompt": "<image>"})
+    assert (status, "prompt holds" in answer["error"]["message"]) == (400, True)
+    status, answer = server.post("/v1/responses", {"model": str(MODEL_DIR), "input": []})
+    assert (status, "input is []" in answer["error"]["message"]) == (400, True)
+
+
+@pytest.mark.slow
+def test_an_answer_ends_at_a_stop_text(server: Server, answers: dict[str, str]) -> None:
+    whole = answers[QUESTIONS[0]].split()
+    for stop in (whole[0], ["nowhere", whole[0]]):
+        _, answer = server.post("/v1/chat/completions", chat(stop=stop))
+        assert answer["choices"][0]["message"]["content"].split() == whole[:1]
+        assert answer["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.slow
+def test_images_of_requests_are_read_as_files_are(server: Server, tmp_path: Path) -> None:
+    """In 16 bits of gray the picture is what it is in eight; clipped, as it would be, it is all white."""
+    gray = np.asarray(Image.open(IMAGE).convert("L"))
+    kinds = {"16.png": gray.astype(np.uint16) * 257, "8.png": gray, "white.png": np.full_like(gray, 255)}
+    said = {}
+    for name, values in kinds.items():
+        Image.fromarray(values).save(tmp_path / name)
+        _, answer = server.post("/v1/chat/completions", chat(str(tmp_path / name)))
+        said[name] = answer["choices"][0]["message"]["content"]
+    assert said["16.png"] == said["8.png"] != said["white.png"]
 
 
 @pytest.mark.parametrize(

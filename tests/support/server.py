@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,16 @@ class Server:
         with urllib.request.urlopen(f"{self.address}/luvc_fx/report") as answer:
             (report,) = json.load(answer).values()
         return report
+
+    def post(self, path: str, body: object) -> tuple[int, Any]:
+        """The status of the answer to a request, and what it holds."""
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
 
 
 @contextlib.contextmanager
