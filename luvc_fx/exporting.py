@@ -89,7 +89,7 @@ def _rewritten(model: Any, inputs: dict[str, Tensor], schedule: Schedule, dynami
 
     def body(kwargs: dict[str, Tensor]) -> dict[str, Any]:
         out = model(**kwargs, use_cache=True)
-        layers = out.past_key_values.layers
+        layers = _compat.cache_of(out).layers
         return {
             "logits": out.logits,
             "row_index": markers.PROMPT_ROWS(kwargs["input_ids"]),

@@ -39,12 +39,18 @@ from luvc_fx._compat.torch import (
 )
 from luvc_fx._compat.transformers import (
     attention_name,
+    cache_argument,
+    cache_argument_of_generate,
+    cache_arguments,
+    cache_of,
     calls_flash_attn,
     install_output_hooks,
     is_dispatched,
     is_flash,
     reads_one_position,
     set_attention,
+    set_cache,
+    with_past_key_values,
 )
 
 __all__ = [
@@ -60,7 +66,11 @@ __all__ = [
     "allow_recompiles",
     "argument_names",
     "attention_name",
+    "cache_argument",
+    "cache_argument_of_generate",
+    "cache_arguments",
     "cache_hits",
+    "cache_of",
     "caching_precompile",
     "calls_flash_attn",
     "capture_end",
@@ -83,6 +93,7 @@ __all__ = [
     "reads_one_position",
     "recompile_reason",
     "set_attention",
+    "set_cache",
     "shares_of",
     "trace_structured",
     "tracing_settings",
@@ -90,4 +101,5 @@ __all__ = [
     "tree_map",
     "watch_recompile_limit",
     "with_own_code",
+    "with_past_key_values",
 ]

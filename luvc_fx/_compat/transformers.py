@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,3 +82,49 @@ def reads_one_position() -> bool:
     from transformers import modeling_flash_attention_utils as utils
 
     return utils._is_packed_sequence(torch.zeros(1, 1, dtype=torch.int64), 1) is not False
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """The argument for the cache of a forward, or of another function that `generate` calls.
+
+    `past_key_values`; from transformers 5.24 on `cache`, beside which the old name is taken up to 5.40.
+    """
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
+
+
+@functools.cache
+def cache_argument_of_generate() -> str:
+    """The argument of `generate` for the cache, which it passes on to every forward."""
+    from transformers import GenerationMixin
+
+    return cache_argument(GenerationMixin.prepare_inputs_for_generation)
+
+
+def cache_arguments(forward: Callable[..., Any]) -> set[str]:
+    """The arguments in which calls of a model's forward, its `generate` and its masks may bring the cache."""
+    return {"past_key_values", cache_argument(forward), cache_argument_of_generate()}
+
+
+def with_past_key_values(kwargs: dict[str, Any], cache_arguments: set[str]) -> dict[str, Any]:
+    """Arguments of such a call, with the cache as `past_key_values`, however the call named it.
+
+    In a call with both names `cache` counts, as in transformers (5.24).
+    """
+    if "cache" not in kwargs or "cache" not in cache_arguments:
+        return kwargs
+    rest = {name: given for name, given in kwargs.items() if name != "cache"}
+    return {**rest, "past_key_values": kwargs["cache"]}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in an output of a forward or of `generate`, or None: its `past_key_values`, later `cache`."""
+    return getattr(output, _cache_field(output))
+
+
+def set_cache(output: Any, cache: Any) -> None:
+    """Let `cache` be the one in an output of a forward."""
+    setattr(output, _cache_field(output), cache)
+
+
+def _cache_field(output: Any) -> str:
+    return "cache" if hasattr(output, "cache") else "past_key_values"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import luvc_fx
+from luvc_fx import _compat
 from luvc_fx.apps.bench.timing import spread
 from luvc_fx.apps.environment import hardware, versions
 from luvc_fx.apps.inputs import read_image
@@ -272,7 +273,7 @@ def _now(model: Any) -> float:
 def _kv_lengths(model: Any, inputs: Mapping[str, torch.Tensor]) -> list[int]:
     """Rows in each layer's cache behind the prompt: the first new token is not in it yet."""
     output = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
-    return [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+    return [layer.keys.shape[-2] for layer in _compat.cache_of(output).layers]
 
 
 def _interleaved(models: tuple[Any, ...], inputs: Mapping[str, torch.Tensor], runs: int) -> list[list[float]]:

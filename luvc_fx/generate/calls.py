@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from luvc_fx import _compat
 from luvc_fx.generate.cache import PrunedRows, is_empty, unsupported
 from luvc_fx.generate.families import FeaturesInPlaceOfPixels, pixels_in
 from luvc_fx.generate.graphs import GraphSet
@@ -56,6 +57,7 @@ class Calls:
         schedule: Schedule = settings["schedule"]
         self._merges = bool(schedule.merge)
         self._signatures = {name: inspect.signature(originals[name]) for name in ("forward", "generate")}
+        self._cache_arguments = _compat.cache_arguments(originals["forward"])
         self._thread = threading.local()
 
     def bodies(self) -> dict[str, Callable[..., Any]]:
@@ -76,11 +78,15 @@ class Calls:
         """Those of the `generate` that this thread is in, or None outside of one."""
         return getattr(self._thread, "limits", None)
 
+    def _with_past_key_values(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a call with the cache under the one name that all code behind the hooks reads."""
+        return _compat.with_past_key_values(kwargs, self._cache_arguments)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate`, whose calls of the other hooks all keep to the limits of this one."""
         kwargs = arguments_by_name(self._signatures["generate"], args, kwargs)
         outer = self._limits
-        limits = for_generate(self._model, kwargs, self._refuse)
+        limits = for_generate(self._model, self._with_past_key_values(kwargs), self._refuse)
         if self._settings["inner"] != "inductor" or self._settings["mode"] or self._settings["options"]:
             limits = replace(limits, decode_mode=None)
         self._thread.limits = limits
@@ -101,7 +107,7 @@ class Calls:
 
         `generate` would make one, from the number of rows in layer 0.
         """
-        limits, cache = self._limits, kwargs.get("past_key_values")
+        limits, cache = self._limits, self._with_past_key_values(kwargs).get("past_key_values")
         # A step does not ask whether its cache is empty: of a static one that is a wait for the device.
         shortened = isinstance(cache, PrunedRows) or (
             limits is not None and limits.shorten and is_empty(cache)
@@ -131,7 +137,7 @@ class Calls:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """`forward`: prefill where there are images, else a decode step, or the whole model unchanged."""
-        kwargs = arguments_by_name(self._signatures["forward"], args, kwargs)
+        kwargs = self._with_past_key_values(arguments_by_name(self._signatures["forward"], args, kwargs))
         limits, cache = self._limits, kwargs.get("past_key_values")
         refusal = refusal_of_forward(self._model, cache)
         if refusal is not None:

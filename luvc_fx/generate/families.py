@@ -301,8 +301,8 @@ class PackedFamily(Family):
         compute = getattr(self.base, "compute_3d_position_ids", None)
         if compute is None or all(kwargs.get(name) is None for name in GRIDS):
             return None
-        names = inspect.signature(compute).parameters
-        given = {name: kwargs.get(name) for name in names}
+        names, cache_name = inspect.signature(compute).parameters, _compat.cache_argument(compute)
+        given = {name: kwargs.get("past_key_values" if name == cache_name else name) for name in names}
         if "inputs_embeds" in names and given["inputs_embeds"] is None:
             given["inputs_embeds"] = self.model.get_input_embeddings()(kwargs["input_ids"])
         positions: Tensor | None = compute(**given)

@@ -133,6 +133,7 @@ def _forward_body(family: Family, forward: Callable[..., Any]) -> Callable[..., 
     enter = family.feature_entry()
     known = {modality.name: modality for modality in family.modalities()}
     text_config = family.model.config.get_text_config()
+    cache_name = _compat.cache_argument(forward)
 
     def body(
         kwargs: dict[str, Any],
@@ -154,6 +155,9 @@ def _forward_body(family: Family, forward: Callable[..., Any]) -> Callable[..., 
                 features = parts[0] if isinstance(features, Tensor) else parts
             kwargs = enter(kwargs, known[name], features, late)
         row_index = markers.PROMPT_ROWS(kwargs["input_ids"]) if wants_row_index else None
+        if cache_name != "past_key_values" and "past_key_values" in kwargs:
+            kwargs = {**kwargs, cache_name: kwargs["past_key_values"]}
+            del kwargs["past_key_values"]
         return forward(**kwargs), row_index
 
     return _compat.with_own_code(body)

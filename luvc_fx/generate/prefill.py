@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
+from luvc_fx import _compat
 from luvc_fx.generate.cache import PrunedRows, adopt, as_pruned, fill, is_empty, unsupported
 from luvc_fx.generate.constants import as_text
 from luvc_fx.generate.families import Modality, family_of
@@ -185,8 +186,9 @@ def hand_back_cache(
         past, rows: rows of the conversation before this prompt, and of the whole prompt.
     """
     if isinstance(given, StaticCache):
-        fill(given, output.past_key_values, rows)
-        output.past_key_values = given
-    adopt(output.past_key_values, past + rows)
-    if rows_without_images and isinstance(output.past_key_values, PrunedRows):
-        output.past_key_values.rows_without_images = rows_without_images
+        fill(given, _compat.cache_of(output), rows)
+        _compat.set_cache(output, given)
+    cache = _compat.cache_of(output)
+    adopt(cache, past + rows)
+    if rows_without_images and isinstance(cache, PrunedRows):
+        cache.rows_without_images = rows_without_images

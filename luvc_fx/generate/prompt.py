@@ -28,7 +28,7 @@ class PromptState:
         ids: `input_ids` ``[B, S]``, or None beside `inputs_embeds`.
         mask: `attention_mask`: ``[B, past + S]``, one of another form, or None.
         positions: `position_ids` ``[B or 1, S]`` or ``[axes, B or 1, S]``, or None.
-        cache: `past_key_values`, or None.
+        cache: `past_key_values`, or None. The hooks call it so whatever transformers does.
         rest: all others, as they were given.
     """
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from luvc_fx import _compat
 from luvc_fx.apps.bench import alone, arms, choosing, gate
 from luvc_fx.apps.bench.arms import BASELINE, LUVC, Arm
 from luvc_fx.apps.bench.result import BenchResult, Cost, StageTiming
@@ -240,7 +241,7 @@ def _checked(
             obstacles += gate.wrong_logits(name, output.logits[0], references[name].logits)
         if not runner.arm.smaller:
             planned = runner.report.tokens_per_layer()
-            held = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+            held = [layer.keys.shape[-2] for layer in _compat.cache_of(output).layers]
             obstacles += gate.wrong_lengths(name, planned, held, runner.inputs["input_ids"].shape[1] - visual)
     return obstacles
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from luvc_fx import _compat
 from luvc_fx.apps.evaluation.prompts import Prompt, Prompts, collate
 from luvc_fx.generate.cache import layers_of, unsupported
 from luvc_fx.generate.families import family_of
@@ -134,7 +135,8 @@ def generate_together(
     if images[0].smaller is not None:
         inputs = images[0].smaller.encoded(model, inputs)
     forward = {"use_cache": True, **_last_logits(model)}
-    cache = model(**inputs, past_key_values=cache, **forward).past_key_values
+    cache_name = _compat.cache_argument(model.forward)
+    cache = _compat.cache_of(model(**inputs, **{cache_name: cache}, **forward))
     del inputs
     index = torch.tensor(places, device=model.device)
     for layer in layers_of(cache):
@@ -160,13 +162,13 @@ def generate_together(
     if isinstance(deltas, Tensor):
         positions = positions.unsqueeze(0) + deltas
     _mark(cache)
-    cache = model(input_ids=ids, position_ids=positions, past_key_values=cache, **forward).past_key_values
+    cache = _compat.cache_of(model(input_ids=ids, position_ids=positions, **{cache_name: cache}, **forward))
     _turn(cache, torch.tensor([longest - length for length in behind], device=model.device))
     _mark(cache)
     output = model.generate(
         input_ids=whole["input_ids"],
         attention_mask=whole["attention_mask"],
-        past_key_values=cache,
+        **{_compat.cache_argument_of_generate(): cache},
         **options,
     )
     return output[:, front + longest :]

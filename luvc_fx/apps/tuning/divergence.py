@@ -67,7 +67,7 @@ def greedy_answers(model: Any, samples: Sequence[Mapping[str, Any]], steps: int)
                 output_logits=True,
             )
         tokens = output.sequences[0, sample["input_ids"].shape[1] :]
-        held = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+        held = [layer.keys.shape[-2] for layer in _compat.cache_of(output).layers]
         # The last token was chosen and not run.
         rows = [count - (len(tokens) - 1) for count in held]
         answers.append(Answer(tokens, torch.cat(output.logits).float(), rows))
