@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 import luvc_fx
 from luvc_fx import Merge, Prune, Schedule
+from tests.support.cases import slow_unless
 from tests.support.models import inputs, tiny_llava
 from tests.support.paths import ROOT
 
@@ -37,7 +38,7 @@ def speak(model: Any, count: int, **given: Any) -> Any:
     return model.generate(**given, min_new_tokens=count, max_new_tokens=count, do_sample=False)
 
 
-@pytest.mark.parametrize(("cache", "decoded"), [("dynamic", 2), ("static", 1)])
+@pytest.mark.parametrize(("cache", "decoded"), slow_unless([("dynamic", 2), ("static", 1)], [("dynamic", 2)]))
 def test_graphs_do_not_grow_with_the_answer(model: Any, cache: str, decoded: int) -> None:
     """Of a dynamic cache there is one for its first length and one for all others."""
     prompt = inputs(model)
@@ -65,7 +66,7 @@ def waits_only_on_a_cpu(event: Any) -> bool:
     return "aten::_assert_async" in above
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", slow_unless(["dynamic", "static"], ["static"]))
 def test_a_step_waits_for_the_device_no_more_often_than_the_stock_model(model: Any, cache: str) -> None:
     """Reading a number out of a tensor is what makes the host wait."""
     prompt = inputs(model, batch=2, padding=(0, 3))
@@ -88,7 +89,7 @@ def test_a_step_waits_for_the_device_no_more_often_than_the_stock_model(model: A
 
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", slow_unless([1, 2], [2]))
 def test_reported_bytes_are_those_of_the_cache(model: Any, kind: type[Any], batch: int) -> None:
     """Of a static cache, the rows written; it has room for more."""
     prompt = inputs(model, batch=batch)

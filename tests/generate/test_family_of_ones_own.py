@@ -11,6 +11,7 @@ import torch
 import luvc_fx
 from luvc_fx import Merge, Prune, Schedule
 from luvc_fx.generate import families
+from tests.support.cases import slow_unless
 from tests.support.models import inputs, tiny_llava
 from tests.support.models_qwen import qwen_inputs, tiny_qwen3_vl
 from tests.support.oracle import oracle_generate
@@ -18,7 +19,7 @@ from tests.support.oracle import oracle_generate
 SCHEDULE = Schedule(merge=Merge("width", keep=0.5, layer=0), prune=Prune(keep=0.5, layer=1))
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen3"])
+@pytest.mark.parametrize("name", slow_unless(["llava", "qwen3"], ["qwen3"]))
 @torch.no_grad()
 def test_features_that_enter_as_pixels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in transformers 5.17, whose forwards take no features: the encoder is asked for those of its pixels.

@@ -11,6 +11,7 @@ from torch import Tensor
 import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule
 from luvc_fx.report import Reason
+from tests.support.cases import slow_unless
 from tests.support.models import inputs, tiny_llava
 from tests.support.oracle import oracle_forward, oracle_generate
 
@@ -42,7 +43,9 @@ def oracle_loss(model: Any, prompt: dict[str, Tensor], labels: Tensor) -> Tensor
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", slow_unless([torch.float32, torch.bfloat16, torch.float16], [torch.bfloat16]), ids=str
+)
 @torch.no_grad()
 def test_dtypes(dtype: torch.dtype) -> None:
     """Which tokens stay is chosen in float32 on what the model computes in its own dtype."""
@@ -93,7 +96,9 @@ def test_labels_give_the_loss_of_the_surviving_rows(door: str) -> None:
     torch.testing.assert_close(loss, wanted)
 
 
-@pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector", "language_model"])
+@pytest.mark.parametrize(
+    "part", slow_unless(["vision_tower", "multi_modal_projector", "language_model"], ["vision_tower"])
+)
 def test_one_backward_equals_differences_of_the_oracle(part: str) -> None:
     """The gradient along a random direction in one part's weights, next to the oracle's on both sides."""
     model = tiny_llava(**SMALL).double()

@@ -81,7 +81,7 @@ def is_pixels(name: str) -> bool:
     return name.startswith("pixel")
 
 
-@pytest.mark.parametrize("case", slow_unless(CASES, ["qwen2", "onevision"]))
+@pytest.mark.parametrize("case", slow_unless(CASES, ["qwen2"]))
 @torch.no_grad()
 def test_each_row_is_what_it_is_alone(case: str) -> None:
     family, (spec, schedule) = case.split(",")[0], CASES[case]
@@ -112,7 +112,7 @@ def test_each_row_is_what_it_is_alone(case: str) -> None:
     ("kind", "attn"),
     slow_unless(
         itertools.product([DynamicCache, StaticCache], ["sdpa", "eager"]),
-        [(DynamicCache, "sdpa"), (StaticCache, "eager")],
+        [(StaticCache, "eager")],
     ),
 )
 @torch.no_grad()

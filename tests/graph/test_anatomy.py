@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from luvc_fx.anatomy.recognise import Anatomy, recognise
 from luvc_fx.graph.nodes import live_nodes, op_name, shape, value
 from luvc_fx.report import Insertion, Reason
 from luvc_fx.schedule import Merge, Prune, Schedule
+from tests.support.cases import slow_unless
 from tests.support.models import rename_everything, tiny_llava
 from tests.support.oracle import oracle_forward
 from tests.support.replay import (
@@ -100,8 +102,13 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("names", ["named", "anonymous"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "names"),
+    slow_unless(
+        itertools.product(MODELS, ["named", "anonymous"]),
+        [("default", "named"), *((name, "anonymous") for name in MODELS)],
+    ),
+)
 def test_the_parts_are_found(name: str, names: str) -> None:
     model, options, want = MODELS[name]
     captured = whole(model=tuple(model.items()), **options)

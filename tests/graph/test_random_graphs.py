@@ -147,7 +147,7 @@ def test_positions_made_of_a_length_that_was_read_late(mask: str, monkeypatch: p
         assert check_schedule(session, schedule) == "rewritten"
 
 
-@pytest.mark.parametrize("trouble", TROUBLES)
+@pytest.mark.parametrize("trouble", slow_unless(TROUBLES, TROUBLES[::3]))
 def test_every_trouble_is_refused(trouble: str) -> None:
     """Or the list that explains refusals has one too many."""
     session = Session(in_trouble(Spec(text=((2, 3), (1, 4)), padding=(0, 0)), trouble))

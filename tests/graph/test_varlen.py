@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule
 from luvc_fx.report import Reason
+from tests.support.cases import slow_unless
 from tests.support.models_qwen import qwen_inputs, tiny_qwen2_5_vl, tiny_qwen2_vl
 from tests.support.replay import assert_close
 
@@ -67,7 +68,7 @@ SIZE = {"decoder_layers": 3, "encoder_layers": 2}
 MAKERS = (tiny_qwen2_vl, tiny_qwen2_5_vl)
 
 
-@pytest.fixture(params=MAKERS, ids=lambda make: make.__name__)
+@pytest.fixture(params=slow_unless(MAKERS, [tiny_qwen2_5_vl]), ids=lambda make: make.__name__)
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
     """The same weights with segments as a tensor and with SDPA."""
     AttentionInterface.register(NAME, varlen_attention)

@@ -34,11 +34,17 @@ from tests.inductor.lowering.fake_cuda import (
     launches,
 )
 from tests.inductor.lowering.lowering_cases import ALL, PARTS, SITES, Case, prune, spu
+from tests.support.cases import slow_unless
 from tests.support.paths import ROOT
 
 pytest.importorskip("triton", reason="triton is installed on Linux only")
 
 TARGETS = {AMPERE: "sm_80", HOPPER: "sm_90a"}
+LOWERED = (
+    *("SPU, runs", "SPU, runs, with a mask", "SPU, global", "OIM, width", "OIM, width, behind a CLS row"),
+    *("decoder layer", "encoder block"),
+)
+"""Cases of the default run: each operation, in the ways that the presets insert it."""
 LIBRARY = re.compile(r"topk|sort|fft|scatter")
 
 
@@ -50,7 +56,7 @@ def code_of(case: Case) -> str:
 @pytest.mark.parametrize(
     "capability", [pytest.param(AMPERE, marks=pytest.mark.slow), HOPPER], ids=["sm_80", "sm_90"]
 )
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_unless(ALL, LOWERED))
 def test_launches_and_externs(name: str, capability: tuple[int, int]) -> None:
     case = ALL[name]
     with fake_cuda(capability):
@@ -65,7 +71,9 @@ def test_the_default_sites_are_within_the_goal() -> None:
 
 
 @pytest.mark.parametrize("capability", TARGETS, ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", ["SPU, runs", "SPU, global", "OIM, width"])
+@pytest.mark.parametrize(
+    "name", slow_unless(["SPU, runs", "SPU, global", "OIM, width"], ["SPU, runs", "OIM, width"])
+)
 def test_kernels_compile_to_cubins(name: str, capability: tuple[int, int]) -> None:
     with fake_cuda(capability):
         code = code_of(ALL[name])
