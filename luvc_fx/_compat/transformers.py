@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -128,3 +128,24 @@ def set_cache(output: Any, cache: Any) -> None:
 
 def _cache_field(output: Any) -> str:
     return "cache" if hasattr(output, "cache") else "past_key_values"
+
+
+def merged_generation_config(model: Any, arguments: Mapping[str, Any]) -> Any:
+    """The `GenerationConfig` that `generate` runs with, given its arguments by their names.
+
+    Keywords go before the config that is passed, that one before the model's own, and that before defaults;
+    what is None in one is taken from the next (transformers 5.17 - 5.24).
+    """
+    from transformers import GenerationMixin
+
+    own = inspect.signature(GenerationMixin.generate).parameters
+    options = {name: given for name, given in arguments.items() if name not in own}
+    config, _ = model._prepare_generation_config(arguments.get("generation_config"), **options)
+    return config
+
+
+def default_of_option(name: str) -> Any:
+    """What `generate` takes where an option is set nowhere (transformers 5.17 - 5.24)."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig._get_default_generation_params().get(name)

@@ -92,7 +92,7 @@ class Calls:
         self._thread.limits = limits
         # transformers' own compilation (of decoding over a static cache, on a GPU) would trace these hooks.
         config = kwargs.get("generation_config")
-        if config is None:
+        if config is None or "disable_compile" in kwargs:
             kwargs["disable_compile"] = True
         else:  # beside which transformers takes no options
             kwargs["generation_config"] = copy.copy(config)
@@ -139,7 +139,7 @@ class Calls:
         """`forward`: prefill where there are images, else a decode step, or the whole model unchanged."""
         kwargs = self._with_past_key_values(arguments_by_name(self._signatures["forward"], args, kwargs))
         limits, cache = self._limits, kwargs.get("past_key_values")
-        refusal = refusal_of_forward(self._model, cache)
+        refusal = refusal_of_forward(self._model, kwargs)
         if refusal is not None:
             self._refuse(refusal)
             limits = UNTOUCHED

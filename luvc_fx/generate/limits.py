@@ -9,21 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, GenerationConfig, StaticCache
 
 from luvc_fx import _compat
 from luvc_fx.generate.cache import PrunedCache, PrunedRows, is_empty, unsupported
 from luvc_fx.generate.families import family_of, modalities, pixels_in
+from luvc_fx.generate.kept_logits import refusal_of_kept_logits
+from luvc_fx.generate.options import keeping_argument, keeping_option, merged
 from luvc_fx.report import Reason, Refusal
-
-UNRESTRICTING_OPTIONS = (
-    ("prefill_chunk_size", (None,)),
-    ("assistant_model", (None,)),
-    ("prompt_lookup_num_tokens", (None,)),
-    ("cache_implementation", (None, "dynamic", "static")),
-    ("use_cache", (None, True)),
-)
-"""Options of `generate`, and of each the values with which visual tokens may go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +48,25 @@ Note = Callable[[Refusal], None]
 
 def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> CallLimits:
     """What this `generate` call may do; each limit is noted."""
-    config = kwargs.get("generation_config") or model.generation_config
-
-    def option(name: str) -> Any:
-        return kwargs[name] if name in kwargs else getattr(config, name, None)
-
-    for name, plain_values in UNRESTRICTING_OPTIONS:
-        if option(name) not in plain_values:
-            given = option(name)
-            shown = type(given).__name__ if isinstance(given, torch.nn.Module) else repr(given)
-            note(Refusal(Reason.INPUTS, f"{name}={shown}: all visual tokens stay"))
-            return UNTOUCHED
+    keeping = keeping_argument(kwargs)
+    options = GenerationConfig() if keeping else merged(model, kwargs)
+    keeping = keeping or keeping_option(options)
+    if keeping:
+        if pixels_in(kwargs):
+            note(Refusal(Reason.INPUTS, f"{keeping}: all visual tokens stay"))
+        return UNTOUCHED
+    cache = kwargs.get("past_key_values")
+    is_static = options.cache_implementation == "static" or isinstance(cache, StaticCache)
     refused = _refusal_of_attention(model)
-    if refused is None and _is_static(option):
+    refused = refused or _refusal_of_recording(model, options.output_attentions, cache)
+    if refused is None and is_static:
         refused = _refusal_of_static(model)
     if refused is not None:
         note(refused)
         return UNTOUCHED
     limits = for_images(model, kwargs, note)
-    if limits.shorten and ((option("num_beams") or 1) > 1 or (option("num_return_sequences") or 1) > 1):
+    several = max(options.num_beams or 1, options.num_return_sequences or 1) > 1
+    if limits.shorten and several and pixels_in(kwargs):
         if limits.rows_without_images:
             text = "num_beams or num_return_sequences above 1 beside rows without images"
             note(Refusal(Reason.UNEVEN_BATCH, f"{text}: all visual tokens stay"))
@@ -81,11 +74,7 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> CallLimits:
         text = "num_beams or num_return_sequences above 1: transformers expands unmerged features only"
         note(Refusal(Reason.INPUTS, text + "; pruned, but not merged"))
         return UNMERGED
-    return dataclasses.replace(limits, decode_mode=_decode_mode(model, option))
-
-
-def _is_static(option: Callable[[str], Any]) -> bool:
-    return option("cache_implementation") == "static" or isinstance(option("past_key_values"), StaticCache)
+    return dataclasses.replace(limits, decode_mode=_decode_mode(model, options) if is_static else None)
 
 
 def _refusal_of_static(model: Any) -> Refusal | None:
@@ -111,20 +100,31 @@ def _refusal_of_attention(model: Any) -> Refusal | None:
     return Refusal(Reason.NO_ATTENTION, f"{text}: all visual tokens stay")
 
 
+def _refusal_of_recording(model: Any, output_attentions: object, cache: object) -> Refusal | None:
+    """Why visual tokens must stay where attention weights are asked for, or None.
+
+    Raises:
+        NotImplementedError: the cache misses some already.
+    """
+    name = _compat.attention_name(model.config.get_text_config())
+    if not output_attentions or name == "eager":
+        return None
+    text = f"output_attentions=True, at which attn_implementation={name!r} ends the graph"
+    if isinstance(cache, PrunedRows):
+        raise NotImplementedError(f"luvc_fx: {text}, over a cache with dropped visual tokens")
+    return Refusal(Reason.INPUTS, f"{text}: all visual tokens stay")
+
+
 def has_windows(config: Any) -> bool:
     """Whether a decoder layer sees a window only."""
     everywhere = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return bool(everywhere) or "sliding_attention" in (getattr(config, "layer_types", None) or ())
 
 
-def _decode_mode(model: Any, option: Callable[[str], Any]) -> str | None:
+def _decode_mode(model: Any, options: GenerationConfig) -> str | None:
     """Over a static cache transformers compiles decoding itself: on a GPU, or with a `CompileConfig`."""
-    config = option("compile_config")
-    if (
-        not _is_static(option)
-        or option("disable_compile")
-        or (config is None and model.device.type != "cuda")
-    ):
+    config = options.compile_config
+    if options.disable_compile or (config is None and model.device.type != "cuda"):
         return None
     mode = (CompileConfig() if config is None else config).mode
     return None if mode == "default" else mode
@@ -155,6 +155,10 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> CallLimits:
     uneven = _why_uneven(kwargs, counts, without_images)
     if uneven:
         note(Refusal(Reason.UNEVEN_BATCH, f"{uneven}: all visual tokens stay"))
+        return UNTOUCHED
+    refused = refusal_of_kept_logits(model, kwargs)
+    if refused is not None:
+        note(refused)
         return UNTOUCHED
     later = refusal_of_later_images(model, kwargs)
     if later is not None:
@@ -228,9 +232,16 @@ def refusal_of_later_images(model: Any, kwargs: dict[str, Any]) -> Refusal | Non
     return Refusal(Reason.PAST_NOT_EMPTY, text)
 
 
-def refusal_of_forward(model: Any, cache: object) -> Refusal | None:
-    """Why a forward must leave all visual tokens alone, or None."""
+def refusal_of_forward(model: Any, kwargs: dict[str, Any]) -> Refusal | None:
+    """Why a forward must leave all visual tokens alone, or None.
+
+    Args:
+        kwargs: of the forward.
+    """
+    cache = kwargs.get("past_key_values")
     refused = unsupported(cache) or _refusal_of_attention(model)
+    if refused is None:
+        refused = _refusal_of_recording(model, kwargs.get("output_attentions"), cache)
     if refused is None and isinstance(cache, StaticCache):
         refused = _refusal_of_static(model)
     if refused is None and model.training:

@@ -15,6 +15,7 @@ from luvc_fx.generate.cache import PrunedRows, adopt, as_pruned, fill, is_empty,
 from luvc_fx.generate.constants import as_text
 from luvc_fx.generate.families import Modality, family_of
 from luvc_fx.generate.graphs import GraphFeatures, GraphSet
+from luvc_fx.generate.kept_logits import keep_asked, with_all_logits
 from luvc_fx.generate.masks import left_padding, over_pruned_cache, takes_segments, without_full_mask
 from luvc_fx.generate.prompt import Encoded, PromptState, compact, treat_padding_as_visual
 
@@ -34,9 +35,12 @@ def prefill(
         encoder_outputs: by the modality's name: of a `CompiledEncoder`, whose merged placeholders leave the
             prompt, or anybody else's.
         rows_without_images: of the batch, where other rows have some.
-        wants_row_index: give the output `row_index` ``[B, S']``, each row's old number.
+        wants_row_index: give the output `row_index` ``[B, S']``, the old number of each row of its logits.
     """
     given_cache, rows = prompt.cache, prompt.ids.shape[1]
+    asked, as_tuple = prompt.rest.get("logits_to_keep"), wants_tuple(model, prompt)
+    prompt = with_all_logits(with_named_outputs(prompt) if as_tuple else prompt)
+    wants_row_index = wants_row_index or isinstance(asked, Tensor)
     prompt, past = choose_cache(model, prompt)
     prompt, padding, needs_mask = choose_mask(model, prompt, given_cache, past)
     prompt, features, old_rows = cut_prompt(
@@ -49,8 +53,20 @@ def prefill(
     )
     hand_back_cache(output, given_cache, past, rows, rows_without_images)
     if kept_rows is not None:
-        output.row_index = kept_rows if old_rows is None else old_rows.gather(1, kept_rows)
-    return output
+        kept_rows = kept_rows if old_rows is None else old_rows.gather(1, kept_rows)
+        output.row_index = keep_asked(output, kept_rows, asked, rows)
+    return output.to_tuple() if as_tuple else output
+
+
+def wants_tuple(model: Any, prompt: PromptState) -> bool:
+    """Whether the forward is to return a tuple: as the call says, or else as the config does."""
+    given = prompt.rest.get("return_dict")
+    return not (getattr(model.config, "return_dict", True) if given is None else given)
+
+
+def with_named_outputs(prompt: PromptState) -> PromptState:
+    """The prompt of a forward whose outputs have names."""
+    return replace(prompt, rest={**prompt.rest, "return_dict": True})
 
 
 def choose_cache(model: Any, prompt: PromptState) -> tuple[PromptState, int]:

@@ -20,7 +20,7 @@ from luvc_fx import _compat
 from luvc_fx.apps.evaluation.prompts import Prompt, Prompts, collate
 from luvc_fx.generate.cache import layers_of, unsupported
 from luvc_fx.generate.families import family_of
-from luvc_fx.generate.limits import UNRESTRICTING_OPTIONS
+from luvc_fx.generate.options import keeping_option, merged
 from luvc_fx.schedule import Schedule
 
 TEXT_STEP = 4
@@ -63,10 +63,12 @@ def why_apart(model: Any, schedule: Schedule) -> str:
     refusal = unsupported(DynamicCache(config=model.config.get_text_config()))
     if refusal is not None:
         return refusal.text
-    config = model.generation_config
-    for name, plain in (*UNRESTRICTING_OPTIONS, ("cache_implementation", (None,))):
-        if getattr(config, name, None) not in plain:
-            return f"the generation config says {name}={getattr(config, name)!r}"
+    options = merged(model, {})
+    keeping = keeping_option(options)
+    if options.cache_implementation is not None:
+        keeping = f"cache_implementation={options.cache_implementation!r}"
+    if keeping:
+        return f"the generation config says {keeping}"
     return ""
 
 

@@ -1,0 +1,83 @@
+"""`logits_to_keep` of a forward that gets shorter: what is asked for are rows of the whole prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luvc_fx.generate.families import placeholders
+from luvc_fx.generate.prompt import PromptState
+from luvc_fx.report import Reason, Refusal
+
+NAME = "logits_to_keep"
+
+
+def refusal_of_kept_logits(model: Any, kwargs: Mapping[str, Any]) -> Refusal | None:
+    """Why all visual tokens must stay for the logits that are asked for, or None.
+
+    Of a tensor this waits for the device.
+
+    Args:
+        kwargs: of `forward` or `generate`.
+    """
+    asked, ids = kwargs.get(NAME), kwargs.get("input_ids", kwargs.get("inputs"))
+    if not isinstance(asked, Tensor) or ids is None:
+        return None
+    if kwargs.get("labels") is not None:
+        what = f"{NAME} as a tensor beside labels"
+    elif bool(placeholders(model, ids).flatten()[numbered(ids.shape, asked)].any()):
+        what = f"{NAME} asks for rows of visual tokens"
+    else:
+        return None
+    return Refusal(Reason.INPUTS, f"{what}: all visual tokens stay")
+
+
+def numbered(shape: torch.Size, asked: Tensor) -> Tensor:
+    """Those of the numbers ``0 .. B * S - 1`` of all rows of a batch that are asked for.
+
+    Args:
+        shape: ``[B, S]``.
+        asked: as transformers takes it: ``[n]`` rows of each prompt, int64 ``[B, n]``, or bool ``[B, S]``.
+
+    Returns:
+        int64 ``[B, n]``, of a bool ``[B, S]`` the numbers of its rows ``[n]``.
+    """
+    numbers = torch.arange(shape.numel(), device=asked.device).reshape(shape)
+    if asked.dim() == 2:
+        return numbers[asked] if asked.dtype == torch.bool else numbers.take_along_dim(asked, 1)
+    return numbers[:, asked]
+
+
+def with_all_logits(prompt: PromptState) -> PromptState:
+    """The prompt of a forward that gives all logits, where some are asked for by a tensor.
+
+    Which row of a shortened prompt is which of the whole one is known afterwards, and differs within a batch.
+    """
+    if not isinstance(prompt.rest.get(NAME), Tensor):
+        return prompt
+    return replace(prompt, rest={**prompt.rest, NAME: 0})
+
+
+def keep_asked(output: Any, row_index: Tensor, asked: int | Tensor | None, rows: int) -> Tensor:
+    """Let `output` have the logits that were asked for; returns the rows of the prompt that they belong to.
+
+    Args:
+        row_index: int64 ``[B, S']``, the old number of each row that is left.
+        asked: `logits_to_keep`.
+        rows: of the whole prompt.
+
+    Returns:
+        int64 ``[B, n]``, of a bool ``[B, S]`` that asks ``[n]``.
+    """
+    if not isinstance(asked, Tensor):
+        return row_index[:, -asked:] if asked else row_index
+    batch = row_index.shape[0]
+    numbers = numbered(torch.Size([batch, rows]), asked.to(row_index.device))
+    places = torch.arange(row_index.shape[1], device=row_index.device).expand_as(row_index)
+    place_of_row = row_index.new_zeros(batch, rows).scatter(1, row_index, places).flatten()
+    output.logits = output.logits[numbers // rows, place_of_row[numbers]]
+    return numbers % rows
