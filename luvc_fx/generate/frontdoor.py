@@ -73,12 +73,11 @@ class FrontDoor:
             method.restore()
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Note once why a call keeps its visual tokens; warn or raise, as the settings say."""
-        if not self.report.refuse(refusal):
-            return
+        """Note why a call keeps its visual tokens; warn once, or raise each time, as the settings say."""
+        is_new = self.report.refuse(refusal)
         if self.settings["strict"] or self.settings["on_no_match"] == "raise":
             raise NotRewritten(str(refusal))
-        if self.settings["on_no_match"] == "warn":
+        if is_new and self.settings["on_no_match"] == "warn":
             warnings.warn(f"luvc_fx left this alone: {refusal}", LuvcWarning, stacklevel=5)
 
 

@@ -54,8 +54,8 @@ _HARMLESS = {
         do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff length_penalty
         diversity_penalty repetition_penalty encoder_repetition_penalty no_repeat_ngram_size
         renormalize_logits encoder_no_repeat_ngram_size bad_words_ids sequence_bias forced_bos_token_id
-        forced_eos_token_id suppress_tokens begin_suppress_tokens exponential_decay_length_penalty watermarking_config
-        remove_invalid_values
+        forced_eos_token_id suppress_tokens begin_suppress_tokens watermarking_config
+        exponential_decay_length_penalty remove_invalid_values
     """,
     "a second run of the model, on text and over a cache of its own": "guidance_scale",
     "output, hidden states of the rows that enter each layer": """
@@ -67,7 +67,7 @@ _HARMLESS = {
         max_matching_ngram_size target_lookbehind assistant_ensemble_weight speculation_type cache_config
         low_memory continuous_batching_config
     """,
-    "the config itself": "_from_model_config transformers_version",
+    "the config itself": "_from_model_config transformers_version _commit_hash",
 }
 HARMLESS = {name for names in _HARMLESS.values() for name in names.split()}
 """Options that change nothing for visual tokens, whatever their values are."""
