@@ -243,6 +243,18 @@ def capture_end(gm: torch.fx.GraphModule) -> tuple[str, str]:
     return place, end.reason.partition("\n")[0].strip() if end.graph_break else ""
 
 
+def graph_break(error: BaseException) -> tuple[str, str] | None:
+    """Where a graph that had to be whole ended, ``"file.py:12"``, and what broke it; None of other errors.
+
+    (`Unsupported`, with its `real_stack`, 2.11 - 2.13.)
+    """
+    if not isinstance(error, torch._dynamo.exc.Unsupported):
+        return None
+    frames = getattr(error, "real_stack", None)
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return place, str(error).partition("\n")[0].strip()
+
+
 def watch_recompile_limit(tell: Callable[[Any, str, int], None]) -> None:
     """Call ``tell(backend, function, limit)`` when Dynamo gives up on a function.
 

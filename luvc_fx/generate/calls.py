@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,15 @@ from luvc_fx.generate.cache import PrunedRows, is_empty, unsupported
 from luvc_fx.generate.families import FeaturesInPlaceOfPixels, pixels_in
 from luvc_fx.generate.graphs import GraphSet
 from luvc_fx.generate.hooks import arguments_by_name
+from luvc_fx.generate.last_resort import (
+    CacheState,
+    Failures,
+    LostCacheError,
+    PromptMismatch,
+    RandomState,
+    is_refusal,
+    refusal_of,
+)
 from luvc_fx.generate.limits import (
     UNTOUCHED,
     CallLimits,
@@ -29,7 +39,15 @@ from luvc_fx.generate.limits import (
 from luvc_fx.generate.masks import over_pruned_cache
 from luvc_fx.generate.prefill import prefill
 from luvc_fx.generate.prompt import PromptState
+from luvc_fx.report import NotRewritten
 from luvc_fx.schedule import Schedule
+
+
+class _Failed:
+    """What failed in our hands, by what it was."""
+
+    def __init__(self) -> None:
+        self.generate, self.encoder, self.prefill, self.step, self.unchanged = (Failures() for _ in range(5))
 
 
 class Calls:
@@ -59,6 +77,7 @@ class Calls:
         self._signatures = {name: inspect.signature(originals[name]) for name in ("forward", "generate")}
         self._cache_arguments = _compat.cache_arguments(originals["forward"])
         self._thread = threading.local()
+        self._failed = _Failed()
 
     def bodies(self) -> dict[str, Callable[..., Any]]:
         """What each hook runs, by the name of the method that it stands for."""
@@ -82,25 +101,81 @@ class Calls:
         """Arguments of a call with the cache under the one name that all code behind the hooks reads."""
         return _compat.with_past_key_values(kwargs, self._cache_arguments)
 
+    @contextlib.contextmanager
+    def _within(self, limits: CallLimits, generating: dict[str, Any] | None = None) -> Iterator[None]:
+        """All calls of this thread keep to these limits, for the length of a ``with`` block.
+
+        Args:
+            generating: the arguments of the `generate` that this is, if it is one.
+        """
+        outer = vars(self._thread).copy()
+        self._thread.limits = limits
+        self._thread.generating = generating
+        try:
+            yield
+        finally:
+            vars(self._thread).clear()
+            vars(self._thread).update(outer)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate`, whose calls of the other hooks all keep to the limits of this one."""
         kwargs = arguments_by_name(self._signatures["generate"], args, kwargs)
-        outer = self._limits
-        limits = for_generate(self._model, self._with_past_key_values(kwargs), self._refuse)
+        limits, failed = UNTOUCHED, self._failed.generate
+        if kwargs not in failed:
+            try:
+                limits = self._limits_of_generate(self._with_past_key_values(kwargs))
+            except Exception as error:
+                if is_refusal(error):
+                    raise
+                self._fell_back(error, failed, kwargs)
+        given = self._without_own_compilation(kwargs)
+        cache, random = self._with_past_key_values(kwargs).get("past_key_values"), RandomState(self._model.device)
+        empty = CacheState(cache) if is_empty(cache) else None  # what others hold would need its memory twice
+        failures = failed.total
+        try:
+            with self._within(limits, kwargs):
+                output = self._originals["generate"](**given)
+        except LostCacheError as error:
+            # What a streamer was given cannot be taken back, nor what is in a cache of an earlier turn.
+            if kwargs.get("streamer") is not None or empty is None or not empty.restore():
+                raise
+            random.restore()
+            with self._within(UNTOUCHED):
+                output = self._originals["generate"](**given)
+            self._fell_back(error.cause, failed, kwargs)
+        if limits.shorten and failed.total == failures:
+            failed.succeeded()
+        return output
+
+    def _limits_of_generate(self, kwargs: dict[str, Any]) -> CallLimits:
+        limits = for_generate(self._model, kwargs, self._refuse)
         if self._settings["inner"] != "inductor" or self._settings["mode"] or self._settings["options"]:
             limits = replace(limits, decode_mode=None)
-        self._thread.limits = limits
-        # transformers' own compilation (of decoding over a static cache, on a GPU) would trace these hooks.
+        return limits
+
+    @staticmethod
+    def _without_own_compilation(kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments without transformers' own compilation, which would trace these hooks.
+
+        It compiles decoding over a static cache, on a GPU.
+        """
         config = kwargs.get("generation_config")
         if config is None or "disable_compile" in kwargs:
-            kwargs["disable_compile"] = True
-        else:  # beside which transformers takes no options
-            kwargs["generation_config"] = copy.copy(config)
-            kwargs["generation_config"].disable_compile = True
+            return {**kwargs, "disable_compile": True}
+        config = copy.copy(config)  # beside which transformers takes no options
+        config.disable_compile = True
+        return {**kwargs, "generation_config": config}
+
+    def _fell_back(self, error: Exception, failed: Failures, kwargs: dict[str, Any]) -> None:
+        """Note that a call failed in our hands, where the stock model did not; under `strict` this raises."""
+        failed.add(kwargs)
+        generating = getattr(self._thread, "generating", None)
+        if generating is not None:
+            self._failed.generate.add(generating)
         try:
-            return self._originals["generate"](**kwargs)
-        finally:
-            self._thread.limits = outer
+            self._refuse(refusal_of(error, failed.given_up))
+        except NotRewritten as refused:
+            raise refused from error
 
     def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
         """The mask of a step over a static cache: as it was given, since each layer is to have its own.
@@ -133,12 +208,73 @@ class Calls:
             option: given for option, given in named.items() if given is not None and option != "return_dict"
         }
         pixels = options.pop(encoder.modality.pixels)
-        return encoder(pixels, options, limits.merge and self._merges, limits.rows)
+        try:
+            output = self._encode(name, pixels, options, limits)
+        except PromptMismatch as mismatch:
+            self._thread.mismatch = mismatch  # for the forward that follows
+            return original(*args, **kwargs)
+        except Exception as error:
+            if is_refusal(error):
+                raise
+            output = original(*args, **kwargs)
+            self._fell_back(error, self._failed.encoder, named)
+            return output
+        if output.luvc_representatives.numel() < output.luvc_placeholders:
+            output.luvc_unmerged = functools.partial(original, *args, **kwargs)
+        return output
+
+    def _encode(self, name: str, pixels: Any, options: dict[str, Any], limits: CallLimits) -> Any:
+        """The output of a compiled encoder for a whole prompt.
+
+        Raises:
+            PromptMismatch: the prompt has not as many placeholders as there are features.
+        """
+        output = self._graphs.encoders[name](pixels, options, limits.merge and self._merges, limits.rows)
+        tokens, features = limits.placeholders.get(name), output.luvc_placeholders
+        if tokens is not None and tokens != features:
+            raise PromptMismatch(tokens, features)
+        return output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """`forward`: prefill where there are images, else a decode step, or the whole model unchanged."""
-        kwargs = self._with_past_key_values(arguments_by_name(self._signatures["forward"], args, kwargs))
-        limits, cache = self._limits, kwargs.get("past_key_values")
+        """`forward`, by the stock model where it fails in our hands."""
+        given = arguments_by_name(self._signatures["forward"], args, kwargs)
+        kwargs = self._with_past_key_values(given)
+        limits, failed = self._limits, self._failed.step
+        if pixels_in(kwargs) or kwargs.get("mm_encoder_outputs"):
+            failed = self._failed.prefill
+        if kwargs in failed:
+            limits = UNTOUCHED
+        if limits == UNTOUCHED:
+            failed = self._failed.unchanged
+            if kwargs in failed:
+                return self._stock_forward(given)
+        before = CacheState(kwargs.get("past_key_values"))
+        try:
+            mismatch = vars(self._thread).pop("mismatch", None)
+            if mismatch is not None:
+                raise mismatch
+            output = self._forward(kwargs, limits)
+        except Exception as error:
+            if is_refusal(error):
+                raise
+            if not before.restore():
+                if isinstance(error, NotImplementedError):  # in words of ours
+                    raise
+                raise LostCacheError(error) from error
+            output = self._stock_forward(given)
+            self._fell_back(error, failed, kwargs)
+            return output
+        failed.succeeded()
+        return output
+
+    def _stock_forward(self, kwargs: dict[str, Any]) -> Any:
+        """What the stock model does with this call, images that were merged already encoded anew."""
+        with self._within(UNTOUCHED):
+            return self._originals["forward"](**_unmerged(kwargs))
+
+    def _forward(self, kwargs: dict[str, Any], limits: CallLimits | None) -> Any:
+        """Prefill where there are images, else a decode step, or the whole model unchanged."""
+        cache = kwargs.get("past_key_values")
         refusal = refusal_of_forward(self._model, kwargs)
         if refusal is not None:
             self._refuse(refusal)
@@ -150,7 +286,7 @@ class Calls:
                 kwargs = self._encode_pixels(kwargs, limits)
         encoder_outputs = kwargs.get("mm_encoder_outputs") or {}
         if limits is not None and not limits.shorten:
-            run = self._graphs.unchanged
+            run, kwargs = self._graphs.unchanged, _unmerged(kwargs)
         elif not encoder_outputs or refusal_of_later_images(self._model, kwargs) is not None:
             run = self._graphs.decode.in_mode(None if limits is None else limits.decode_mode)
             if not encoder_outputs:  # `generate` gives the first step of a later turn an empty one
@@ -174,12 +310,20 @@ class Calls:
             positions = self._graphs.family.positions(kwargs)
             if positions is not None:
                 rest["position_ids"] = positions
-        merge = limits.merge and self._merges
         outputs, steering = {}, set()
         for name, encoder in self._graphs.encoders.items():
             steering |= set(encoder.signature.parameters)
             pixels = kwargs.get(encoder.modality.pixels)
             if pixels is not None:
-                outputs[name] = encoder(pixels, encoder.options(kwargs), merge, limits.rows)
+                outputs[name] = self._encode(name, pixels, encoder.options(kwargs), limits)
         rest = {name: given for name, given in rest.items() if name not in steering}
         return {**rest, "mm_encoder_outputs": outputs}
+
+
+def _unmerged(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward with all features of its images, encoded anew where ours merged some."""
+    outputs = kwargs.get("mm_encoder_outputs")
+    if not outputs:
+        return kwargs
+    whole = {name: getattr(output, "luvc_unmerged", lambda o=output: o)() for name, output in outputs.items()}
+    return {**kwargs, "mm_encoder_outputs": whole}

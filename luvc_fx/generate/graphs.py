@@ -62,6 +62,8 @@ class GraphSet:
         prunes: whether the schedule prunes.
         encoders: by the modality's name.
         prefill: a forward whose images are encoded already; prunes, and merges nothing.
+        prefill_of_merged: the same for a prompt that merged images made shorter. It is one graph or an error:
+            of a decoder in pieces nothing is pruned, and no step could go on over its shortened cache.
         decode: a forward without images, over the cache that prefill left.
         unchanged: a forward with all visual tokens.
     """
@@ -81,9 +83,11 @@ class GraphSet:
         unmerged = Schedule(prune=schedule.prune)
         self.family = family_of(model)
 
-        def forward_graph(schedule: Schedule, mode: str | None = None) -> Callable[..., Any]:
+        def forward_graph(
+            schedule: Schedule, mode: str | None = None, fullgraph: bool = False
+        ) -> Callable[..., Any]:
             body = _forward_body(self.family, originals["forward"])
-            return self._compile(body, schedule, dynamic, mode)
+            return self._compile(body, schedule, dynamic, mode, fullgraph)
 
         def encoder_graph(body: EncoderBody, merges: bool) -> EncoderBody:
             # A plan is for one number of images of one shape: nothing of it may become symbolic.
@@ -94,6 +98,7 @@ class GraphSet:
             for modality in self.family.modalities()
         }
         self.prefill = forward_graph(unmerged)
+        self.prefill_of_merged = forward_graph(unmerged, fullgraph=True)
         self.decode = DecodeGraphs(lambda mode: forward_graph(unmerged, mode))
         self.unchanged = forward_graph(Schedule())
 
@@ -112,13 +117,18 @@ class GraphSet:
         }
 
     def _compile(
-        self, body: Callable[..., Any], schedule: Schedule, dynamic: bool | None, mode: str | None = None
+        self,
+        body: Callable[..., Any],
+        schedule: Schedule,
+        dynamic: bool | None,
+        mode: str | None = None,
+        fullgraph: bool = False,
     ) -> Callable[..., Any]:
         settings = {**self._settings, "schedule": schedule}
         if mode is not None:
             settings["mode"] = mode
         rewriting = LuvcBackend(**settings, report=self._report, front_door=True)
-        compiled = torch.compile(body, backend=rewriting, dynamic=dynamic)
+        compiled = torch.compile(body, backend=rewriting, dynamic=dynamic, fullgraph=fullgraph)
 
         def call(*args: Any, late_features: bool = False, **kwargs: Any) -> Any:
             # Features that enter late are added by a mask, which a pass writes anew without its dynamic size.

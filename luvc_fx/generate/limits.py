@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class CallLimits:
         merge: whether the encoder may merge visual tokens.
         shorten: whether visual tokens may go at all; without it the call runs with all of them.
         rows: of the prompt that have images.
+        placeholders: how many the prompt has of each modality, by its name; empty where nobody counted.
         rows_without_images: the others, whose left padding has room for as many tokens as the images have.
         decode_mode: the Inductor mode that transformers would compile the decoding of this call with.
     """
@@ -36,6 +37,7 @@ class CallLimits:
     rows: int = 1
     rows_without_images: tuple[int, ...] = ()
     decode_mode: str | None = None
+    placeholders: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 FULL = CallLimits(merge=True, shorten=True)
@@ -152,6 +154,8 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> CallLimits:
         [(ids == getattr(model.config, modality.token)).sum(1) for modality in known], dim=1
     ).tolist()
     without_images = tuple(row for row, count in enumerate(counts) if not any(count))
+    if len(without_images) == len(counts):  # the prompt is wrong, which its forward will say
+        without_images = ()
     uneven = _why_uneven(kwargs, counts, without_images)
     if uneven:
         note(Refusal(Reason.UNEVEN_BATCH, f"{uneven}: all visual tokens stay"))
@@ -175,8 +179,15 @@ def for_images(model: Any, kwargs: dict[str, Any], note: Note) -> CallLimits:
             )
             note(Refusal(Reason.INPUTS, text))
             return UNTOUCHED
+    placeholders = {
+        modality.name: sum(count) for modality, count in zip(known, zip(*counts, strict=True), strict=True)
+    }
     return dataclasses.replace(
-        FULL, rows=ids.shape[0] - len(without_images), rows_without_images=without_images
+        FULL,
+        rows=ids.shape[0] - len(without_images),
+        rows_without_images=without_images,
+        # Over a cache the ids may hold those of earlier turns, too.
+        placeholders=placeholders if is_empty(kwargs.get("past_key_values")) else {},
     )
 
 

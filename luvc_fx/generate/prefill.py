@@ -48,7 +48,8 @@ def prefill(
     )
     if padding is None and takes_segments(model):
         prompt, padding = padding_for_mask(prompt, rows_without_images)
-    output, kept_rows = graphs.prefill(
+    run = graphs.prefill if old_rows is None else graphs.prefill_of_merged
+    output, kept_rows = run(
         prompt.as_kwargs(), padding, features, wants_row_index, late_features=prunes_late(graphs, features)
     )
     hand_back_cache(output, given_cache, past, rows, rows_without_images)

@@ -44,6 +44,7 @@ class Reason(enum.StrEnum):
     INPUTS = "inputs"
     CACHE = "cache"
     PASS_FAILED = "pass-failed"
+    FELL_BACK = "fell-back"
     RECOMPILE_LIMIT = "recompile-limit"
 
 
