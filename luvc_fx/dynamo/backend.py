@@ -105,12 +105,23 @@ class LuvcBackend:
         options = {**self.options, **(options or {})}
         _check_options(None, options)
         telemetry.log_graph("captured graph", gm)
-        graph_report = rewrite(gm, self.schedule, self.strict, self.front_door, self.identity_sites)
+        rewriting = rewrite(gm, self.schedule, self.strict, self.front_door, self.identity_sites)
+        graph_report = rewriting.report
         self.report.graphs.append(graph_report)
         telemetry.publish(gm, graph_report)
         self._complain(graph_report.refusals)
         started, hits = time.perf_counter(), _compat.cache_hits()
-        compiled = self._compile(gm, example_inputs, mode or self.mode, options)
+        try:
+            compiled = self._compile(gm, example_inputs, mode or self.mode, options)
+        except Exception as error:
+            if rewriting.undo is None:
+                raise
+            known = len(graph_report.refusals)
+            rewriting.undo(error)
+            new = graph_report.refusals[known:]
+            telemetry.count_refusals(new)
+            self._complain(new)
+            compiled = self._compile(gm, example_inputs, mode or self.mode, options)
         graph_report.compile_seconds = time.perf_counter() - started
         graph_report.cached = _compat.cache_hits() > hits
         log.info("compiled in %.1f s%s", graph_report.compile_seconds, " from caches" * graph_report.cached)

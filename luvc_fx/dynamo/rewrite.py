@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import fx
 
@@ -25,10 +25,23 @@ from luvc_fx.schedule import Schedule
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rewriting:
+    """What `rewrite` did to a graph.
+
+    Attributes:
+        undo: puts the captured graph back, because of an error, and says so in the report. None where nothing
+            was changed, or where the captured graph could not run as it is.
+    """
+
+    report: GraphReport
+    undo: Callable[[Exception], None] | None = None
+
+
 def rewrite(
     gm: fx.GraphModule, schedule: Schedule, strict: bool, front_door: bool, identity_sites: bool
-) -> GraphReport:
-    """Rewrite `gm` in place; return its report.
+) -> Rewriting:
+    """Rewrite `gm` in place.
 
     Args:
         strict: let an error of our own through; else the graph is left as it was.
@@ -50,14 +63,14 @@ def rewrite(
     except Exception as error:
         backup.restore()
         _failed(report, error, strict, "recognition failed and the graph was left as it is")
-        return report
+        return Rewriting(report)
     _describe(report, anatomy, plan, schedule)
     report.refusals = [with_advice(refusal, gm, front_door) for refusal in report.refusals]
     report.flops_before, report.kv_bytes_before = _costs(gm.graph, report)
     report.flops_after, report.kv_bytes_after = report.flops_before, report.kv_bytes_before
     if _is_nothing_to_do(anatomy, plan, schedule):
         backup.restore()
-        return report
+        return Rewriting(report)
     backup.save()
     try:
         if anatomy.encoder is not None:
@@ -70,10 +83,17 @@ def rewrite(
             # The captured mask only stands for the real one: without the pass the answer is wrong.
             raise
         _rolled_back(report, anatomy, error, strict)
-        return report
+        return Rewriting(report)
     report.nodes_after = len(gm.graph.nodes)
     report.flops_after, report.kv_bytes_after = _costs(gm.graph, report)
-    return report
+
+    def undo(error: Exception) -> None:
+        backup.restore()
+        report.nodes_after = report.nodes_before
+        report.flops_after, report.kv_bytes_after = report.flops_before, report.kv_bytes_before
+        _rolled_back(report, anatomy, error, strict)
+
+    return Rewriting(report, None if anatomy.cache_attentions else undo)
 
 
 class _Backup:

@@ -43,9 +43,9 @@ def test_a_small_part_of_the_compilation(monkeypatch: pytest.MonkeyPatch) -> Non
     def timed(*args: Any) -> Any:
         nonlocal spent
         started = time.process_time()
-        report = rewrite.rewrite(*args)
+        rewriting = rewrite.rewrite(*args)
         spent += time.process_time() - started
-        return report
+        return rewriting
 
     monkeypatch.setattr(importlib.import_module("luvc_fx.dynamo.backend"), "rewrite", timed)
     with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
