@@ -243,6 +243,19 @@ def capture_end(gm: torch.fx.GraphModule) -> tuple[str, str]:
     return place, end.reason.partition("\n")[0].strip() if end.graph_break else ""
 
 
+def compile_anew(function: Callable[..., Any]) -> None:
+    """Let Dynamo compile a function again that it has decided to run as it is; what it compiled stays.
+
+    It decides so, for good, when the function raises while it is traced (2.11 - 2.13): one call with wrong
+    arguments would otherwise keep every later one from being compiled.
+    """
+    from torch._C._dynamo.eval_frame import set_code_exec_strategy
+    from torch._dynamo.types import FrameAction, FrameExecStrategy
+
+    code = function.__code__  # type: ignore[attr-defined]
+    set_code_exec_strategy(code, FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
+
+
 def graph_break(error: BaseException) -> tuple[str, str] | None:
     """Where a graph that had to be whole ended, ``"file.py:12"``, and what broke it; None of other errors.
 

@@ -129,8 +129,9 @@ class Calls:
                     raise
                 self._fell_back(error, failed, kwargs)
         given = self._without_own_compilation(kwargs)
-        cache, random = self._with_past_key_values(kwargs).get("past_key_values"), RandomState(self._model.device)
+        cache = self._with_past_key_values(kwargs).get("past_key_values")
         empty = CacheState(cache) if is_empty(cache) else None  # what others hold would need its memory twice
+        random = RandomState(self._model.device)
         failures = failed.total
         try:
             with self._within(limits, kwargs):
@@ -218,6 +219,7 @@ class Calls:
                 raise
             output = original(*args, **kwargs)
             self._fell_back(error, self._failed.encoder, named)
+            self._thread.limits = UNTOUCHED  # for the rest of this `generate`
             return output
         if output.luvc_representatives.numel() < output.luvc_placeholders:
             output.luvc_unmerged = functools.partial(original, *args, **kwargs)

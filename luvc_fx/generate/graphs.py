@@ -133,7 +133,11 @@ class GraphSet:
         def call(*args: Any, late_features: bool = False, **kwargs: Any) -> Any:
             # Features that enter late are added by a mask, which a pass writes anew without its dynamic size.
             with _compat.tracing_settings(dynamic_outputs=late_features):
-                return compiled(*args, **kwargs)
+                try:
+                    return compiled(*args, **kwargs)
+                except Exception:
+                    _compat.compile_anew(body)
+                    raise
 
         return call
 

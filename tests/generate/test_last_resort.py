@@ -168,15 +168,14 @@ def test_a_wrong_prompt_raises_what_the_stock_model_raises(model: Any, name: str
     ]
     wrong = [(make(model), way) for make in WRONG for way in ways]
     errors = [error_of(way, prompt) for prompt, way in wrong]
+    right = inputs(model)
+    wanted = oracle_generate(model, SCHEDULES[name], NEW_TOKENS, **right)
     luvc_fx.compile(model, SCHEDULES[name], inner="eager")
     for (prompt, way), error in zip(wrong, errors, strict=True):
         assert error_of(way, prompt) == error
     assert any("tokens: 65" in text for _, text in errors)
     assert not fell_back(model)
-    prompt = inputs(model)
-    assert torch.equal(
-        generate(model, **prompt), oracle_generate(model, SCHEDULES[name], NEW_TOKENS, **prompt)
-    )
+    assert torch.equal(generate(model, **right), wanted)
 
 
 def error_of(way: Callable[..., Any], prompt: dict[str, Any]) -> tuple[type[Exception], str]:
@@ -347,12 +346,12 @@ def test_a_cache_is_what_it_was(model: Any) -> None:
     assert all(layer.keys is keys for layer, keys in zip(cache.layers, held, strict=True))
 
     static = StaticCache(config=config, max_cache_len=16)
-    empty = CacheState(static)
+    assert CacheState(static).restore()
     model.model.language_model(input_ids=torch.arange(6)[None], past_key_values=static)
-    written = CacheState(static)
+    state = CacheState(static)
+    assert state.restore()
     model.model.language_model(input_ids=torch.arange(3)[None], past_key_values=static)
-    assert not written.restore(), "rows were written in place"
-    assert empty.restore() and not any(layer.is_initialized for layer in static.layers)
+    assert not state.restore(), "rows were written in place"
 
 
 def test_a_cache_that_misses_rows_is_not_continued(model: Any) -> None:
