@@ -252,7 +252,7 @@ def compile_anew(function: Callable[..., Any]) -> None:
     from torch._C._dynamo.eval_frame import set_code_exec_strategy
     from torch._dynamo.types import FrameAction, FrameExecStrategy
 
-    code = function.__code__  # type: ignore[attr-defined]
+    code = function.__code__
     set_code_exec_strategy(code, FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
 
 
