@@ -110,6 +110,7 @@ def test_images_are_put_back_whole_where_the_decoder_is_no_single_graph(model: A
         model(**prompt, **options)
 
 
+@pytest.mark.slow
 def test_other_calls_are_merged_as_before(model: Any) -> None:
     prompt = inputs(model)
     wanted = oracle_generate(model, CASCADE, NEW_TOKENS, **prompt)
@@ -159,7 +160,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", slow_unless(SCHEDULES, ["cascade"]))
 @pytest.mark.filterwarnings("ignore:luvc_fx left this alone. uneven-batch")
 def test_a_wrong_prompt_raises_what_the_stock_model_raises(model: Any, name: str) -> None:
     ways: list[Callable[..., Any]] = [
@@ -231,7 +232,8 @@ def test_whatever_part_of_us_fails(model: Any, part: str, monkeypatch: pytest.Mo
         assert torch.equal(model(**prompt).logits, logits)
 
 
-@pytest.mark.parametrize("part", slow_unless(PARTS, ["luvc_fx.generate.prefill.choose_mask"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
 def test_strict_raises_errors_of_our_own(model: Any, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = inputs(model)
     monkeypatch.setattr(part, broken)
@@ -306,7 +308,7 @@ def refusing_what_we_write(gm: torch.fx.GraphModule, example_inputs: list[Any]) 
     return gm.forward
 
 
-@pytest.mark.parametrize("front_door", [True, False], ids=["compile", "backend"])
+@pytest.mark.parametrize("front_door", slow_unless([True, False], [True]), ids=["compile", "backend"])
 def test_a_compiler_that_fails_on_our_graph_gets_the_captured_one(model: Any, front_door: bool) -> None:
     prompt = inputs(model)
     wanted = model(**prompt).logits
