@@ -17,6 +17,7 @@ from luvc_fx.generate.model_check import check_schedule, check_supported
 from luvc_fx.graph import markers
 from luvc_fx.graph.emit import emit
 from luvc_fx.graph.nodes import output_node, value
+from luvc_fx.methods.checks import check_bool, check_module, refuse
 from luvc_fx.report import Report
 from luvc_fx.report.errors import brief
 from luvc_fx.schedule import Schedule
@@ -54,6 +55,10 @@ def export(
     >>> torch._inductor.aoti_compile_and_package(program, package_path="vlm.pt2")  # doctest: +SKIP
     """
     schedule = Schedule.of(schedule)
+    check_module(model)
+    if not isinstance(inputs, Mapping):
+        refuse("", "inputs", inputs, "a mapping of tensors by name")
+    check_bool("", "dynamic", dynamic)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     check_supported(model)
     check_schedule(model, schedule)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from luvc_fx.generate.rgb import Say, to_rgb
+from luvc_fx.methods.checks import shown
 from luvc_fx.report.errors import InputError, cannot, one_line
 from luvc_fx.schedule import KINDS, Schedule
 
@@ -23,7 +24,7 @@ def read_schedule(value: str) -> Schedule:
     if value in KINDS:
         return Schedule.preset(value)
     if not os.path.lexists(value):
-        raise InputError(f"schedule {value!r} is neither a preset ({', '.join(KINDS)}) nor a file")
+        raise InputError(f"schedule {shown(value)} is neither a preset ({', '.join(KINDS)}) nor a file")
     try:
         return Schedule.load(value)
     except UnicodeDecodeError:

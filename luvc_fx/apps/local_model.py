@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from luvc_fx.apps.images_only import load_images_only
+from luvc_fx.methods.checks import shown
 from luvc_fx.report.errors import InputError, brief, cannot
 
 log = logging.getLogger(__name__)
@@ -22,10 +24,10 @@ def load(directory: Path) -> tuple[Any, Any]:
         InputError: no such directory, none of a vision-language model, no processor, or weights that
             cannot be loaded.
     """
-    if not directory.is_dir():
-        what = "is a file" if directory.exists() else "does not exist"
-        raise InputError(f"model directory '{directory}' {what}")
-    if not (directory / "config.json").is_file():
+    if not os.path.isdir(directory):  # of os.path, as a name that is too long is an error of Path
+        what = "is a file" if os.path.exists(directory) else "does not exist"
+        raise InputError(f"model directory {shown(str(directory))} {what}")
+    if not os.path.isfile(directory / "config.json"):
         raise InputError(f"'{directory}' holds no model: there is no config.json")
     from transformers import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,

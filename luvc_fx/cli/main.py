@@ -72,7 +72,8 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _refuse(text: str) -> int:
-    print(f"luvc-fx: {text}", file=sys.stderr)
+    # A path or a text that somebody typed may hold the end of a line.
+    print(f"luvc-fx: {' '.join(text.splitlines())}", file=sys.stderr)
     return 2
 
 

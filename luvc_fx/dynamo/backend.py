@@ -6,7 +6,7 @@ import logging
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from luvc_fx import _compat
 from luvc_fx.dynamo.fingerprint import depends_on_us, fingerprint
 from luvc_fx.dynamo.generate_warning import warn_of_compile_config, warn_when_generating
 from luvc_fx.dynamo.rewrite import rewrite
+from luvc_fx.methods.checks import check_bool, check_choice, check_module, check_whole, refuse
 from luvc_fx.report import LuvcWarning, NotRewritten, Reason, Refusal, Report, telemetry
 from luvc_fx.schedule import Schedule
 
@@ -60,10 +61,13 @@ class LuvcBackend:
         identity_sites: bool = False,
     ) -> None:
         if not callable(inner) and inner not in INNERS:
-            raise ValueError(f"inner is {inner!r}; allowed: {', '.join(map(repr, INNERS))} or a callable")
-        if on_no_match not in ON_NO_MATCH:
-            allowed = ", ".join(map(repr, ON_NO_MATCH))
-            raise ValueError(f"on_no_match is {on_no_match!r}; allowed: {allowed}")
+            refuse("", "inner", inner, f"{', '.join(map(repr, INNERS))} or a callable")
+        check_choice("", "on_no_match", on_no_match, ON_NO_MATCH)
+        check_bool("", "strict", strict)
+        if mode is not None and not isinstance(mode, str):
+            refuse("", "mode", mode, "a mode of Inductor")
+        if options is not None and not _is_options(options):
+            refuse("", "options", options, "a dictionary of Inductor's options")
         if (mode is not None or options) and inner != "inductor":
             raise ValueError(f"mode and options are Inductor's; inner is {inner!r}")
         _check_options(mode, options)
@@ -228,6 +232,9 @@ def backend(
         ValueError: for an argument that is not allowed.
         RuntimeError: while ``caching_precompile`` is on; it would hand out graphs of other schedules.
     """
+    check_bool("", "capture_scalars", capture_scalars)
+    if recompile_limit is not None:
+        check_whole("", "recompile_limit", recompile_limit, 1)
     ours = LuvcBackend(Schedule.of(schedule), inner, mode, options, on_no_match, strict)
     _refuse_caching_precompile()
     set_up_dynamo(capture_scalars, recompile_limit)
@@ -256,9 +263,17 @@ def prepare(model: torch.nn.Module) -> torch.nn.Module:
 
     Its output hooks are otherwise installed inside the first traced forward, which then falls into
     pieces. One eager forward does the same.
+
+    Raises:
+        ValueError: for what is no module.
     """
+    check_module(model)
     _compat.install_output_hooks(model)
     return model
+
+
+def _is_options(options: object) -> bool:
+    return isinstance(options, Mapping) and all(isinstance(key, str) for key in options)
 
 
 def _check_options(mode: str | None, options: dict[str, Any] | None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from luvc_fx.generate.rgb import to_rgb
+from luvc_fx.methods.checks import shown
 from luvc_fx.report.errors import InputError, cannot
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ def make_prompt(model: Any, processor: Any, images: Sequence[Image], text: str) 
         InputError: a text that the prompt cannot hold, or a processor that cannot make the prompt.
     """
     token = image_token(model, processor)
+    if not isinstance(text, str):
+        raise InputError(f"the prompt is {shown(text)}; allowed: a text")
     if not text.strip():
         raise InputError("the prompt is empty")
     if token in text:
@@ -47,6 +50,8 @@ def make_prompt(model: Any, processor: Any, images: Sequence[Image], text: str) 
 def image_token(model: Any, processor: Any) -> str:
     """The text that stands for an image in a prompt."""
     token = getattr(processor, "image_token", None)
+    if token is None and not hasattr(processor, "tokenizer"):
+        raise InputError(f"processor is {shown(processor)}; allowed: a processor of transformers")
     if token is None:
         token = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
     return str(token)

@@ -16,6 +16,7 @@ from luvc_fx.generate.families import family_of
 from luvc_fx.generate.graphs import GraphSet
 from luvc_fx.generate.hooks import HookedMethod
 from luvc_fx.generate.model_check import check_schedule, check_supported
+from luvc_fx.methods.checks import check_bool, check_module
 from luvc_fx.report import LuvcWarning, NotRewritten, Refusal, Report
 from luvc_fx.schedule import Schedule
 
@@ -111,6 +112,8 @@ def compile(
     >>> model.generate(**processor(images=image, text=prompt, return_tensors="pt"))  # doctest: +SKIP
     """
     parsed = Schedule.of(schedule)
+    if dynamic is not None:
+        check_bool("", "dynamic", dynamic)
     outer, model = model, _hooked_instance(model)
     check_supported(model)
     check_schedule(model, parsed)
@@ -138,7 +141,12 @@ def compile(
 
 
 def _hooked_instance(model: Any) -> Any:
-    """The instance that gets the hooks: of a PEFT model the one it adapts, to which it passes all calls."""
+    """The instance that gets the hooks: of a PEFT model the one it adapts, to which it passes all calls.
+
+    Raises:
+        ValueError: for what is no module.
+    """
+    check_module(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

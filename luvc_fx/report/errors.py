@@ -11,7 +11,7 @@ class InputError(ValueError):
     """A mistake that the user can mend; the text is one line and says what and how."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """An error's text without line breaks."""
     return " ".join(str(error).split())
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from luvc_fx.mergers import MERGERS
-from luvc_fx.methods.checks import refuse
+from luvc_fx.methods.checks import refuse, shown
 from luvc_fx.methods.registry import Registry
 from luvc_fx.ops.oim import AXES
 from luvc_fx.schedule.merge import Merge
@@ -81,4 +81,4 @@ def check_keys(owner: str, body: Mapping[str, Any], allowed: set[str]) -> None:
     """An object has no other keys than these. Raises `ValueError` where it has."""
     unknown = sorted(set(body) - allowed)
     if unknown:
-        raise ValueError(f"{owner} has unknown keys {unknown}; allowed: {sorted(allowed)}")
+        raise ValueError(f"{owner} has unknown keys {shown(unknown)}; allowed: {sorted(allowed)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+
 
 def cascade(budget: float, layers: int) -> tuple[tuple[int, float], ...] | None:
     """Where a cascade of that mean budget prunes: ``(decoder layer, keep)``, by layer; None: it cannot.
@@ -23,11 +25,11 @@ def cascade(budget: float, layers: int) -> tuple[tuple[int, float], ...] | None:
     last, total = layers - 1, budget * layers
     if last < 1 or not 0.0 < total <= last:
         return None
-    widths = [first for first in range(1, last + 1) if sum(_stages(first, last)) <= total]
-    first = widths[-1] if widths else 1
+    # A longer first stage costs more, so the longest that the budget allows is found by halving.
+    whole = bisect.bisect_right(range(1, last + 1), total, key=lambda first: sum(_stages(first, last)))
+    first = max(1, whole)
     keeps = _stages(first, last)
-    whole = first if widths else 0  # layers that are left as they are
-    behind = sum(keeps[whole:])
+    behind = sum(keeps[whole:])  # the first `whole` layers are left as they are
     if behind:
         keeps[whole:] = [keep * (total - whole) / behind for keep in keeps[whole:]]
     keeps.append(0.0)

@@ -11,6 +11,8 @@ from luvc_fx.methods.checks import (
     BELOW_ONE,
     check_choice,
     check_either,
+    check_whole,
+    is_whole,
     refuse,
     set_integer,
     set_number,
@@ -83,6 +85,7 @@ class Merge:
         Raises:
             ValueError: there is no such block.
         """
+        check_whole("Merge", "blocks", blocks, 1)
         if self.layer is not None:
             return resolve_layer("Merge", self.layer, blocks, "encoder blocks")
         assert self.depth is not None
@@ -94,6 +97,8 @@ class Merge:
         Raises:
             ValueError: this merge would make it longer.
         """
+        if not is_whole(length):
+            refuse("Merge", "length", length, "a whole number")
         if self.length is None:
             assert self.keep is not None
             return max(1, round_half_up(self.keep * length))

@@ -12,6 +12,8 @@ from luvc_fx.methods.checks import (
     check_choice,
     check_either,
     check_flag,
+    check_whole,
+    is_whole,
     refuse,
     set_integer,
     set_number,
@@ -105,6 +107,7 @@ class Prune:
         Raises:
             ValueError: there is no such layer.
         """
+        check_whole("Prune", "layers", layers, 1)
         if self.layer is not None:
             return resolve_layer("Prune", self.layer, layers, "decoder layers")
         assert self.depth is not None
@@ -116,6 +119,8 @@ class Prune:
         Raises:
             ValueError: this prune would keep more.
         """
+        if not is_whole(fused):
+            refuse("Prune", "fused", fused, "a whole number")
         if self.tokens is None:
             assert self.keep is not None
             return 0 if self.keep == 0.0 else max(1, round_half_up(self.keep * fused))

@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luvc_fx.methods.checks import check_choice, refuse
+from luvc_fx.methods.checks import check_choice, check_whole, is_number, refuse
 from luvc_fx.schedule.as_json import check_keys, read_items, write_item
+from luvc_fx.schedule.json_text import parse
 from luvc_fx.schedule.merge import Merge
 from luvc_fx.schedule.presets import LUVC, PRESETS, cascaded
 from luvc_fx.schedule.prune import Prune
 
 JSON_VERSION = 1
+
+MOST_LAYERS = 1 << 16
+"""Of a decoder for which `Schedule.at_budget` looks for a cascade."""
 
 KINDS = ("image", "video", "document")
 """The inputs for which there are presets."""
@@ -107,15 +112,18 @@ class Schedule:
 
         Args:
             budget: mean over the decoder layers of the visual tokens that enter, over the original.
-            layers: of the decoder, ``model.config.get_text_config().num_hidden_layers``.
+            layers: of the decoder, at most 65536: ``model.config.get_text_config().num_hidden_layers``.
 
         Raises:
-            ValueError: for a budget that no cascade to zero has in so many layers.
+            ValueError: for a budget that no cascade to zero has in so many layers, or what is no number.
 
         >>> [(prune.layer, prune.keep) for prune in Schedule.at_budget(0.25, 16).prune]
         [(1, 0.5), (3, 0.25), (7, 0.125), (15, 0.0)]
         """
-        prunes = cascaded(budget, layers)
+        check_whole("Schedule", "layers", layers, 1)
+        if layers > MOST_LAYERS:
+            refuse("Schedule", "layers", layers, f"at most {MOST_LAYERS}")
+        prunes = cascaded(budget, layers) if is_number(budget) else None
         if prunes is None:
             most = (layers - 1) / layers if layers > 1 else 0
             allowed = f"above 0 and at most {most:g}, as no token enters the last of {layers} layers"
@@ -158,9 +166,11 @@ class Schedule:
         Raises:
             ValueError: not JSON, an unknown version, an unknown key, or a value that is not allowed.
         """
+        if not isinstance(text, (str, bytes, bytearray)):
+            refuse("Schedule", "JSON", text, "a text")
         try:
-            body = json.loads(text)
-        except json.JSONDecodeError as error:
+            body = parse(text)
+        except ValueError as error:
             raise ValueError(f"a schedule must be JSON: {error}") from None
         if not isinstance(body, Mapping):
             refuse("Schedule", "JSON", body, "an object with version, merge and prune")
@@ -176,6 +186,8 @@ class Schedule:
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
         """Read a schedule from a JSON file. Raises `OSError` or `ValueError`."""
+        if not isinstance(path, (str, os.PathLike)):
+            refuse("Schedule", "path", path, "a path")
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from luvc_fx.methods.checks import set_integer
+from luvc_fx.methods.checks import set_integer, shown
 from luvc_fx.methods.registry import code_key
 from luvc_fx.selectors.base import SELECTORS, Selector, Site
 from luvc_fx.selectors.spectrum import check_filter
@@ -100,9 +100,11 @@ def register(name: str, function: SelectorFunction, attention: bool = False, key
         ValueError: a name that is no text, empty or taken, or something that cannot be called.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"the name of a selector is {name!r}; allowed: a text that is not empty")
+        raise ValueError(f"the name of a selector is {shown(name)}; allowed: a text that is not empty")
     if not callable(function):
-        raise ValueError(f"selector {name!r} is {function!r}; allowed: a function (x, prune, count, site)")
+        raise ValueError(
+            f"selector {name!r} is {shown(function)}; allowed: a function (x, prune, count, site)"
+        )
     known = _REGISTERED.get(name)
     if known is None and name not in SELECTORS.names():
         _REGISTERED[name] = _Registered(function, attention, keys)

@@ -437,4 +437,4 @@ def test_a_batch_is_a_number_or_auto(
         assert cli.main(["bench", "--batch", given]) == 2
     assert seen == [8, None]
     said = capfd.readouterr().err.splitlines()[-1]
-    assert said == "luvc-fx: --batch is '0'; allowed: a whole number of at least 1, or 'auto'"
+    assert said == "luvc-fx: --batch is '0'; allowed: a whole number from 1 to 10000, or 'auto'"

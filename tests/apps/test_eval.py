@@ -179,6 +179,11 @@ GOOD = {"image": "a.png", "question": "what ?", "answer": " Red", "task": "color
         ({**GOOD, "task": "all"}, "stands for all tasks"),
         ({**GOOD, "scene": [1]}, "scene is [1]"),
         ({**GOOD, "split": 1}, "split is 1"),
+        ({**GOOD, "scene": float("nan")}, "scene is nan"),
+        ({**GOOD, "answer": 10**4000}, "answer is 1"),
+        ({**GOOD, "image": "x" * 5000}, "is not a file"),
+        ("[" * 100_000, "not JSON: lists or objects in it are nested too deeply"),
+        ('{"task": "a", "task": "b"}', "the key 'task' is in one object twice"),
     ],
 )
 def test_bad_lines_are_named(line: object, said: str, tmp_path: Path) -> None:
@@ -265,6 +270,37 @@ def test_answers_survive_a_line_cut_short(tmp_path: Path) -> None:
         Answers(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b"{", "not JSON|Expecting"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[1]", "it is no object with a run"),
+        (b'{"run": 5, "answers": {}, "facts": {}}', "it is no object with a run"),
+        (b'{"run": "r", "answers": ["a"], "facts": {}}', "its answers are no object of texts"),
+        (b'{"run": "r", "answers": {"1": 5}, "facts": {}}', "its answers are no object of texts"),
+        (b'{"run": "r", "answers": {"1": "a"}, "facts": 5}', "its facts are no object"),
+        (b'{"run": "r", "answers": {"1": "a", "1": "b"}, "facts": {}}', "the key '1' is in one object twice"),
+        (b"\xff", "utf-8"),
+    ],
+)
+def test_a_file_of_something_else_is_left_as_it_is(line: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    content = line + b'\n{"run": "r", "cut'
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"line 1, is no answer of `luvc-fx eval`: .*({says})"):
+        Answers(path)
+    assert path.read_bytes() == content
+
+
+def test_a_last_line_without_its_end_is_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"run": "r", "answers": {"1": "a"}, "facts": {}}')
+    store = Answers(path)
+    store.add("r", {"2": "b"}, {})
+    assert Answers(path).answers["r"] == {"1": "a", "2": "b"}
+
+
 def _row(length: int, visual: int, size: int, grid: tuple[int, ...] = (1, 2)) -> Prompt:
     text = {"input_ids": torch.full((1, length), 7), "attention_mask": torch.ones(1, length).long()}
     return Prompt(text, {"pixel_values": torch.ones(1, size), "grid": torch.tensor([grid])}, visual)
@@ -322,8 +358,17 @@ def test_the_command_writes_all_and_prints_one_object(
     "more, said",
     [
         (["--methods", "spectrum,spice"], "method 'spice' is not known; allowed: default,"),
-        (["--budgets", "0.5,x"], "are not numbers"),
-        (["--budgets", "1.5"], "budget 1.5 is not allowed"),
+        (["--budgets", "0.5,x"], "--budgets is '0.5,x'; allowed: numbers in (0, 1]"),
+        (["--budgets", "1.5"], "--budgets holds 1.5; allowed: numbers in (0, 1]"),
+        (["--budgets", "nan"], "--budgets holds nan"),
+        (["--budgets", ""], "--budgets is ''; allowed: values with commas between them"),
+        (["--budgets", ", ,"], "--budgets is ', ,'"),
+        (["--methods", ","], "--methods is ','"),
+        (["--limit", "0"], "--limit"),
+        (["--batch", "1" + "0" * 20], "--batch"),
+        (["--max-new-tokens", "1" + "0" * 20], "--max-new-tokens"),
+        (["--time", "1" + "0" * 20], "--time"),
+        (["--seed", "-1"], "--seed"),
         (["--schedule", "none.json"], "neither a preset"),
         (["--split", "x"], "no question of split 'x'"),
         (["--questions", "none.jsonl"], "'none.jsonl' cannot be read"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -177,7 +178,12 @@ def test_wrong_sizes(sizes: Any, text: str) -> None:
         ({"granularity": 1.0}, "granularity is 1.0"),
         ({"narrowest": 3.0}, "0 < narrowest <= widest"),
         ({"widest": float("inf")}, "0 < narrowest <= widest"),
-        ({"area": 100}, "area is 100; allowed: at least the granularity's square, 784"),
+        ({"narrowest": "thin"}, r"narrowest, widest is \('thin', 2.0\); allowed: two numbers"),
+        ({"count": 10**6}, "count is 1000000; allowed: at most 1024"),
+        ({"count": 10**400}, "count is 1000+[.]{3}0+; allowed: a whole number of at least 1, below 2"),
+        ({"count": torch.ones(2)}, "count is tensor"),
+        ({"area": 10**15}, "area is 1000000000000000; allowed: 1 to 262144 times"),
+        ({"area": 100}, "area is 100; allowed: 1 to 262144 times the granularity's square, which is 784"),
     ],
 )
 def test_wrong_spreads(changed: dict[str, Any], text: str) -> None:
@@ -190,6 +196,11 @@ def test_wrong_images() -> None:
         THREE.nearest(0, 5)
     with pytest.raises(ValueError, match="how is 'crop'; allowed: 'resize', 'pad'"):
         THREE.fit(picture(5, 5), how="crop")
+    with pytest.raises(ValueError, match="image is 'x'; allowed: a PIL image"):
+        THREE.fit("x")  # type: ignore[arg-type]
+    for color in ("no colour", (1, 2), 10**400):
+        with pytest.raises(ValueError, match=r"color is .*; allowed: a colour of Pillow"):
+            THREE.fit(picture(5, 5), "pad", color)
 
 
 def test_it_is_exported() -> None:

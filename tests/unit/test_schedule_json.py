@@ -183,12 +183,40 @@ def test_json_from_before_the_newest_fields_means_what_it_meant() -> None:
             "Prune.keep is 2; allowed: a number in [0, 1]",
         ),
         ('{"version": 1, "prune": [{"keep": NaN, "layer": 0}]}', "Prune.keep is nan; allowed"),
+        ('{"version": 1, "prune": [{"keep": 1e999, "layer": 0}]}', "Prune.keep is inf; allowed"),
+        (
+            f'{{"version": 1, "prune": [{{"keep": 1{"0" * 400}, "layer": 0}}]}}',
+            "0; allowed: a number in [0, 1]",
+        ),
+        ('{"version": 1, "prune": [{"keep": "half", "layer": 0}]}', "Prune.keep is 'half'; allowed"),
+        ('{"version": 1, "prune": [], "prune": []}', "must be JSON: the key 'prune' is in one object twice"),
+        ('{"version": 1, "prune": [{"keep": 0, "keep": 1, "layer": 0}]}', "the key 'keep' is in one"),
+        ("[" * 100_000, "must be JSON: lists or objects in it are nested too deeply"),
+        ('{"version": 1, "prune": ' + "[" * 500 + "]" * 500 + "}", "allowed: a list of objects"),
+        (f'{{"version": {"1" * 5000}}}', "must be JSON: a number in it has 5000 digits"),
     ],
 )
 def test_bad_json_is_a_value_error_that_says_why(text: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         Schedule.from_json(text)
     assert message in str(caught.value)
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    schedule = Schedule.preset("image")
+    assert Schedule.from_json("\ufeff" + schedule.to_json()) == schedule
+    path = tmp_path / "schedule.json"
+    path.write_text(schedule.to_json(), encoding="utf-8-sig")
+    assert Schedule.load(path) == schedule
+
+
+@pytest.mark.parametrize("value", [None, 5, [], object()], ids=repr)
+def test_what_is_no_text_or_path(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"^Schedule\.JSON is .*; allowed: a text$"):
+        Schedule.from_json(value)
+    with pytest.raises(ValueError, match=r"^Schedule\.path is .*; allowed: a path$"):
+        Schedule.load(value)
 
 
 def test_version_true_is_not_version_one() -> None:

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 from luvc_fx.apps.bench.result import BenchResult
 from luvc_fx.apps.bench.timing import DECODE, PREFILL, PROJECTOR, VISION
 from luvc_fx.report.errors import InputError
+
+
+def check_path(path: Path) -> None:
+    """Look, before the benchmark runs, whether a plot can be written to `path`.
+
+    Raises:
+        InputError: matplotlib is not installed, or knows no such ending, or the folder is not there.
+    """
+    endings = _figure().canvas.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in endings:
+        raise InputError(f"--plot is '{path}'; allowed: an ending of {', '.join(sorted(endings))}")
+    if not os.path.isdir(path.parent) or os.path.isdir(path):
+        raise InputError(f"--plot is '{path}'; allowed: a file in a folder that exists")
+
+
+def _figure(**options: Any) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("a plot needs matplotlib: pip install matplotlib") from None
+    return Figure(**options)
 
 
 def draw(result: BenchResult, path: Path) -> None:
@@ -15,13 +38,9 @@ def draw(result: BenchResult, path: Path) -> None:
     Raises:
         InputError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("a plot needs matplotlib: pip install matplotlib") from None
     arms = list(dict.fromkeys(row.arm for row in result.rows))
     bars = [parts(result, arm) for arm in arms]
-    figure = Figure(figsize=(7, 0.6 * len(arms) + 1.5), layout="constrained")
+    figure = _figure(figsize=(7, 0.6 * len(arms) + 1.5), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(arms)
     for label in bars[0]:

@@ -26,7 +26,7 @@ def chosen_methods(options: Options) -> list[str]:
         raise InputError(f"method {unknown[0]!r} is not known; allowed: {', '.join(known)}")
     for budget in options.budgets:
         if not 0.0 < budget <= 1.0:
-            raise InputError(f"budget {budget:g} is not allowed; allowed: numbers in (0, 1]")
+            raise InputError(f"--budgets holds {budget:g}; allowed: numbers in (0, 1]")
     return list(dict.fromkeys(options.methods or known))
 
 

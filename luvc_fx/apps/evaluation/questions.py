@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from luvc_fx.apps.inputs import read_image
 from luvc_fx.generate.rgb import Say
+from luvc_fx.methods.checks import refuse, shown
 from luvc_fx.report.errors import InputError
+from luvc_fx.schedule.json_text import parse
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,7 +87,8 @@ def read_questions(path: Path, split: str | None = None, limit: int | None = Non
             question at all.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a text in JSON may hold what other standards end a line with.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise InputError(f"questions '{path}' cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -109,28 +112,28 @@ def read_questions(path: Path, split: str | None = None, limit: int | None = Non
 
 def _question(line: str, folder: Path) -> Question:
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
+        entry = parse(line)
+    except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{entry!r} is not an object with image, question, answer and task")
+        raise ValueError(f"{shown(entry)} is not an object with image, question, answer and task")
     if ("image" in entry) == ("video" in entry):
         raise ValueError("a question needs either image or video")
     kind = "image" if "image" in entry else "video"
     names = _names(entry, kind)
     media = tuple(folder / name for name in names)
     for file in media:
-        if not file.is_file():
-            raise ValueError(f"{kind} '{file}' is not a file")
+        if not os.path.isfile(file):  # in the library, this fails for no name
+            raise ValueError(f"{kind} {shown(str(file))} is not a file")
     task = _text(entry, "task")
     if task == ALL_TASKS:
         raise ValueError(f"task is {task!r}, which stands for all tasks together")
     scene = entry.get("scene", "|".join(names))
     if not isinstance(scene, (str, int)) or isinstance(scene, bool):
-        raise ValueError(f"scene is {scene!r}; allowed: a text or a whole number")
+        refuse("", "scene", scene, "a text or a whole number")
     split = entry.get("split", "")
     if not isinstance(split, str):
-        raise ValueError(f"split is {split!r}; allowed: a text")
+        refuse("", "split", split, "a text")
     return Question(
         media=media,
         text=_text(entry, "question"),
@@ -146,9 +149,9 @@ def _names(entry: Mapping[str, Any], kind: str) -> list[str]:
     given = entry[kind]
     names = given if isinstance(given, list) else [given]
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{kind} is {given!r}; allowed: a file, or a list of files that is not empty")
+        refuse("", kind, given, "a file, or a list of files that is not empty")
     if len(names) > 1 and any(Path(name).suffix in ARRAYS for name in names):
-        raise ValueError(f"{kind} is {given!r}; allowed: one array, or images")
+        refuse("", kind, given, "one array, or images")
     return names
 
 
@@ -157,7 +160,7 @@ def _text(entry: Mapping[str, Any], field: str) -> str:
         raise ValueError(f"{field} is missing")
     value = entry[field]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{field} is {value!r}; allowed: a text that is not empty")
+        refuse("", field, value, "a text that is not empty")
     return value
 
 

@@ -8,21 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from luvc_fx.report.errors import InputError
+from luvc_fx.report.errors import InputError, one_line
+from luvc_fx.schedule.json_text import parse
 
 
 class Answers:
     """A JSONL file of answers, by run (see `luvc_fx.apps.evaluation.keys.run_key`) and question.
 
     Each line is a batch, ``{"run", "answers": {question: answer}, "facts"}``, written at once; the facts are
-    the measurements of that batch. A line that a crash cut short is dropped. So are lines of earlier
-    versions, which knew facts of whole runs only: no run of this version has their keys.
+    the measurements of that batch. A line that a crash cut short is dropped, once all others are known to be
+    answers; so are lines of earlier versions, which knew facts of whole runs only: no run of this version
+    has their keys.
 
     Attributes:
         answers: by run and question; `facts`: by run and question, one object for all of a batch.
 
     Raises:
-        InputError: the file cannot be read or written, or holds something else.
+        InputError: the file cannot be read or written, or holds something else; it is then left as it is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,19 +36,36 @@ class Answers:
             # Created and tried now, not after the first batch.
             with path.open("ab+") as file:
                 file.seek(0)
-                lines = file.read().split(b"\n")
-                if lines[-1]:
-                    file.truncate(file.tell() - len(lines[-1]))
+                *lines, last = file.read().split(b"\n")
+                for number, line in enumerate(lines, 1):
+                    self._read(number, line)
+                if last and _is_json(last):  # whole, but for the end of the line
+                    self._read(len(lines) + 1, last)
+                    file.write(b"\n")
+                elif last:
+                    file.truncate(file.tell() - len(last))
         except OSError as error:
             raise InputError(f"'{path}' cannot be written: {error.strerror}") from None
-        for number, line in enumerate(lines[:-1], 1):
-            try:
-                entry = json.loads(line)
-                run = entry["run"]
-                if "answers" in entry:
-                    self._remember(run, entry["answers"], entry["facts"])
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"'{path}', line {number}, is no answer of `luvc-fx eval`") from None
+
+    def _read(self, number: int, line: bytes) -> None:
+        if not line.strip():
+            return
+        try:
+            entry = parse(line)
+            if not isinstance(entry, dict) or not isinstance(entry.get("run"), str):
+                raise ValueError("it is no object with a run")
+            if "answers" not in entry:  # of an earlier version
+                return
+            answers, facts = entry["answers"], entry.get("facts")
+            if not isinstance(answers, dict) or not all(isinstance(text, str) for text in answers.values()):
+                raise ValueError("its answers are no object of texts")
+            if not isinstance(facts, dict):
+                raise ValueError("its facts are no object")
+        except ValueError as error:
+            raise InputError(
+                f"'{self.path}', line {number}, is no answer of `luvc-fx eval`: {one_line(error)}"
+            ) from None
+        self._remember(entry["run"], answers, facts)
 
     def add(self, run: str, answers: Mapping[str, str], facts: dict[str, Any]) -> None:
         """Keep the answers of one batch, by the keys of the questions, and its measurements."""
@@ -61,3 +80,13 @@ class Answers:
     def _remember(self, run: str, answers: Mapping[str, str], facts: dict[str, Any]) -> None:
         self.answers[run].update(answers)
         self.facts[run].update(dict.fromkeys(answers, facts))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    except RecursionError:  # whatever it is, no answer that was cut short
+        return True
+    return True

@@ -14,6 +14,7 @@ from luvc_fx.apps.picture.drawing import draw
 from luvc_fx.apps.picture.pixels import frames_of
 from luvc_fx.apps.picture.recording import record
 from luvc_fx.generate.frontdoor import door_of
+from luvc_fx.methods.checks import refuse, shown
 from luvc_fx.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -70,17 +71,23 @@ def check_path(path: str | os.PathLike[str]) -> None:
     """Raise `ValueError` where no picture can be saved."""
     from PIL import Image
 
+    if not isinstance(path, (str, os.PathLike)):
+        refuse("", "path", path, "a path")
     file = Path(path)
     endings = Image.registered_extensions()
     if endings.get(file.suffix.lower()) not in Image.SAVE:
         raise ValueError(
-            f"picture {str(path)!r}: Pillow writes no such file; allowed: an ending such as .png"
+            f"picture {shown(str(path))}: Pillow writes no such file; allowed: an ending such as .png"
         )
-    if not file.parent.is_dir():
-        raise ValueError(f"picture {str(path)!r}: the folder {str(file.parent)!r} does not exist")
+    if os.path.isdir(file):
+        raise ValueError(f"picture {shown(str(path))} is a folder; allowed: a file")
+    if not os.path.isdir(file.parent):
+        raise ValueError(f"picture {shown(str(path))}: the folder {shown(str(file.parent))} does not exist")
 
 
 def _check(inputs: Mapping[str, Any]) -> None:
+    if not isinstance(inputs, Mapping):
+        refuse("", "inputs", inputs, "what the processor returns for one prompt")
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
         shape = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__

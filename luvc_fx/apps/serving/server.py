@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from luvc_fx.generate.frontdoor import compile, report_of
 from luvc_fx.generate.hooks import HookedMethod
 from luvc_fx.generate.sizes.synthetic_image import synthetic_image
 from luvc_fx.generate.sizes.warming import warmup
+from luvc_fx.methods.checks import shown
 from luvc_fx.report.errors import InputError, brief, cannot
 from luvc_fx.schedule import Schedule
 
@@ -91,13 +93,12 @@ def _replaced(module: Any, name: str, value: object) -> Iterator[None]:
 
 
 def _check_directory(model: str) -> None:
-    path = Path(model)
-    if path.is_file():
+    if os.path.isfile(model):
         raise InputError(f"model directory '{model}' is a file")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if os.path.isdir(model) and not os.path.isfile(Path(model) / "config.json"):
         raise InputError(f"'{model}' holds no model: there is no config.json")
-    if model.startswith((".", "/", "~")) and not path.exists():
-        raise InputError(f"model directory '{model}' does not exist")
+    if model.startswith((".", "/", "~")) and not os.path.exists(model):
+        raise InputError(f"model directory {shown(model)} does not exist")
 
 
 def _compiling_manager(base: Any, schedule: Schedule, inner: str, warm_up: bool) -> type:

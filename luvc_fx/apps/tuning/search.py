@@ -11,6 +11,7 @@ from typing import Any
 from luvc_fx.apps.tuning.candidates import at_random, drawn
 from luvc_fx.apps.tuning.divergence import Answer, greedy_answers, halves, measure_divergence, sizes
 from luvc_fx.apps.tuning.flops import DecoderCost
+from luvc_fx.methods.checks import check_module, check_whole, is_number, refuse
 from luvc_fx.report import NotRewritten
 from luvc_fx.schedule import KINDS, Schedule
 
@@ -125,12 +126,16 @@ def tune(
     """
     if (target_speedup is None) == (max_loss is None):
         raise ValueError("allowed: either target_speedup or max_loss, and not both")
-    if target_speedup is not None and not target_speedup > 1.0:
-        raise ValueError(f"target_speedup is {target_speedup!r}; allowed: above 1")
-    if max_loss is not None and not 0.0 <= max_loss < 1.0:
-        raise ValueError(f"max_loss is {max_loss!r}; allowed: at least 0 and below 1")
-    if candidates < 1 or new_tokens < 1:
-        raise ValueError(f"candidates is {candidates!r}, new_tokens {new_tokens!r}; allowed: 1 and more")
+    if target_speedup is not None and not (is_number(target_speedup) and target_speedup > 1.0):
+        refuse("", "target_speedup", target_speedup, "above 1")
+    if max_loss is not None and not (is_number(max_loss) and 0.0 <= max_loss < 1.0):
+        refuse("", "max_loss", max_loss, "at least 0 and below 1")
+    check_whole("", "candidates", candidates, 1)
+    check_whole("", "new_tokens", new_tokens, 1)
+    check_whole("", "seed", seed, 0)
+    check_module(model)
+    if not isinstance(samples, Sequence) or not all(isinstance(sample, Mapping) for sample in samples):
+        refuse("", "samples", samples, "a list of what the processor returns for a prompt")
     if len(samples) < LEAST_SAMPLES:
         raise ValueError(f"there are {len(samples)} samples; allowed: at least {LEAST_SAMPLES}")
     search = _Search(model, samples, candidates, new_tokens, inner, seed, say_so)

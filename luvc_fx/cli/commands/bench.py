@@ -12,11 +12,14 @@ from rich.console import Console
 
 from luvc_fx.apps.bench.arms import ALL, BASELINE, FROZEN, QUICK
 from luvc_fx.apps.bench.choosing import AUTO
+from luvc_fx.apps.bench.plot import check_path, draw
 from luvc_fx.apps.bench.result import BenchResult
 from luvc_fx.apps.bench.run import Options, run
 from luvc_fx.apps.bench.shapes import SHAPES, Visual
 from luvc_fx.apps.inputs import read_schedule
+from luvc_fx.cli import most
 from luvc_fx.cli.output import make_console, make_table, note
+from luvc_fx.methods.checks import shown
 from luvc_fx.report.errors import InputError
 
 
@@ -25,18 +28,25 @@ def bench(
     schedule: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="A preset, a JSON file, or frozen: a fixed one of 30 %.")
     ] = "frozen",
-    images: Annotated[int, typer.Option(min=1, help="Images in the prompt.")] = 1,
-    frames: Annotated[int, typer.Option(min=0, help="Frames of a video in place of images.")] = 0,
-    text: Annotated[int, typer.Option(min=1, help="Text tokens in the prompt.")] = 64,
+    images: Annotated[int, typer.Option(min=1, max=most.RUNS, help="Images in the prompt.")] = 1,
+    frames: Annotated[
+        int, typer.Option(min=0, max=most.RUNS, help="Frames of a video in place of images.")
+    ] = 0,
+    text: Annotated[int, typer.Option(min=1, max=most.TOKENS, help="Text tokens in the prompt.")] = 64,
     batch: Annotated[
         str, typer.Option(metavar="N|auto", help="Rows; auto: the largest power of two that fits a GPU.")
     ] = "1",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after the first.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each arm, in turns.")] = 10,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=most.TOKENS, help="Tokens decoded after the first.")
+    ] = 4,
+    rounds: Annotated[int, typer.Option(min=1, max=most.RUNS, help="Timed runs of each arm, in turns.")] = 10,
     layers: Annotated[
-        int | None, typer.Option(min=1, help="Build at most this many layers of encoder and decoder.")
+        int | None,
+        typer.Option(min=1, max=most.ANY, help="Build at most this many layers of encoder and decoder."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: torch's.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=most.THREADS, help="Threads. Default: torch's.")
+    ] = None,
     mode: Annotated[
         str | None,
         typer.Option(help="Inductor's mode, in all arms; best: the one in which the baseline is fastest."),
@@ -68,13 +78,16 @@ def bench(
         names=names,
         mode=mode,
     )
+    if plot is not None:
+        check_path(plot)
     # Nothing but the result may reach stdout, whatever a library prints.
     with contextlib.redirect_stdout(sys.stderr):
         result = run(options, note)
         if plot is not None:
-            from luvc_fx.apps.bench.plot import draw
-
-            draw(result, plot)
+            try:
+                draw(result, plot)
+            except InputError as error:  # the numbers are there
+                note(str(error))
     if as_json:
         print(result.to_json())
     else:
@@ -84,8 +97,11 @@ def bench(
 def _rows(batch: str) -> int | None:
     if batch == AUTO:
         return None
-    if not batch.isdecimal() or int(batch) < 1:
-        raise InputError(f"--batch is {batch!r}; allowed: a whole number of at least 1, or {AUTO!r}")
+    digits = len(str(most.RUNS))
+    if not batch.isdecimal() or len(batch) > digits or not 1 <= int(batch) <= most.RUNS:
+        raise InputError(
+            f"--batch is {shown(batch)}; allowed: a whole number from 1 to {most.RUNS}, or {AUTO!r}"
+        )
     return int(batch)
 
 

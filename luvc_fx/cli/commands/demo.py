@@ -15,6 +15,7 @@ from rich.text import Text
 
 from luvc_fx.apps.demo import DemoResult, ask, run
 from luvc_fx.apps.inputs import read_schedule
+from luvc_fx.cli import most
 from luvc_fx.cli.output import make_console, make_table, note
 
 
@@ -33,7 +34,7 @@ def demo(
         str, typer.Option(metavar="NAME|FILE", help="image, video, document or a JSON file.")
     ] = "image",
     inner: Annotated[Inner, typer.Option(help="What compiles the graphs, in both arms.")] = Inner.INDUCTOR,
-    runs: Annotated[int, typer.Option(min=1, help="Timed prefills of each arm.")] = 20,
+    runs: Annotated[int, typer.Option(min=1, max=most.RUNS, help="Timed prefills of each arm.")] = 20,
     picture: Annotated[
         Path | None, typer.Option(help="Draw the tokens that are kept, stage by stage, into this file.")
     ] = None,

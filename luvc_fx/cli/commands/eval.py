@@ -20,8 +20,10 @@ from luvc_fx.apps.evaluation.plot import draw
 from luvc_fx.apps.evaluation.questions import ALL_TASKS
 from luvc_fx.apps.evaluation.result import CellResult, EvalResult
 from luvc_fx.apps.evaluation.run import Watch, run
+from luvc_fx.cli import most
 from luvc_fx.cli.commands.demo import Inner
 from luvc_fx.cli.output import make_console, make_table, note
+from luvc_fx.methods.checks import shown
 from luvc_fx.report.errors import InputError
 
 NAMES = ", ".join(known_methods())
@@ -49,22 +51,32 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Only questions of this split.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most this many questions.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 25,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=most.ANY, help="At most this many questions.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=most.RUNS, help="Questions at once.")] = 25,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer in tokens. Default: the generation config's.")
+        int | None,
+        typer.Option(
+            min=1, max=most.TOKENS, help="Longest answer in tokens. Default: the generation config's."
+        ),
     ] = None,
     inner: Annotated[Inner, typer.Option(help="What runs the rewritten graphs.")] = Inner.EAGER,
     wrong_image: Annotated[
         bool, typer.Option("--wrong-image", help="Also ask each question about another scene's image.")
     ] = False,
     time: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Time N prefills of each row, compiled by Inductor.")
+        int,
+        typer.Option(
+            min=0, max=most.RUNS, metavar="N", help="Time N prefills of each row, compiled by Inductor."
+        ),
     ] = 0,
     seed: Annotated[
         int,
         typer.Option(
-            min=0, help=f"Seed of the bootstrap, and the first of {SEEDS} seeds of random selectors."
+            min=0,
+            max=most.ANY,
+            help=f"Seed of the bootstrap, and the first of {SEEDS} seeds of random selectors.",
         ),
     ] = 0,
     out: Annotated[
@@ -81,7 +93,7 @@ def evaluate(
         model=model,
         questions=questions,
         out=out,
-        methods=tuple(_parts(methods)),
+        methods=tuple(_parts("methods", methods)) if methods else (),
         budgets=_numbers(budgets),
         schedules=tuple(schedule or ()),
         split=split,
@@ -104,15 +116,22 @@ def evaluate(
         note(f"results.json, RESULTS.md, pareto.png and answers.jsonl are in {out}")
 
 
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _parts(option: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise InputError(f"--{option} is {text!r}; allowed: values with commas between them")
+    return parts
 
 
 def _numbers(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in _parts(text))
+        return tuple(float(part) for part in _parts("budgets", text))
+    except InputError:
+        raise
     except ValueError:
-        raise InputError(f"budgets {text!r} are not numbers with commas between them") from None
+        raise InputError(
+            f"--budgets is {shown(text)}; allowed: numbers in (0, 1] with commas between them"
+        ) from None
 
 
 @contextlib.contextmanager

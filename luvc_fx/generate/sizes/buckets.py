@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
+
+import numpy
 
 from luvc_fx.generate.families import family_of
 from luvc_fx.generate.rgb import to_rgb
+from luvc_fx.methods.checks import check_bool, check_whole, is_number, is_whole, refuse, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,12 +89,15 @@ class SizeBuckets:
         ((448, 224), (336, 336), (224, 448))
         """
         for name, value in (("count", count), ("area", area), ("granularity", granularity)):
-            if not _is_whole(value) or value < 1:
-                raise ValueError(f"{name} is {value!r}; allowed: a whole number of at least 1")
-        if not (math.isfinite(widest) and 0 < narrowest <= widest):
-            raise ValueError(
-                f"narrowest is {narrowest!r} and widest {widest!r}; allowed: 0 < narrowest <= widest"
-            )
+            check_whole("", name, value, 1)
+        count, area, granularity = map(operator.index, (count, area, granularity))
+        if count > MOST_BUCKETS:
+            refuse("", "count", count, f"at most {MOST_BUCKETS}")
+        if not granularity**2 <= area <= MOST_CELLS * granularity**2:
+            allowed = f"1 to {MOST_CELLS} times the granularity's square, which is {shown(granularity**2)}"
+            refuse("", "area", area, allowed)
+        if not (is_number(narrowest) and is_number(widest) and 0 < narrowest <= widest):
+            refuse("", "narrowest, widest", (narrowest, widest), "two numbers, 0 < narrowest <= widest")
         low, high = math.log(narrowest), math.log(widest)
         steps = (
             [(low + high) / 2] if count == 1 else [low + (high - low) * i / (count - 1) for i in range(count)]
@@ -155,9 +161,9 @@ class SizeBuckets:
         from PIL import Image
 
         if how not in HOW:
-            raise ValueError(f"how is {how!r}; allowed: {', '.join(map(repr, HOW))}")
+            refuse("", "how", how, ", ".join(map(repr, HOW)))
         if not isinstance(image, Image.Image):
-            raise ValueError(f"image is {image!r}; allowed: a PIL image")
+            refuse("", "image", image, "a PIL image")
         image = to_rgb(image)
         bucket = self.nearest(image.height, image.width)
         if (image.height, image.width) == bucket:
@@ -172,17 +178,24 @@ class SizeBuckets:
         ]
         try:
             canvas = Image.new("RGB", (bucket[1], bucket[0]), color)
-        except (TypeError, ValueError):
-            raise ValueError(f"color is {color!r}; allowed: a colour of Pillow for RGB") from None
+        except (TypeError, ValueError, OverflowError):
+            refuse("", "color", color, "a colour of Pillow for RGB")
         place = ((bucket[1] - inner[1]) // 2, (bucket[0] - inner[0]) // 2)
         canvas.paste(image.resize((inner[1], inner[0]), bicubic), place)
         return canvas
 
     def most_graphs(self, warmed: bool = True) -> int:
         """Graphs that prompts of one image and one row cost at most, with or without `luvc_fx.warmup`."""
+        check_bool("", "warmed", warmed)
         count = len(self.sizes)
         return count + (count + 1 if warmed else 2 * count) + DECODE_GRAPHS
 
+
+MOST_BUCKETS = 1024
+"""That `SizeBuckets.spread` makes: far more than Dynamo compiles one function for."""
+
+MOST_CELLS = 1 << 18
+"""Of a bucket, in squares of the granularity, that `SizeBuckets.spread` looks through: 512 x 512."""
 
 DECODE_GRAPHS = 4
 """Decode graphs at most, for any number of sizes; see `SizeBuckets`."""
@@ -198,21 +211,17 @@ def checked_sizes(what: str, sizes: Iterable[Sequence[int]]) -> tuple[tuple[int,
     try:
         given = list(sizes)
     except TypeError:
-        raise ValueError(f"{what} is {sizes!r}; allowed: (height, width) pairs") from None
+        raise ValueError(f"{what} is {shown(sizes)}; allowed: (height, width) pairs") from None
     for size in given:
         pair = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else ()
-        if len(pair) != 2 or not all(_is_whole(side) and side >= 1 for side in pair):
+        if len(pair) != 2 or not all(is_whole(side) and side >= 1 for side in pair):
             raise ValueError(
-                f"{what} holds {size!r}; allowed: a pair (height, width) of whole numbers of at least 1"
+                f"{what} holds {shown(size)}; allowed: a pair (height, width) of whole numbers of at least 1"
             )
         pairs.append((int(pair[0]), int(pair[1])))
     if not pairs:
         raise ValueError(f"{what} is empty; at least one (height, width) is needed")
     return tuple(pairs)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _sides(ratio: float, area: int, unit: int) -> tuple[int, int]:
@@ -221,13 +230,13 @@ def _sides(ratio: float, area: int, unit: int) -> tuple[int, int]:
     Nearest as `SizeBuckets.nearest` has it, so transposed ratios give transposed sides.
     """
     cells = area // unit**2
+    high = numpy.arange(1, cells + 1)
     candidates = []
-    for high in range(1, cells + 1):
-        for rounded in (math.floor(high * ratio), math.ceil(high * ratio)):
-            wide = min(max(1, rounded), cells // high)
-            aspect, side = math.log(wide / high / ratio), math.log(high * wide / cells) / 2
-            candidates.append((round(aspect**2 + side**2, 9), -high * wide, high, wide))
-    if not candidates:
-        raise ValueError(f"area is {area}; allowed: at least the granularity's square, {unit**2}")
-    _, _, high, wide = min(candidates)
-    return high * unit, wide * unit
+    for rounded in (numpy.floor(high * ratio), numpy.ceil(high * ratio)):
+        wide = rounded.clip(1, cells // high).astype(high.dtype)
+        aspect, side = numpy.log(wide / high / ratio), numpy.log(high * wide / cells) / 2
+        distance = (aspect**2 + side**2).round(9)
+        first = numpy.lexsort((wide, high, -high * wide, distance))[0]
+        candidates.append((distance[first], -high[first] * wide[first], int(high[first]), int(wide[first])))
+    *_, height, width = min(candidates)
+    return height * unit, width * unit

@@ -19,6 +19,7 @@ from luvc_fx.generate.frontdoor import report_of
 from luvc_fx.generate.sizes.buckets import SizeBuckets, checked_sizes
 from luvc_fx.generate.sizes.longer_prompts import can_lengthen, can_pad, longer
 from luvc_fx.generate.sizes.synthetic_image import synthetic_image
+from luvc_fx.methods.checks import check_whole, refuse
 from luvc_fx.report import GraphReport, LuvcWarning, Reason, Report
 
 LENGTHS = (0, 3, 7, 12)
@@ -26,6 +27,9 @@ LENGTHS = (0, 3, 7, 12)
 
 Measured: the first size of all needs two lengths (the second makes the text axis symbolic), each later
 one a single length; the next length of each only shows that nothing is left to compile."""
+
+MOST_IMAGES = 1 << 16
+"""Of one call of `generate`; more than that is a slip."""
 
 KINDS = ("vision", "prefill", "decode", "other")
 
@@ -165,8 +169,9 @@ def warmup(
         ("batch", batch, 1),
         ("new_tokens", new_tokens, 2),
     ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is {value!r}; allowed: a whole number of at least {least}")
+        check_whole("", name, value, least)
+    if images_per_prompt * batch > MOST_IMAGES:
+        refuse("", "images_per_prompt times batch", images_per_prompt * batch, f"at most {MOST_IMAGES}")
     cases: list[_Case]
     if inputs is not None:
         if sizes is not None or processor is not None:
@@ -232,6 +237,8 @@ class _Ready(_Case):
 
 
 def _ready(inputs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    if not isinstance(inputs, Iterable):
+        refuse("", "inputs", inputs, "mappings, one for each size")
     prompts = [inputs] if isinstance(inputs, Mapping) else list(inputs)
     for given in prompts:
         ids = given.get("input_ids") if isinstance(given, Mapping) else None
