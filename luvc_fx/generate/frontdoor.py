@@ -14,7 +14,7 @@ from luvc_fx.dynamo.generate_warning import take_generate_warning_off
 from luvc_fx.generate.calls import Calls
 from luvc_fx.generate.families import family_of
 from luvc_fx.generate.graphs import GraphSet
-from luvc_fx.generate.hooks import HookedMethod
+from luvc_fx.generate.hooks import HookedMethod, refuse_copies
 from luvc_fx.generate.model_check import check_schedule, check_supported
 from luvc_fx.methods.checks import check_bool, check_module
 from luvc_fx.report import LuvcWarning, NotRewritten, Refusal, Report
@@ -51,6 +51,8 @@ class FrontDoor:
         self._hooked = {method.name: method for method in hooked}
         traceable = family.traceable_methods()
         self._replaced = {HookedMethod(base, name): method for name, method in traceable.items()}
+        for instance in {id(hooked): hooked for hooked in (model, base)}.values():
+            self._replaced[HookedMethod(instance, "__reduce_ex__")] = refuse_copies
         originals = {name: method.original for name, method in self._hooked.items()}
         self.graphs = GraphSet(model, originals, settings, dynamic, self.report)
         self._calls = Calls(model, originals, self.graphs, settings, self._refuse)

@@ -25,14 +25,8 @@ class Hook:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._body(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise ValueError(
-            "a model compiled by luvc_fx cannot be copied: its hooks belong to one instance; "
-            "call luvc_fx.restore(model) first"
-        )
-
-    def __reduce__(self) -> Any:
-        raise ValueError("a model compiled by luvc_fx cannot be pickled; call luvc_fx.restore(model) first")
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        refuse_copies()
 
 
 class HookedMethod:
@@ -68,6 +62,17 @@ class HookedMethod:
             delattr(self.owner, self.name)
         else:
             setattr(self.owner, self.name, self._own_attribute)
+
+
+def refuse_copies(*_: Any) -> Any:
+    """In place of a compiled instance's `__reduce_ex__`, by which `copy` and `pickle` take it to pieces.
+
+    They come to the hooks late or never: transformers' own, which no pickle takes, lie before them.
+    """
+    raise ValueError(
+        "a model compiled by luvc_fx cannot be copied or pickled: its hooks belong to one instance; "
+        "call luvc_fx.restore(model) first"
+    )
 
 
 def arguments_by_name(

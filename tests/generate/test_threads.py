@@ -1,4 +1,4 @@
-"""What two threads that use one compiled model may not disturb: graphs made once, encoders without state."""
+"""What threads that use one compiled model may not disturb: graphs made once, answers, encoders."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ import torch
 from transformers import CompileConfig
 
 import luvc_fx
-from luvc_fx import Merge, Schedule
+from luvc_fx import Merge, Prune, Schedule
 from luvc_fx.generate.frontdoor import door_of
+from tests.support.cases import slow_unless
 from tests.support.models import inputs, tiny_llava
+from tests.support.oracle import oracle_generate
 
 MERGE = Schedule(merge=Merge("width", keep=0.5, layer=0))
+BOTH = Schedule(merge=Merge("width", keep=0.5, layer=0), prune=Prune(keep=0.5, layer=1))
+NEW_TOKENS = 4
+SECONDS = 300
+"""How long a thread waits for the others before it is a failure."""
 
 
 def small() -> Any:
@@ -63,6 +69,73 @@ def test_threads_that_ask_for_a_decode_mode_at_once_have_it_made_once(
         thread.join()
     assert len(answers) == 2 and answers[0] == answers[1]
     assert len(made) == 1
+
+
+class WaitsInside:
+    """A compiler behind luvc_fx that, in one thread, waits until the others have answered once more."""
+
+    def __init__(self, inner: str, others: int) -> None:
+        self.compile: Callable[..., Any] = torch._dynamo.lookup_backend(inner)
+        self.thread = 0
+        self.begun, self.answered = threading.Event(), threading.Semaphore(0)
+        self.others = others
+
+    def __call__(self, gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        if threading.get_ident() == self.thread and not self.begun.is_set():
+            self.begun.set()
+            for _ in range(self.others):
+                assert self.answered.acquire(timeout=SECONDS), "the others wait for the compiler"
+        return self.compile(gm, example_inputs)
+
+
+@pytest.mark.parametrize("inner", slow_unless(["eager", "inductor"], ["eager"]))
+@torch.no_grad()
+def test_threads_generate_while_another_compiles_a_new_size(inner: str) -> None:
+    """Their answers are the oracle's before, while and after it compiles, and so is its own."""
+    model = tiny_llava(grid=4, encoder_layers=2, decoder_layers=2)
+    generating = [inputs(model), inputs(model, batch=2, padding=(0, 2), seed=1)]
+    compiling = inputs(model, images=2, seed=2)
+    wanted = [oracle_generate(model, BOTH, NEW_TOKENS, **prompt) for prompt in (*generating, compiling)]
+    compiler = WaitsInside(inner, len(generating))
+    luvc_fx.compile(model, BOTH, inner=compiler, strict=True)
+    answers: list[tuple[int, torch.Tensor]] = []
+    errors: list[BaseException] = []
+
+    def generate(number: int) -> None:
+        prompt = (*generating, compiling)[number]
+        with torch.no_grad():
+            answers.append((number, model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False)))
+
+    def goes_on(number: int) -> None:
+        assert compiler.begun.wait(SECONDS)
+        generate(number)
+        compiler.answered.release()
+        generate(number)
+
+    def compiles(number: int) -> None:
+        compiler.thread = threading.get_ident()
+        generate(number)
+
+    def noted(work: Callable[[int], None], number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    for number in range(len(generating)):
+        generate(number)
+    graphs = len(luvc_fx.report_of(model).graphs)
+    works = [goes_on] * len(generating) + [compiles]
+    threads = [threading.Thread(target=noted, args=(work, number)) for number, work in enumerate(works)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert sorted(number for number, _ in answers) == [0, 0, 0, 1, 1, 1, 2]
+    for number, answer in answers:
+        assert torch.equal(answer, wanted[number])
+    assert {graph.kind for graph in luvc_fx.report_of(model).graphs[graphs:]} >= {"vision"}
 
 
 @torch.no_grad()
