@@ -114,7 +114,8 @@ def _weights(frequency: Tensor, tokens: int, edge: int) -> Tensor:
     """float32: what the amplitudes of a bin's cosine and sine are multiplied by."""
     # A bin stands for its mirror image too, save for 0 and the highest of an even number of tokens.
     alone = (frequency == 0) | (2 * frequency == tokens)
-    share = torch.where(alone, 1.0 / tokens, 2.0 / tokens)
+    # Of two numbers, the result has the default dtype, which may be set to another.
+    share = torch.where(alone, 1.0 / tokens, 2.0 / tokens).to(torch.float32)
     return (0.54 + 0.46 * torch.cos(frequency.to(torch.float32) * (math.pi / edge))) * share
 
 

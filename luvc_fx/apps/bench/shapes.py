@@ -100,7 +100,7 @@ def _takes_video(model: Any) -> bool:
 
 
 def _noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
 
 
 def _at_most(layers: int | None, depth: int) -> int:

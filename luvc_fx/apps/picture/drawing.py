@@ -102,12 +102,13 @@ def panel(frame: Tensor, stage: Stage, number: int, side: int) -> Image:
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(size[1], size[0], 3)
     own = torch.where(absorbed, GONE, owners)
     shade = torch.where(absorbed, ABSORBED_SHADE, torch.where(owners == GONE, GONE_SHADE, 1.0))
+    shade = shade.to(torch.float32)
     own, shade = (part.repeat_interleave(cell, 0).repeat_interleave(cell, 1) for part in (own, shade))
     merged = _sizes(own) > stage.patches * cell * cell
     colours = torch.where(merged.unsqueeze(-1), _mean_colours(pixels.float(), own), pixels.float())
     colours = colours * shade.unsqueeze(-1)
     if cell >= LEAST_CELL:
-        lines = torch.tensor(BORDER) * BORDER_OPACITY + colours * (1 - BORDER_OPACITY)
+        lines = torch.tensor(BORDER, dtype=torch.float32) * BORDER_OPACITY + colours * (1 - BORDER_OPACITY)
         colours = torch.where(_edges(own).unsqueeze(-1), lines, colours)
     return Image.fromarray(colours.round().clamp(0, 255).to(torch.uint8).numpy())
 
@@ -121,7 +122,8 @@ def _sizes(own: Tensor) -> Tensor:
 
 def _mean_colours(pixels: Tensor, own: Tensor) -> Tensor:
     numbers = (own + 1).flatten()
-    sums = torch.zeros(int(numbers.max()) + 1, 3).index_add(0, numbers, pixels.reshape(-1, 3))
+    sums = torch.zeros(int(numbers.max()) + 1, 3, dtype=torch.float32)
+    sums = sums.index_add(0, numbers, pixels.reshape(-1, 3))
     counts = torch.bincount(numbers).clamp(min=1).unsqueeze(-1)
     return (sums / counts)[numbers].reshape(pixels.shape)
 

@@ -64,7 +64,8 @@ def _scale(images: list[Tensor], processor: Any) -> tuple[Tensor, Tensor]:
     normalised = getattr(processor, "image_processor", processor)
     mean, spread = getattr(normalised, "image_mean", None), getattr(normalised, "image_std", None)
     if mean is not None and spread is not None:
-        return torch.tensor(mean).reshape(-1, 1, 1), torch.tensor(spread).reshape(-1, 1, 1)
+        scales = torch.tensor([mean, spread], dtype=torch.float32)
+        return scales[0].reshape(-1, 1, 1), scales[1].reshape(-1, 1, 1)
     low = min(image.min() for image in images)
     high = max(image.max() for image in images)
     spread = 1 / (high - low).clamp(min=torch.finfo(torch.float32).tiny)

@@ -26,8 +26,8 @@ def synthetic_image(model: Any, processor: Any, size: tuple[int, int] | None = N
     if size is None:
         size = family_of(model).preferred_size(processor.image_processor)
     height, width = size or (DEFAULT_SIDE, DEFAULT_SIDE)
-    down = torch.linspace(0, 1, height).unsqueeze(1).expand(height, width)
-    right = torch.linspace(0, 1, width).expand(height, width)
+    down = torch.linspace(0, 1, height, dtype=torch.float32).unsqueeze(1).expand(height, width)
+    right = torch.linspace(0, 1, width, dtype=torch.float32).expand(height, width)
     disc = (down - 0.4) ** 2 + (right - 0.6) ** 2 < 0.06
     pixels = torch.stack([down, right, disc.float()], dim=-1).mul(255).to(torch.uint8)
     return Image.fromarray(pixels.numpy(), mode="RGB")
