@@ -33,6 +33,41 @@ def install_output_hooks(model: torch.nn.Module) -> int:
     return asked
 
 
+_INSTALLED = "_output_capturing_hooks_installed"
+
+OutputHooks = frozenset[tuple[str, int | str]]
+"""Names of modules, each with the number of a forward hook, or with the mark that it has its output hooks."""
+
+
+def output_hooks(model: torch.nn.Module) -> OutputHooks:
+    """The forward hooks of all modules, and which of them transformers (5.17 - 5.23) has marked."""
+    found: set[tuple[str, int | str]] = set()
+    for name, module in model.named_modules():
+        found.update((name, number) for number in module._forward_hooks)
+        if _INSTALLED in vars(module):
+            found.add((name, _INSTALLED))
+    return frozenset(found)
+
+
+def remove_output_hooks(model: torch.nn.Module, hooks: OutputHooks) -> None:
+    """Take these hooks and marks off; those of modules that are gone are gone with them."""
+    modules = dict(model.named_modules())
+    for name, hook in hooks:
+        if name not in modules:
+            continue
+        module = modules[name]
+        if hook == _INSTALLED and _INSTALLED in vars(module):
+            delattr(module, _INSTALLED)
+        elif hook != _INSTALLED:
+            kinds = (
+                module._forward_hooks,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            )
+            for kind in kinds:
+                kind.pop(hook, None)
+
+
 def _has_output_hooks(model: torch.nn.Module) -> bool:
     return bool(getattr(model, "_output_capturing_hooks_installed", False))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.masking_utils import create_masks_for_generate
 
+from luvc_fx import _compat
 from luvc_fx.dynamo.backend import backend, prepare
 from luvc_fx.dynamo.generate_warning import take_generate_warning_off
 from luvc_fx.generate.calls import Calls
@@ -21,6 +22,9 @@ from luvc_fx.report import LuvcWarning, NotRewritten, Refusal, Report
 from luvc_fx.schedule import Schedule
 
 _STATE = "_luvc_fx"
+
+_OUTPUT_HOOKS = "_luvc_fx_output_hooks"
+"""Where an instance holds what `prepare` put on it. No model with such hooks can be pickled."""
 
 
 class FrontDoor:
@@ -132,10 +136,12 @@ def compile(
     door: FrontDoor | None = vars(model).get(_STATE)
     if door is not None and (door.settings, door.dynamic) == (settings, dynamic):
         return outer
-    restore(model)
+    _remove_door(model)
     for instance in (outer, model):
         take_generate_warning_off(instance)
+    had = _compat.output_hooks(model)
     prepare(model)
+    vars(model).setdefault(_OUTPUT_HOOKS, _compat.output_hooks(model) - had)
     door = FrontDoor(model, settings, dynamic)
     door.install()
     vars(model)[_STATE] = door
@@ -153,11 +159,24 @@ def _hooked_instance(model: Any) -> Any:
 
 
 def restore(model: Any) -> Any:
-    """Take `compile` off a model instance; returns it. Without effect on one that was not compiled."""
-    door: FrontDoor | None = vars(_hooked_instance(model)).pop(_STATE, None)
+    """Take `compile` off a model instance; returns it. Without effect on one that was not compiled.
+
+    The output hooks of transformers that `compile` installed go too, so that the model can be pickled if it
+    could be before. (A forward of the stock model installs them as well, and takes that away.)
+    """
+    instance = _hooked_instance(model)
+    _remove_door(instance)
+    hooks = vars(instance).pop(_OUTPUT_HOOKS, None)
+    if hooks:
+        _compat.remove_output_hooks(instance, hooks)
+    return model
+
+
+def _remove_door(instance: Any) -> None:
+    """What `restore` does, but for the output hooks, which the next `compile` would need again."""
+    door: FrontDoor | None = vars(instance).pop(_STATE, None)
     if door is not None:
         door.remove()
-    return model
 
 
 @contextlib.contextmanager
@@ -170,7 +189,7 @@ def applied(model: Any, schedule: Schedule | str = "image", **settings: Any) -> 
         yield model
     finally:
         if state.get(_STATE) is not before:
-            restore(model)
+            _remove_door(_hooked_instance(model))
             if before is not None:
                 put_on(model, before)
 
@@ -178,13 +197,13 @@ def applied(model: Any, schedule: Schedule | str = "image", **settings: Any) -> 
 def take_off(model: Any) -> FrontDoor | None:
     """`restore`, keeping what was compiled: `put_on` brings it back."""
     door: FrontDoor | None = vars(_hooked_instance(model)).get(_STATE)
-    restore(model)
+    _remove_door(_hooked_instance(model))
     return door
 
 
 def put_on(model: Any, door: FrontDoor) -> None:
     """Bring back what `take_off` took off this model; whatever is on it now goes."""
-    restore(model)
+    _remove_door(_hooked_instance(model))
     door.install()
     vars(_hooked_instance(model))[_STATE] = door
 
