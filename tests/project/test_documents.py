@@ -1,52 +1,25 @@
 """README.md and docs/: what they show comes from programs, and what they name is there.
 
 Pages take the lines of a program by `literalinclude`. README.md cannot, so each of its Python blocks has to
-be one region of a program (``# NAME`` to ``# end of NAME``). Commands are parsed by the commands themselves.
+be one region of a program (``# NAME`` to ``# end of NAME``). Commands are run by `test_commands`.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 import textwrap
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
 
 from luvc_fx import Reason
-from luvc_fx.cli.commands import COMMANDS, SETTINGS
+from tests.support.pages import BLOCK, DOCS, OTHER_PAGES, PAGES, README, blocks, name_of
 from tests.support.paths import EXAMPLES, ROOT
 
-DOCS = ROOT / "docs"
-README = ROOT / "README.md"
-PAGES = [
-    README,
-    *sorted(path for path in DOCS.rglob("*.md") if not {"_build", "_generated"} & set(path.parts)),
-]
-OTHER_PAGES = [
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "CHANGELOG.md",
-    *sorted((ROOT / "tests").glob("*.md")),
-    *sorted(EXAMPLES.rglob("*.md")),
-]
 PROGRAMS = sorted([*DOCS.glob("programs/*.py"), *EXAMPLES.glob("*.py")])
-BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 REGION = re.compile(r"^ *# (?P<name>[^\n]+)\n(?P<body>.*?)^ *# end of (?P=name)$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`((?:luvc_fx|passes|tests|examples|docs)/(?!_build/)[\w./-]+|[\w-]+\.(?:txt|toml))`")
-
-
-def name_of(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
-
-
-def blocks(page: Path, *languages: str) -> list[str]:
-    return [
-        body for language, body in BLOCK.findall(page.read_text(encoding="utf-8")) if language in languages
-    ]
 
 
 def regions(program: Path) -> dict[str, str]:
@@ -84,63 +57,6 @@ def test_a_page_shows_lines_of_programs_that_are_there(page: Path) -> None:
             assert source.read_text(encoding="utf-8").count(options["start-after"].strip('"')) == 1
         elif source.suffix == ".py" and "pyobject" in options:
             assert re.search(rf"^(def|class) {options['pyobject']}\b", source.read_text(), re.MULTILINE)
-
-
-def commands(page: Path) -> list[list[str]]:
-    """Words of each command in the page's shell blocks."""
-    found = []
-    for body in blocks(page, "sh"):
-        for line in body.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words:
-                found.append([words[0].removeprefix(".venv/bin/"), *words[1:]])
-    return found
-
-
-def group() -> Any:
-    app = typer.Typer(add_completion=False)
-    for name, command in COMMANDS.items():
-        app.command(name, context_settings=SETTINGS.get(name))(command)
-    return typer.main.get_command(app)
-
-
-def complaint(words: list[str]) -> str | None:
-    """What is wrong with a command, as far as it can be told without running it."""
-    program, *rest = words
-    if program == "luvc-fx":
-        if rest[0] not in COMMANDS:
-            return f"luvc-fx has no command {rest[0]}"
-        try:
-            group().commands[rest[0]].make_context(rest[0], rest[1:])
-        except Exception as error:
-            return repr(error)
-    elif program == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        return None if rest[0] in targets else f"the Makefile has no target {rest[0]}"
-    elif program in ("python", "python3") and rest[0] == "-m":
-        if find_spec(rest[1]) is None:
-            return f"there is no module {rest[1]}"
-    elif program == "python" or program == "torchrun":
-        return None if any((ROOT / word).is_file() for word in rest) else "no file of the checkout is run"
-    elif program not in ("pip", "curl", "git", "cd"):
-        return f"{program} is not known here"
-    return None
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")], ids=name_of)
-def test_commands_are_those_that_there_are(page: Path) -> None:
-    for words in commands(page):
-        assert complaint(words) is None, " ".join(words)
-
-
-def test_a_wrong_command_is_found() -> None:
-    assert "no command" in str(complaint(["luvc-fx", "fly"]))
-    assert "--fly" in str(complaint(["luvc-fx", "demo", "--fly"]))
-    assert complaint(["luvc-fx", "demo", "--json"]) is None
-    assert "no target" in str(complaint(["make", "fly"]))
-    assert "no module" in str(complaint(["python", "-m", "luvc_fx.fly"]))
-    assert "no file" in str(complaint(["torchrun", "fly.py"]))
-    assert "not known" in str(complaint(["fly"]))
 
 
 def anchors(page: Path) -> set[str]:
