@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 from luvc_fx.report import Reason, Refusal
@@ -14,25 +17,57 @@ class PrunedRows:
 
     `get_seq_length` counts the dropped rows too, so that position ids and the slicing of a second turn
     continue where the conversation is. Each layer's own keys and values say how many rows it holds.
+
+    Operations on the rows of the batch (`reorder_cache`, `batch_select_indices`, `batch_repeat_interleave`),
+    copies and pickles take along what is known of each row; `reset` makes the stock cache of it again. What
+    needs the same rows in every layer is refused by name.
     """
 
     dropped_rows: int = 0
     """Rows of the conversation that are missing in layer 0: those merged away."""
 
-    rows_without_images: tuple[int, ...] = ()
-    """Rows of the batch without images: they lost left padding where the others lost visual tokens."""
+    without_images: tuple[bool, ...] = ()
+    """For each row of the batch whether it has no images, beside others that have: it lost left padding where
+    those lost visual tokens. Empty where no row is such a one."""
 
     is_croppable = False
+
+    @property
+    def rows_without_images(self) -> tuple[int, ...]:
+        """Those of the batch, as numbers."""
+        return tuple(row for row, without in enumerate(self.without_images) if without)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Rows of the conversation so far, dropped ones included: an int, of a static cache a tensor."""
         held: Any = super().get_seq_length()  # type: ignore[misc]
         return held + self.dropped_rows if self.dropped_rows else held
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let the batch be the rows `beam_idx` ``[B']`` of it; waits for them if some have no images."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._take(beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the rows `indices` of the batch; waits for them if some have no images."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._take(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have each row of the batch `repeats` times, one behind the other."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.without_images = tuple(without for without in self.without_images for _ in range(repeats))
+
+    def _take(self, rows: Any) -> None:
+        if self.without_images:
+            rows = rows.cpu() if isinstance(rows, Tensor) else rows
+            kept = torch.tensor(self.without_images)[rows].tolist()
+            self.without_images = tuple(kept) if any(kept) else ()
+
     def reset(self) -> None:
         """Empty it for another conversation."""
         super().reset()  # type: ignore[misc]
-        self.dropped_rows, self.rows_without_images = 0, ()
+        vars(self).pop("dropped_rows", None)
+        vars(self).pop("without_images", None)
 
     def crop(self, *args: object, **kwargs: object) -> None:
         """Raises `NotImplementedError`: which rows a length means differs from layer to layer."""
@@ -42,6 +77,18 @@ class PrunedRows:
 class PrunedCache(PrunedRows, DynamicCache):
     """A `DynamicCache` whose layers hold fewer rows than the conversation has."""
 
+    def __iter__(self) -> Iterator[Any]:
+        """Raises `NotImplementedError`: keys and values alone do not tell how many rows were dropped."""
+        raise NotImplementedError(
+            "luvc_fx: a cache with dropped visual tokens cannot be made anew from its keys and values; "
+            "copy it with copy.deepcopy"
+        )
+
+    def reset(self) -> None:
+        """Empty it for another conversation; it is a `DynamicCache` again."""
+        super().reset()
+        self.__class__ = DynamicCache  # type: ignore[assignment]
+
 
 class PrunedStaticCache(PrunedRows, StaticCache):
     """A `StaticCache` whose layers hold fewer rows than the conversation has.
@@ -50,11 +97,15 @@ class PrunedStaticCache(PrunedRows, StaticCache):
     """
 
     def reset(self) -> None:
-        """Empty it for another conversation, which may need the room that the first one did not."""
+        """Empty it for another conversation, which may need the room that the first one did not.
+
+        It is a `StaticCache` again.
+        """
         super().reset()
         for layer in layers_of(self):
             layer.max_cache_len += vars(layer).pop("luvc_dropped", 0)
             layer.is_initialized = False
+        self.__class__ = StaticCache  # type: ignore[assignment]
 
 
 def adopt(cache: object, rows: int) -> None:
@@ -64,6 +115,15 @@ def adopt(cache: object, rows: int) -> None:
     lengths = [layer.get_seq_length() for layer in layers_of(cache)]
     if any(length < rows for length in lengths):
         as_pruned(cache).dropped_rows = rows - lengths[0]
+    elif isinstance(cache, PrunedCache):
+        cache.__class__ = DynamicCache  # type: ignore[assignment]
+
+
+def note_rows_without_images(cache: object, rows: tuple[int, ...]) -> None:
+    """Let a shortened cache know these rows of its batch, which have no images where others have some."""
+    if rows and isinstance(cache, PrunedRows):
+        batch = layers_of(cache)[0].keys.shape[0]  # type: ignore[arg-type]
+        cache.without_images = tuple(row in rows for row in range(batch))
 
 
 def as_pruned(cache: DynamicCache) -> PrunedCache:

@@ -42,13 +42,20 @@ def over_pruned_cache(model: Any, prompt: PromptState, cache: object) -> tuple[P
         None where no mask has to be built.
 
     Raises:
-        NotImplementedError: a prompt without `input_ids`, or a mask that `left_padding` cannot follow.
+        NotImplementedError: a prompt without `input_ids`, one of another number of rows than the cache, or a
+            mask that `left_padding` cannot follow.
     """
     if not isinstance(cache, PrunedRows):
         return prompt, None
     ids, mask = prompt.ids, prompt.mask
     if ids is None:
         raise NotImplementedError("luvc_fx: inputs_embeds over a cache with dropped visual tokens")
+    rows = len(cache.without_images)
+    if rows and rows != ids.shape[0]:
+        raise NotImplementedError(
+            f"luvc_fx: {ids.shape[0]} rows over a shortened cache of {rows}, some of them without images; "
+            "take rows by its reorder_cache, batch_select_indices or batch_repeat_interleave"
+        )
     unmasked = replace(prompt, mask=None)
     if mask is None and not cache.rows_without_images:
         if not takes_segments(model):

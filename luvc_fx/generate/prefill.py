@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 from luvc_fx import _compat
-from luvc_fx.generate.cache import PrunedRows, adopt, as_pruned, fill, is_empty, unsupported
+from luvc_fx.generate.cache import adopt, as_pruned, fill, is_empty, note_rows_without_images, unsupported
 from luvc_fx.generate.constants import as_text
 from luvc_fx.generate.families import Modality, family_of
 from luvc_fx.generate.graphs import GraphFeatures, GraphSet
@@ -207,5 +207,4 @@ def hand_back_cache(
         _compat.set_cache(output, given)
     cache = _compat.cache_of(output)
     adopt(cache, past + rows)
-    if rows_without_images and isinstance(cache, PrunedRows):
-        cache.rows_without_images = rows_without_images
+    note_rows_without_images(cache, rows_without_images)
