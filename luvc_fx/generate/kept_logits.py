@@ -25,11 +25,13 @@ def refusal_of_kept_logits(model: Any, kwargs: Mapping[str, Any]) -> Refusal | N
         kwargs: of `forward` or `generate`.
     """
     asked, ids = kwargs.get(NAME), kwargs.get("input_ids", kwargs.get("inputs"))
-    if not isinstance(asked, Tensor) or ids is None:
+    if not is_cut_afterwards(asked) or ids is None:
         return None
     if kwargs.get("labels") is not None:
-        what = f"{NAME} as a tensor beside labels"
-    elif bool(placeholders(model, ids).flatten()[numbered(ids.shape, asked)].any()):
+        what = f"{NAME} beside labels"
+    elif isinstance(asked, Tensor) and bool(
+        placeholders(model, ids).flatten()[numbered(ids.shape, asked)].any()
+    ):
         what = f"{NAME} asks for rows of visual tokens"
     else:
         return None
@@ -52,32 +54,41 @@ def numbered(shape: torch.Size, asked: Tensor) -> Tensor:
     return numbers[:, asked]
 
 
-def with_all_logits(prompt: PromptState) -> PromptState:
-    """The prompt of a forward that gives all logits, where some are asked for by a tensor.
+def is_cut_afterwards(asked: object) -> bool:
+    """Whether a forward that gets shorter gives all logits, of which some are taken afterwards.
 
-    Which row of a shortened prompt is which of the whole one is known afterwards, and differs within a batch.
+    All, and the last row only, which `generate` asks for, are taken in the graph. Another number would be a
+    symbol there, and rows that are asked for by a tensor are elsewhere in each row of a batch.
     """
-    if not isinstance(prompt.rest.get(NAME), Tensor):
+    return isinstance(asked, Tensor) or asked not in (None, 0, 1)
+
+
+def with_all_logits(prompt: PromptState) -> PromptState:
+    """The prompt of a forward that gives all logits, where that is what `is_cut_afterwards` says."""
+    if not is_cut_afterwards(prompt.rest.get(NAME)):
         return prompt
     return replace(prompt, rest={**prompt.rest, NAME: 0})
 
 
-def keep_asked(output: Any, row_index: Tensor, asked: int | Tensor | None, rows: int) -> Tensor:
+def keep_asked(output: Any, row_index: Tensor | None, asked: int | Tensor | None, rows: int) -> Tensor | None:
     """Let `output` have the logits that were asked for; returns the rows of the prompt that they belong to.
 
     Args:
-        row_index: int64 ``[B, S']``, the old number of each row that is left.
+        row_index: int64 ``[B, S']``, the old number of each row that is left; a tensor needs it.
         asked: `logits_to_keep`.
         rows: of the whole prompt.
 
     Returns:
-        int64 ``[B, n]``, of a bool ``[B, S]`` that asks ``[n]``.
+        int64 ``[B, n]``, of a bool ``[B, S]`` that asks ``[n]``; None without `row_index`.
     """
-    if not isinstance(asked, Tensor):
-        return row_index[:, -asked:] if asked else row_index
-    batch = row_index.shape[0]
-    numbers = numbered(torch.Size([batch, rows]), asked.to(row_index.device))
-    places = torch.arange(row_index.shape[1], device=row_index.device).expand_as(row_index)
-    place_of_row = row_index.new_zeros(batch, rows).scatter(1, row_index, places).flatten()
-    output.logits = output.logits[numbers // rows, place_of_row[numbers]]
-    return numbers % rows
+    if row_index is not None and isinstance(asked, Tensor):
+        batch = row_index.shape[0]
+        numbers = numbered(torch.Size([batch, rows]), asked.to(row_index.device))
+        places = torch.arange(row_index.shape[1], device=row_index.device).expand_as(row_index)
+        place_of_row = row_index.new_zeros(batch, rows).scatter(1, row_index, places).flatten()
+        output.logits = output.logits[numbers // rows, place_of_row[numbers]]
+        return numbers % rows
+    if not asked:
+        return row_index
+    output.logits = output.logits[:, -asked:]
+    return None if row_index is None else row_index[:, -asked:]

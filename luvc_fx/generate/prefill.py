@@ -53,9 +53,11 @@ def prefill(
         prompt.as_kwargs(), padding, features, wants_row_index, late_features=prunes_late(graphs, features)
     )
     hand_back_cache(output, given_cache, past, rows, rows_without_images)
-    if kept_rows is not None:
-        kept_rows = kept_rows if old_rows is None else old_rows.gather(1, kept_rows)
-        output.row_index = keep_asked(output, kept_rows, asked, rows)
+    if kept_rows is not None and old_rows is not None:
+        kept_rows = old_rows.gather(1, kept_rows)
+    row_index = keep_asked(output, kept_rows, asked, rows)
+    if row_index is not None:
+        output.row_index = row_index
     return output.to_tuple() if as_tuple else output
 
 
