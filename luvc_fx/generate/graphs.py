@@ -154,6 +154,7 @@ def _forward_body(family: Family, forward: Callable[..., Any]) -> Callable[..., 
         padding: Tensor | None = None,
         encoded: dict[str, GraphFeatures] | None = None,
         wants_row_index: bool = False,
+        wants_last_logits: bool = False,
     ) -> tuple[Any, Tensor | None]:
         if padding is not None:
             length = kwargs["input_ids"].shape[1]
@@ -168,6 +169,8 @@ def _forward_body(family: Family, forward: Callable[..., Any]) -> Callable[..., 
                 parts = [markers.IMAGE_GRID(part, height, width) for part in parts]
                 features = parts[0] if isinstance(features, Tensor) else parts
             kwargs = enter(kwargs, known[name], features, late)
+        if wants_last_logits:  # as an argument, the number would be a symbol once there was another one
+            kwargs = {**kwargs, "logits_to_keep": 1}
         row_index = markers.PROMPT_ROWS(kwargs["input_ids"]) if wants_row_index else None
         if cache_name != "past_key_values" and "past_key_values" in kwargs:
             kwargs = {**kwargs, cache_name: kwargs["past_key_values"]}

@@ -64,10 +64,8 @@ def is_cut_afterwards(asked: object) -> bool:
 
 
 def with_all_logits(prompt: PromptState) -> PromptState:
-    """The prompt of a forward that gives all logits, where that is what `is_cut_afterwards` says."""
-    if not is_cut_afterwards(prompt.rest.get(NAME)):
-        return prompt
-    return replace(prompt, rest={**prompt.rest, NAME: 0})
+    """The prompt of a forward that gives all logits."""
+    return replace(prompt, rest={name: given for name, given in prompt.rest.items() if name != NAME})
 
 
 def keep_asked(output: Any, row_index: Tensor | None, asked: int | Tensor | None, rows: int) -> Tensor | None:

@@ -15,7 +15,7 @@ from luvc_fx.generate.cache import adopt, as_pruned, fill, is_empty, note_rows_w
 from luvc_fx.generate.constants import as_text
 from luvc_fx.generate.families import Modality, family_of
 from luvc_fx.generate.graphs import GraphFeatures, GraphSet
-from luvc_fx.generate.kept_logits import keep_asked, with_all_logits
+from luvc_fx.generate.kept_logits import is_cut_afterwards, keep_asked, with_all_logits
 from luvc_fx.generate.masks import left_padding, over_pruned_cache, takes_segments, without_full_mask
 from luvc_fx.generate.prompt import Encoded, PromptState, compact, treat_padding_as_visual
 
@@ -50,7 +50,12 @@ def prefill(
         prompt, padding = padding_for_mask(prompt, rows_without_images)
     run = graphs.prefill if old_rows is None else graphs.prefill_of_merged
     output, kept_rows = run(
-        prompt.as_kwargs(), padding, features, wants_row_index, late_features=prunes_late(graphs, features)
+        prompt.as_kwargs(),
+        padding,
+        features,
+        wants_row_index,
+        wants_last_logits=not is_cut_afterwards(asked) and asked == 1,
+        late_features=prunes_late(graphs, features),
     )
     hand_back_cache(output, given_cache, past, rows, rows_without_images)
     if kept_rows is not None and old_rows is not None:

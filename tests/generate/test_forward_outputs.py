@@ -15,7 +15,7 @@ from luvc_fx import Merge, Prune, Schedule
 from luvc_fx.report import Reason
 from tests.support.family_matrix import FAMILIES
 from tests.support.models import inputs, tiny_llava
-from tests.support.oracle import oracle_forward
+from tests.support.oracle import oracle_continue, oracle_forward, oracle_generate
 
 SCHEDULE = Schedule(
     merge=(Merge("width", keep=0.5, layer=0),),
@@ -85,6 +85,23 @@ def test_the_logits_that_are_asked_for_and_their_rows(models: Any, name: str) ->
             logits[tuple(place)] = want.logits[row, found]
     torch.testing.assert_close(out.logits, logits, atol=2e-5, rtol=1e-5)
     assert torch.equal(out.row_index, rows)
+
+
+def test_numbers_of_earlier_calls_do_not_matter(models: Any) -> None:
+    """Dynamo makes a symbol of an argument that was another number before."""
+    model, stock = models
+    prompt = inputs(model)
+    luvc_fx.report_of(model).refusals.clear()
+    step = torch.tensor([[5, 6, 7]])
+    for asked in (2, 3):
+        assert model(input_ids=step, logits_to_keep=asked).logits.shape[1] == asked
+        over = model(**prompt).past_key_values
+        want = oracle_continue(stock, oracle_forward(stock, SCHEDULE, **prompt).state, step)
+        got = model(input_ids=step, past_key_values=over, logits_to_keep=asked).logits
+        torch.testing.assert_close(got, want[:, -asked:], atol=2e-5, rtol=1e-5)
+    said = model.generate(**prompt, max_new_tokens=2, do_sample=False)
+    assert torch.equal(said, oracle_generate(stock, SCHEDULE, 2, **prompt))
+    assert luvc_fx.report_of(model).all_refusals() == []
 
 
 def rows_of_the_prompt(asked: Tensor) -> Tensor:
