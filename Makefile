@@ -10,7 +10,7 @@ WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-support test-slow-share lint docs release-check
+.PHONY: demo test test-all test-support test-slow-share lint docs release-check compat
 
 demo: $(READY)
 	$(BIN)/luvc-fx demo
@@ -46,6 +46,11 @@ docs: $(READY)
 # Wheel and source distribution at work, each in a virtual environment of its own: minutes.
 release-check: $(READY)
 	$(BIN)/python -m tests.release.check
+
+# Oldest and newest versions of torch and transformers, each pair in a virtual environment of its own: hours.
+compat: $(READY)
+	$(BIN)/python -m tests.compat.check
+	$(BIN)/python -m docs.generated --write
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -22,6 +22,7 @@ GENERATORS = (
     "tests.support.family_table",
     "examples.research.benchmarks.speed_table",
     "examples.research.evidence.table",
+    "tests.compat.table",
 )
 
 Pages = dict[str, str]

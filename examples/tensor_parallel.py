@@ -43,7 +43,8 @@ def main(model_dir, inputs_path=None, outputs_path=None, schedule="image", inner
         print(report)
     if outputs_path:
         found = {"logits": out.logits, "row_index": out.row_index, "tokens": tokens}
-        found["heads"] = [layer.keys.shape[1] for layer in out.past_key_values.layers]
+        cache = out.cache if hasattr(out, "cache") else out.past_key_values  # before transformers 5.24
+        found["heads"] = [layer.keys.shape[1] for layer in cache.layers]
         torch.save({**found, "report": report.to_json()}, outputs_path.format(rank=rank))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -122,9 +122,12 @@ def reads_one_position() -> bool:
 def cache_argument(function: Callable[..., Any]) -> str:
     """The argument for the cache of a forward, or of another function that `generate` calls.
 
-    `past_key_values`; from transformers 5.24 on `cache`, beside which the old name is taken up to 5.40.
+    `past_key_values`; from transformers 5.24 on `cache`, beside which the old name is taken up to 5.40. Where
+    ``**kwargs`` takes it, it has the name of the installed version.
     """
-    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
+    parameters = inspect.signature(function).parameters
+    known = [name for name in ("cache", "past_key_values") if name in parameters]
+    return known[0] if known else cache_argument_of_generate()
 
 
 @functools.cache

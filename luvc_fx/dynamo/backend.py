@@ -16,6 +16,7 @@ from luvc_fx import _compat
 from luvc_fx.dynamo.fingerprint import depends_on_us, fingerprint
 from luvc_fx.dynamo.generate_warning import warn_of_compile_config, warn_when_generating
 from luvc_fx.dynamo.rewrite import rewrite
+from luvc_fx.dynamo.untested import warn_of_untested_versions
 from luvc_fx.methods.checks import check_bool, check_choice, check_module, check_whole, refuse
 from luvc_fx.report import LuvcWarning, NotRewritten, Reason, Refusal, Report, telemetry
 from luvc_fx.schedule import Schedule
@@ -237,6 +238,7 @@ def backend(
         check_whole("", "recompile_limit", recompile_limit, 1)
     ours = LuvcBackend(Schedule.of(schedule), inner, mode, options, on_no_match, strict)
     _refuse_caching_precompile()
+    warn_of_untested_versions()
     set_up_dynamo(capture_scalars, recompile_limit)
     return ours
 

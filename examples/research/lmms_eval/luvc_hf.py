@@ -248,7 +248,8 @@ class LuvcHf(lmms):
         if visual:
             # The last new token has not been through the layers.
             rows = ids.shape[1] + len(new) - 1
-            kept = [visual - rows + layer.keys.shape[-2] for layer in output.past_key_values.layers]
+            cache = output.cache if hasattr(output, "cache") else output.past_key_values  # up to 5.23
+            kept = [visual - rows + layer.keys.shape[-2] for layer in cache.layers]
             seen.visual_tokens.append(visual)
             seen.budgets.append(sum(kept) / (len(kept) * visual))
         text = self.processor.decode(new, skip_special_tokens=True).strip()

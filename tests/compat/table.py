@@ -1,0 +1,28 @@
+"""The table of versions for the documentation, made of results.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from docs import generated
+from tests.compat.check import RESULTS
+
+
+def pages() -> generated.Pages:
+    """The generated page: a row for each environment that `make compat` has tried."""
+    lines = [
+        "| torch | transformers | passed | skipped | failed | date |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in json.loads(RESULTS.read_text(encoding="utf-8")).values():
+        failed = len(row["failed"])
+        lines.append(
+            f"| {row['torch']} | {row['transformers']} | {row['passed']} | {row['skipped']} | {failed} "
+            f"| {row['date']} |"
+        )
+    return {"compat": "\n".join(lines)}
+
+
+if __name__ == "__main__":
+    sys.exit(generated.run(pages, generated.parser(__doc__).parse_args()))
