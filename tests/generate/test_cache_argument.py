@@ -16,11 +16,8 @@ from luvc_fx import LuvcWarning, Merge, Prune, Schedule
 from tests.support.models import inputs, tiny_llava
 from tests.support.oracle import oracle_continue, oracle_forward, oracle_generate
 
-INSTALLED = (
-    "cache"
-    if "cache" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
-    else "past_key_values"
-)
+SIGNATURE = inspect.signature(LlavaForConditionalGeneration.forward)
+INSTALLED = "cache" if "cache" in SIGNATURE.parameters else "past_key_values"
 CASCADE = Schedule(merge=(Merge("width", keep=0.5, layer=0),), prune=(Prune(keep=0.5, layer=1),))
 
 
@@ -33,26 +30,18 @@ class OutputWithCache(ModelOutput):
 class TakesCache(LlavaForConditionalGeneration):
     """The installed model with the later names; `generate` gives its forward the cache by its own one."""
 
-    def forward(
-        self,
-        input_ids: Any = None,
-        pixel_values: Any = None,
-        attention_mask: Any = None,
-        mm_encoder_outputs: Any = None,
-        cache: Any = None,
-        past_key_values: Any = None,  # which `generate` looks for before it takes such an argument
-        **kwargs: Any,
-    ) -> OutputWithCache:
-        assert past_key_values is None
-        output = super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **{INSTALLED: cache},
-            **kwargs,
-        )
+    def forward(self, cache: Any = None, past_key_values: Any = None, **kwargs: Any) -> OutputWithCache:
+        assert past_key_values is None, "the old name, which `generate` looks for in the signature"
+        output = super().forward(**{INSTALLED: cache}, **kwargs)
         return OutputWithCache(logits=output.logits, cache=output[INSTALLED])
+
+    forward.__signature__ = SIGNATURE.replace(  # type: ignore[attr-defined]
+        parameters=[
+            *(given for name, given in SIGNATURE.parameters.items() if name not in ("cache", "kwargs")),
+            inspect.Parameter("cache", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None),
+            SIGNATURE.parameters["kwargs"],
+        ]
+    )
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         given = super().prepare_inputs_for_generation(*args, **kwargs)
