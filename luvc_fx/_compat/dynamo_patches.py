@@ -20,8 +20,8 @@ def _trace_tensor_checks() -> None:
     There it is one call in the graph, whose fake run makes a symbol that nothing returns: with
     `capture_scalar_outputs` every model of transformers is an error.
     """
-    from torch._dynamo.variables import BuiltinVariable, ConstantVariable  # 2.11 - 2.13
-    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable  # 2.11 - 2.13
+    from torch._dynamo.variables import BuiltinVariable, ConstantVariable  # 2.11 - 2.15
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable  # 2.11 - 2.15
 
     handlers = TorchInGraphFunctionVariable._get_handlers()
     if torch._check_tensor_all in handlers:

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree  # 2.11 - 2.13
-from torch._dispatch.python import enable_python_dispatcher  # 2.11 - 2.13
-from torch._dynamo import lookup_backend  # 2.11 - 2.13
-from torch._dynamo.eval_frame import OptimizedModule  # 2.11 - 2.13
-from torch._logging import trace_structured  # 2.11 - 2.13
-from torch._ops import OpOverload, OpOverloadPacket  # 2.11 - 2.13
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.11 - 2.13
-from torch.fx.experimental.proxy_tensor import make_fx  # 2.11 - 2.13
-from torch.fx.experimental.symbolic_shapes import (  # 2.11 - 2.13
+import torch.utils._pytree as pytree  # 2.11 - 2.15
+from torch._dispatch.python import enable_python_dispatcher  # 2.11 - 2.15
+from torch._dynamo import lookup_backend  # 2.11 - 2.15
+from torch._dynamo.eval_frame import OptimizedModule  # 2.11 - 2.15
+from torch._logging import trace_structured  # 2.11 - 2.15
+from torch._ops import OpOverload, OpOverloadPacket  # 2.11 - 2.15
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.11 - 2.15
+from torch.fx.experimental.proxy_tensor import make_fx  # 2.11 - 2.15
+from torch.fx.experimental.symbolic_shapes import (  # 2.11 - 2.15
     GuardOnDataDependentSymNode,
     is_concrete_int,
 )
@@ -68,19 +68,19 @@ tree_leaves, tree_map = pytree.tree_leaves, pytree.tree_map
 
 
 def argument_names(operator: OpOverload) -> list[str]:
-    """The names of an operator's arguments, in order (`_schema`, 2.11 - 2.13)."""
+    """The names of an operator's arguments, in order (`_schema`, 2.11 - 2.15)."""
     return [argument.name for argument in operator._schema.arguments]
 
 
 def copy_sources(old: torch.fx.Graph, new: torch.fx.Graph) -> None:
-    """Give the placeholders of a copied graph what Dynamo hung on them (`_dynamo_source`, 2.11 - 2.13)."""
+    """Give the placeholders of a copied graph what Dynamo hung on them (`_dynamo_source`, 2.11 - 2.15)."""
     for original, copied in zip(old.nodes, new.nodes, strict=True):
         if hasattr(original, "_dynamo_source"):
             copied._dynamo_source = original._dynamo_source
 
 
 def hint(value: int | torch.SymInt) -> int:
-    """The size seen while tracing, without adding a guard (`SymNode.hint`, 2.11 - 2.13)."""
+    """The size seen while tracing, without adding a guard (`SymNode.hint`, 2.11 - 2.15)."""
     if isinstance(value, int):
         return value
     size = value.node.hint
@@ -100,17 +100,17 @@ def fake_run(tensors: list[FakeTensor]) -> Any:
     if tensors:
         stack.enter_context(tensors[0].fake_mode)
     # Strides and offsets count, too: 2.11 does not multiply a row cut out of symbolically many without it.
-    if any(tensor._has_symbolic_sizes_strides for tensor in tensors):  # 2.11 - 2.13
+    if any(tensor._has_symbolic_sizes_strides for tensor in tensors):  # 2.11 - 2.15
         stack.enter_context(enable_python_dispatcher())
     return stack
 
 
 NOT_ONE_GRAPH = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode)
-"""What comes out of a call that must be one graph, and is not (2.11 - 2.13)."""
+"""What comes out of a call that must be one graph, and is not (2.11 - 2.15)."""
 
 
 def caching_precompile() -> bool:
-    """Whether Dynamo would hand out graphs compiled for another schedule (2.11 - 2.13)."""
+    """Whether Dynamo would hand out graphs compiled for another schedule (2.11 - 2.15)."""
     return bool(getattr(torch._dynamo.config, "caching_precompile", False))
 
 
@@ -133,7 +133,7 @@ def tracing_settings(dynamic_outputs: bool = False) -> Any:
     """A context manager that holds, for this thread only, what a call into Dynamo of ours needs.
 
     Scalars are captured, and the limit after which Dynamo runs a function eagerly, with only a line in
-    the log, is out of the way of ordinary use (2.11 - 2.13).
+    the log, is out of the way of ordinary use (2.11 - 2.15).
 
     Args:
         dynamic_outputs: capture operations whose size depends on data, too. Some graphs that would break
@@ -191,7 +191,7 @@ def inductor_options(mode: str | None, options: dict[str, Any] | None) -> dict[s
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ValueError(f"{key!r} is no option of Inductor{hint} (see torch._inductor.list_options())")
     try:
-        wrapper = torch._TorchCompileInductorWrapper(mode, options, None)  # 2.11 - 2.13
+        wrapper = torch._TorchCompileInductorWrapper(mode, options, None)  # 2.11 - 2.15
     except RuntimeError as error:
         raise ValueError(str(error)) from None
     return dict(wrapper.config)
@@ -203,12 +203,12 @@ def counters() -> Any:
 
 
 def cache_hits() -> int:
-    """How many graphs AOTAutograd has found in its cache, in this process (2.11 - 2.13)."""
+    """How many graphs AOTAutograd has found in its cache, in this process (2.11 - 2.15)."""
     return int(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
 
 
 def forget_shapes() -> None:
-    """Let the next compilations start from the sizes they see (`pgo.reset_code_state`, 2.11 - 2.13).
+    """Let the next compilations start from the sizes they see (`pgo.reset_code_state`, 2.11 - 2.15).
 
     Dynamo makes symbolic what it saw in several sizes, and takes code from the same line for the same.
     """
@@ -216,12 +216,12 @@ def forget_shapes() -> None:
 
 
 def compile_id() -> str:
-    """Number of the function and of its compilation, ``"3/1"``; empty outside of one (2.11 - 2.13)."""
+    """Number of the function and of its compilation, ``"3/1"``; empty outside of one (2.11 - 2.15)."""
     return str(torch._guards.CompileContext.current_compile_id() or "")
 
 
 def recompile_reason() -> str:
-    """Why Dynamo compiles this function again; empty the first time (`recompile_reason`, 2.11 - 2.13)."""
+    """Why Dynamo compiles this function again; empty the first time (`recompile_reason`, 2.11 - 2.15)."""
     context = torch._dynamo.utils.get_metrics_context()
     reason = getattr(context, "_metrics", {}).get("recompile_reason") if context.in_progress() else None
     return str(reason or "")
@@ -231,7 +231,7 @@ def capture_end(gm: torch.fx.GraphModule) -> tuple[str, str]:
     """Where in the source Dynamo ended a graph, ``"file.py:12"``, and what broke it there.
 
     The second is empty where the code returned, and both without a word of Dynamo's
-    (`compile_subgraph_reason`, 2.11 - 2.13).
+    (`compile_subgraph_reason`, 2.11 - 2.15).
     """
     end = getattr(gm, "compile_subgraph_reason", None)
     if end is None:
@@ -246,7 +246,7 @@ def capture_end(gm: torch.fx.GraphModule) -> tuple[str, str]:
 def compile_anew(function: Callable[..., Any]) -> None:
     """Let Dynamo compile a function again that it has decided to run as it is; what it compiled stays.
 
-    It decides so, for good, when the function raises while it is traced (2.11 - 2.13): one call with wrong
+    It decides so, for good, when the function raises while it is traced (2.11 - 2.15): one call with wrong
     arguments would otherwise keep every later one from being compiled.
     """
     from torch._C._dynamo.eval_frame import set_code_exec_strategy
@@ -259,7 +259,7 @@ def compile_anew(function: Callable[..., Any]) -> None:
 def graph_break(error: BaseException) -> tuple[str, str] | None:
     """Where a graph that had to be whole ended, ``"file.py:12"``, and what broke it; None of other errors.
 
-    (`Unsupported`, with its `real_stack`, 2.11 - 2.13.)
+    (`Unsupported`, with its `real_stack`, 2.11 - 2.15.)
     """
     if not isinstance(error, torch._dynamo.exc.Unsupported):
         return None
@@ -272,7 +272,7 @@ def watch_recompile_limit(tell: Callable[[Any, str, int], None]) -> None:
     """Call ``tell(backend, function, limit)`` when Dynamo gives up on a function.
 
     From then on it runs what it has compiled of that function and everything new eagerly. It only logs
-    so (2.11 - 2.13), so this listens to that log. What `tell` raises comes out of the compiled call.
+    so (2.11 - 2.15), so this listens to that log. What `tell` raises comes out of the compiled call.
     """
     logger = logging.getLogger("torch._dynamo.convert_frame")
     if not any(isinstance(handler, _LimitWatch) for handler in logger.handlers):
@@ -302,7 +302,7 @@ class NameForTorchCompile:
     """The attribute ``__name__`` of a backend, by which it learns what `torch.compile` is put on.
 
     A backend has no hook for that: `torch.compile` wraps a model, and only asks the backend for its name
-    (in `_TorchCompileWrapper`, 2.11 - 2.13). When it asks, and then only, ``listener(backend, wrapped)`` is
+    (in `_TorchCompileWrapper`, 2.11 - 2.15). When it asks, and then only, ``listener(backend, wrapped)`` is
     called with the model or function; whoever else reads the name gets it, and nothing happens.
     """
 
@@ -334,7 +334,7 @@ class Shares:
 def shares_of(local: Any, whole: Any) -> Shares | None:
     """What the fake `DTensor`s `local` and `whole` say of an exchange that puts a last axis together.
 
-    None for any other exchange (`DTensor`, 2.11 - 2.13).
+    None for any other exchange (`DTensor`, 2.11 - 2.15).
     """
     if not torch.distributed.is_available():
         return None

@@ -15,7 +15,7 @@ def install_output_hooks(model: torch.nn.Module) -> int:
     """Install transformers' lazy output-capturing hooks now; returns how many modules were asked.
 
     Without them the first traced forward of a fresh model meets a lock and falls into pieces
-    (transformers 5.17 - 5.23). A model that is not a transformers one has none.
+    (transformers 5.17 - 5.24). A model that is not a transformers one has none.
     """
     try:
         from transformers import PreTrainedModel
@@ -73,17 +73,17 @@ def _has_output_hooks(model: torch.nn.Module) -> bool:
 
 
 def is_flash(config: Any) -> bool:
-    """Whether a part of a model with this config calls FlashAttention (transformers 5.17 - 5.23)."""
+    """Whether a part of a model with this config calls FlashAttention (transformers 5.17 - 5.24)."""
     return "flash" in str(getattr(config, "_attn_implementation", ""))
 
 
 def attention_name(config: Any) -> str:
-    """The `attn_implementation` of a part of a model with this config (transformers 5.17 - 5.23)."""
+    """The `attn_implementation` of a part of a model with this config (transformers 5.17 - 5.24)."""
     return str(config._attn_implementation)
 
 
 def set_attention(config: Any, name: str) -> None:
-    """Let models made of this config attend by that `attn_implementation` (transformers 5.17 - 5.23)."""
+    """Let models made of this config attend by that `attn_implementation` (transformers 5.17 - 5.24)."""
     config._attn_implementation = name
 
 
@@ -95,7 +95,7 @@ def is_dispatched(module: torch.nn.Module) -> bool:
 def calls_flash_attn(config: Any) -> bool:
     """Whether a decoder with this config calls the package flash-attn 2, as operators that graphs keep.
 
-    Where it is missing, transformers (5.17 - 5.23) takes kernels of the hub; the operators came with 2.7.
+    Where it is missing, transformers (5.17 - 5.24) takes kernels of the hub; the operators came with 2.7.
     """
     return getattr(config, "_attn_implementation", "") == "flash_attention_2" and _has_flash_attn()
 

@@ -54,7 +54,7 @@ class Attention:
     def unmask(self) -> None:
         """Let a fused call see everything. Keys that several heads share are then read, not repeated first.
 
-        Under a mask transformers (5.17 - 5.23) repeats them, as the kernels that take both are slow.
+        Under a mask transformers (5.17 - 5.24) repeats them, as the kernels that take both are slow.
         """
         node = self.node
         shared = [_unrepeated(self.keys), _unrepeated(self.values)]

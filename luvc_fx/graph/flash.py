@@ -42,7 +42,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def segments(bounds: Tensor, length: int) -> dict[str, Any]:
     """Keyword arguments of a forward by which each decoder layer calls FlashAttention on segments.
 
-    Without them transformers (5.17 - 5.23) takes padding out, or reads in each layer whether the positions
+    Without them transformers (5.17 - 5.24) takes padding out, or reads in each layer whether the positions
     of a single row have gaps: a wait for the device, and the end of a graph.
     """
     both = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}

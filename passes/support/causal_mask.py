@@ -49,7 +49,7 @@ class Causal:
 
 
 def read_causal(mask: fx.Node) -> Causal | None:
-    """`mask` as a `Causal`, if its nodes are those of a causal mask of transformers 5.17 - 5.23, or None."""
+    """`mask` as a `Causal`, if its nodes are those of a causal mask of transformers 5.17 - 5.24, or None."""
     added = None
     if op_name(mask) == "where":
         if not _is_hiding(mask):
