@@ -29,7 +29,7 @@ def pinned(package: str) -> str:
     return found.partition("==")[2]
 
 
-@pytest.mark.parametrize(("place", "package"), enumerate(["torch", "transformers"]))
+@pytest.mark.parametrize(("place", "package"), list(enumerate(["torch", "transformers"])))
 def test_rows_are_the_promised_versions(place: int, package: str) -> None:
     specifier = required(package).specifier
     oldest = ROWS["oldest"][place]
