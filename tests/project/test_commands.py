@@ -62,7 +62,8 @@ STAND_INS = (
     (r"--device cuda", "--device cpu"),
     (r"(tinyvlm\.export)", r"\1 --out exported"),
     (r"-m pytest", "-m pytest --collect-only"),
-    # what would not end, or ends with another code
+    # what would not end, ends with another code, or takes a port that another run may have
+    (r"^torchrun", "torchrun --standalone"),
     (r"^make", "make --dry-run"),
     (r"^diff (.*)\| less$", r"! diff \1"),
 )
