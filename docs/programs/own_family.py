@@ -9,6 +9,7 @@ from transformers import LlavaForConditionalGeneration
 
 import luvc_fx
 from luvc_fx.generate import families
+from luvc_fx.generate.encoder_outputs import encoder_output
 
 INNER = sys.argv[1] if len(sys.argv) > 1 else "inductor"
 
@@ -27,7 +28,7 @@ class Port(LlavaForConditionalGeneration):
         image_embeds=None,
         **kwargs,
     ):
-        outputs = None if image_embeds is None else {"image": families.encoder_output(image_embeds)}
+        outputs = None if image_embeds is None else {"image": encoder_output(image_embeds)}
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -43,9 +44,9 @@ class Port(LlavaForConditionalGeneration):
 # the family
 
 
-def as_embeds(kwargs, modality, features, late):
+def as_embeds(kwargs, modality, output):
     """Features go in as `image_embeds`."""
-    return {**kwargs, "image_embeds": features}
+    return {**kwargs, "image_embeds": output.pooler_output}
 
 
 class PortFamily(families.Family):

@@ -6,8 +6,9 @@ import contextlib
 import difflib
 import logging
 import sys
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch._dynamo import lookup_backend  # 2.11 - 2.15
 from torch._dynamo.eval_frame import OptimizedModule  # 2.11 - 2.15
 from torch._logging import trace_structured  # 2.11 - 2.15
 from torch._ops import OpOverload, OpOverloadPacket  # 2.11 - 2.15
+from torch._subclasses import fake_tensor  # 2.11 - 2.15
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # 2.11 - 2.15
 from torch.fx.experimental.proxy_tensor import make_fx  # 2.11 - 2.15
 from torch.fx.experimental.symbolic_shapes import (  # 2.11 - 2.15
@@ -51,6 +53,7 @@ __all__ = [
     "hint",
     "inductor_options",
     "is_concrete_int",
+    "known_constants",
     "lookup_backend",
     "make_fx",
     "recompile_reason",
@@ -129,20 +132,51 @@ def allow_recompiles(limit: int) -> None:
         torch._dynamo.config.recompile_limit = limit
 
 
-def tracing_settings(dynamic_outputs: bool = False) -> Any:
+def tracing_settings(dynamic_outputs: bool = False, scalars: bool = True) -> Any:
     """A context manager that holds, for this thread only, what a call into Dynamo of ours needs.
 
     Scalars are captured, and the limit after which Dynamo runs a function eagerly, with only a line in
     the log, is out of the way of ordinary use (2.11 - 2.15).
 
     Args:
+        scalars: capture them; without it a graph ends where a number is read, as it does without us.
         dynamic_outputs: capture operations whose size depends on data, too. Some graphs that would break
             there become an error by it, so it is for those that are known to be written anew.
     """
-    settings = {"capture_scalar_outputs": True, "recompile_limit": RECOMPILE_LIMIT}
+    settings = {"capture_scalar_outputs": scalars, "recompile_limit": RECOMPILE_LIMIT}
     if dynamic_outputs:
         settings["capture_dynamic_output_shape_ops"] = True
     return torch._dynamo.config.patch(settings)
+
+
+_constants_lock = threading.Lock()
+_constants_wanted = 0
+_USUAL_LIMIT = fake_tensor.CONSTANT_NUMEL_LIMIT
+_KNOWN_NUMBERS = 1 << 22
+"""Numbers in the largest tensor whose values are followed: tables of hundreds of thousands of patches."""
+
+
+@contextlib.contextmanager
+def known_constants() -> Iterator[None]:
+    """A context manager in which tracing follows the values of tensors that are written out in the code.
+
+    What is computed from them alone is computed while tracing, and what reads their numbers (`tolist`,
+    `repeat_interleave`) gets them, instead of ending the graph or making symbols. Tracing does that by itself
+    for tensors of one number (`CONSTANT_NUMEL_LIMIT`, 2.13). The limit is the process's: another
+    thread that traces meanwhile follows more values than it would, to the same results.
+    """
+    global _constants_wanted
+    with _constants_lock:
+        _constants_wanted += 1
+        if _constants_wanted == 1:
+            fake_tensor.CONSTANT_NUMEL_LIMIT = _KNOWN_NUMBERS
+    try:
+        yield
+    finally:
+        with _constants_lock:
+            _constants_wanted -= 1
+            if _constants_wanted == 0:
+                fake_tensor.CONSTANT_NUMEL_LIMIT = _USUAL_LIMIT
 
 
 def with_own_code(body: Callable[..., Any]) -> Callable[..., Any]:

@@ -156,7 +156,7 @@ def with_past_key_values(kwargs: dict[str, Any], cache_arguments: set[str]) -> d
 
 def cache_of(output: Any) -> Any:
     """The cache in an output of a forward or of `generate`, or None: its `past_key_values`, later `cache`."""
-    return getattr(output, _cache_field(output))
+    return getattr(output, _cache_field(output), None)
 
 
 def set_cache(output: Any, cache: Any) -> None:

@@ -45,7 +45,7 @@ def chain_to(idom: dict[fx.Node, fx.Node], source: fx.Node, sinks: list[fx.Node]
     for sink in sinks:
         path = [sink]
         while path[-1] is not source:
-            path.append(idom[path[-1]])
+            path.append(_above(idom, path[-1]))
         paths.append(path[::-1])
     common = set(paths[0]).intersection(*map(set, paths[1:]))
     return [n for n in paths[0] if n in common]
@@ -81,8 +81,14 @@ def _last_before(idom: dict[fx.Node, fx.Node], chain: list[fx.Node], attention: 
     on_chain = set(chain)
     node = attention
     while node not in on_chain:
-        node = idom[node]
+        node = _above(idom, node)
     return node
+
+
+def _above(idom: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
+    if node not in idom:  # BLIP-2's queries are weights
+        raise Refused(Reason.RESIDUAL_STREAM, "attention over rows that are not made of the stream's", node)
+    return idom[node]
 
 
 def last_residual(chain: list[fx.Node], entering: fx.Node) -> fx.Node:

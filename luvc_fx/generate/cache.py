@@ -109,8 +109,11 @@ class PrunedStaticCache(PrunedRows, StaticCache):
 
 
 def adopt(cache: object, rows: int) -> None:
-    """Turn a cache that holds fewer than the `rows` of its conversation into a `PrunedCache`, in place."""
-    if not isinstance(cache, DynamicCache) or not cache.layers:
+    """Turn a cache that holds fewer than the `rows` of its conversation into a `PrunedCache`, in place.
+
+    One with layers of other kinds stays as it is: no prompt is shortened that fills one.
+    """
+    if not isinstance(cache, DynamicCache) or not cache.layers or unsupported(cache) is not None:
         return
     lengths = [layer.get_seq_length() for layer in layers_of(cache)]
     if any(length < rows for length in lengths):
@@ -161,6 +164,25 @@ def is_empty(cache: Any) -> bool:
     if isinstance(cache, StaticCache) and not any(layer.is_initialized for layer in layers_of(cache)):
         return True
     return bool(cache.get_seq_length() == 0)
+
+
+def to_be_filled(model: Any, kwargs: dict[str, Any]) -> Cache | None:
+    """The cache that a forward fills: the given one, or one like its decoder makes; None where it keeps none.
+
+    Args:
+        kwargs: of the forward.
+    """
+    given: Cache | None = kwargs.get("past_key_values")
+    config = model.config.get_text_config(decoder=True)
+    if given is not None or not uses_cache(model, kwargs) or config.is_encoder_decoder:
+        return given
+    return DynamicCache(config=config)
+
+
+def uses_cache(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the decoder keeps keys and values: as the call says, or else as the config does."""
+    given = kwargs.get("use_cache")
+    return bool(getattr(model.config.get_text_config(), "use_cache", False) if given is None else given)
 
 
 _KNOWN = {DynamicCache: {"DynamicLayer"}, StaticCache: {"StaticLayer"}}

@@ -39,7 +39,7 @@ from luvc_fx.generate.limits import (
 from luvc_fx.generate.masks import over_pruned_cache
 from luvc_fx.generate.prefill import prefill
 from luvc_fx.generate.prompt import PromptState
-from luvc_fx.report import NotRewritten
+from luvc_fx.report import NotRewritten, Reason, Refusal
 from luvc_fx.schedule import Schedule
 
 
@@ -198,7 +198,7 @@ class Calls:
         original = self._originals[encoder.modality.method]
         pixels = kwargs.get(encoder.modality.pixels, args[0] if args else None)
         if isinstance(pixels, FeaturesInPlaceOfPixels):  # while the prefill is traced
-            return pixels.encoder_output()
+            return pixels.encoder_output
         if torch.compiler.is_dynamo_compiling():  # one encoder calls another: videos as images
             return original(*args, **kwargs)
         limits = self._limits  # not read above: a traced call must know nothing of its thread
@@ -221,7 +221,8 @@ class Calls:
             self._fell_back(error, self._failed.encoder, named)
             self._thread.limits = UNTOUCHED  # for the rest of this `generate`
             return output
-        if output.luvc_representatives.numel() < output.luvc_placeholders:
+        representatives = getattr(output, "luvc_representatives", None)
+        if representatives is not None and representatives.numel() < output.luvc_placeholders:
             output.luvc_unmerged = functools.partial(original, *args, **kwargs)
         return output
 
@@ -231,7 +232,13 @@ class Calls:
         Raises:
             PromptMismatch: the prompt has not as many placeholders as there are features.
         """
-        output = self._graphs.encoders[name](pixels, options, limits.merge and self._merges, limits.rows)
+        merge = limits.merge and self._merges
+        output = self._graphs.encoders[name](pixels, options, merge, limits.rows)
+        if getattr(output, "luvc_representatives", None) is None:
+            if merge:
+                text = "the encoder's output has no `pooler_output` with a vector for each visual token"
+                self._refuse(Refusal(Reason.NO_FUSION, f"{text}: tokens are pruned, but not merged"))
+            return output
         tokens, features = limits.placeholders.get(name), output.luvc_placeholders
         if tokens is not None and tokens != features:
             raise PromptMismatch(tokens, features)
@@ -313,13 +320,17 @@ class Calls:
             if positions is not None:
                 rest["position_ids"] = positions
         outputs, steering = {}, set()
+        parameters = self._signatures["forward"].parameters
         for name, encoder in self._graphs.encoders.items():
             steering |= set(encoder.signature.parameters)
             pixels = kwargs.get(encoder.modality.pixels)
             if pixels is not None:
                 outputs[name] = self._encode(name, pixels, encoder.options(kwargs), limits)
+        required = {name for name, argument in parameters.items() if argument.default is argument.empty}
         rest = {name: given for name, given in rest.items() if name not in steering}
-        return {**rest, "mm_encoder_outputs": outputs}
+        # A forward that insists on pixels (BLIP-2) gets none.
+        none = dict.fromkeys(required & steering)
+        return {**none, **rest, "mm_encoder_outputs": outputs}
 
 
 def _unmerged(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One compiled vision encoder a modality: pixels in, features and what the prompt must know out."""
+"""One compiled vision encoder a modality: pixels in, its output and what the prompt must know out."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import torch
 from torch import Tensor
 
 from luvc_fx import _compat
-from luvc_fx.generate.constants import rows_of
-from luvc_fx.generate.families import Family, LateFeatures, Modality, encoder_output
+from luvc_fx.generate.constants import constant_of, rows_of
+from luvc_fx.generate.encoder_outputs import features_of, parts_of, with_features
+from luvc_fx.generate.families import Family, Modality
 from luvc_fx.graph import markers
 
-EncoderBody = Callable[..., tuple[Tensor, Tensor, list[int], bool, LateFeatures]]
+EncoderBody = Callable[..., tuple[Any, Tensor | None, list[int], str]]
 """``(pixels, options, text_options, layout)`` to
 
-- the features of all images or videos ``[N, D]``;
-- int64 ``[n, H', W']`` or ``[1, 1, N]``: the placeholder that each feature stands for (its representative);
+- the encoder's output, without the states of its tower; from a body that may merge, its features and each
+  level of late features are ``[N, D]``;
+- int64 ``[n, H', W']`` or ``[1, 1, N]``: the placeholder that each feature stands for (its representative),
+  or None where the output has no features of a form that we know, and is returned as it is;
 - how many placeholders each image or video has;
-- whether the model's own encoder stacks its features in one tensor ``[images, n, D]`` (else it returns one
-  tensor for each image);
-- features that enter the decoder late, by their attribute.
+- how the model's own encoder gives its features: ``"stacked"`` ``[images, n, D]``, ``"flat"`` ``[N, D]``, or
+  ``"parts"``, one tensor for each image.
 """
 
 Compile = Callable[[EncoderBody, bool], EncoderBody]
@@ -59,21 +61,22 @@ class CompiledEncoder:
             rows: of the prompt that have images; each has as many placeholders as the others.
 
         Returns:
-            An output with `pooler_output`, the features: ``[images, n, D]``, or a sequence of ``[n, D]``;
-            after a merge ``[1, N', D]``, or a sequence of one ``[N', D]``. Its `luvc_representatives` are the
-            placeholders of the features that are left, int64 ``[n, H', W']`` where they lie on grids and
-            ``[1, 1, N']`` else, and `luvc_placeholders` is how many placeholders there are.
+            An output of the encoder's own class, with features of the form that the encoder gives them; after
+            a merge ``[1, N', D]``, ``[N', D]``, or a sequence of one ``[N', D]``. Its `luvc_representatives`
+            are the placeholders of the features that are left, int64 ``[n, H', W']`` where they lie on grids
+            and ``[1, 1, N']`` else, and `luvc_placeholders` is how many placeholders there are. An output
+            without known features has neither.
         """
         plain, text = self.family.encoder_constants(self.modality, options)
-        layout = {"rows": str(rows), **self.family.patch_layout(self.modality, text)}
+        layout = {"rows": str(rows), **self.family.patch_layout(self.modality, options)}
         run = self.merging if merge else self.unmerged
-        flat, representatives, lengths, features_are_stacked, late = run(pixels, plain, text, layout)
-        total = sum(lengths)
-        features: Any = flat.unsqueeze(0) if features_are_stacked else (flat,)
-        if flat.shape[0] == total:
-            features = flat.unflatten(0, (len(lengths), -1)) if features_are_stacked else flat.split(lengths)
-        output = encoder_output(features, late)
-        output.luvc_representatives, output.luvc_placeholders = representatives, total
+        with _compat.known_constants():
+            output, representatives, lengths, form = run(pixels, plain, text, layout)
+        if representatives is None:
+            return output
+        if merge:
+            _give_back_form(output, lengths, form)
+        output.luvc_representatives, output.luvc_placeholders = representatives, sum(lengths)
         return output
 
 
@@ -86,29 +89,44 @@ def compile_encoder(
         encode: the model's own method.
         compile: compiles a body, with the merges of the schedule or without.
     """
-    merging, unmerged = (compile(_body(family, modality, encode), merges) for merges in (True, False))
+    merging, unmerged = (compile(_body(family, modality, encode, merges), merges) for merges in (True, False))
     return CompiledEncoder(family, modality, inspect.signature(encode), merging, unmerged)
 
 
-def _body(family: Family, modality: Modality, encode: Callable[..., Any]) -> EncoderBody:
-    pixels_name, option_of, late_features = modality.pixels, family.option_of, family.late_features
+def _give_back_form(output: Any, lengths: list[int], form: str) -> None:
+    """Let features ``[N, D]`` be of the form that the encoder gives them, if none was merged away."""
+    flat = output.pooler_output
+    whole = flat.shape[0] == sum(lengths)
+    if form == "stacked":
+        output.pooler_output = flat.unflatten(0, (len(lengths), -1)) if whole else flat.unsqueeze(0)
+    elif form == "parts":
+        output.pooler_output = flat.split(lengths) if whole else (flat,)
+
+
+def _body(family: Family, modality: Modality, encode: Callable[..., Any], merges: bool) -> EncoderBody:
+    pixels_name, late_features = modality.pixels, family.late_features
 
     def body(
         pixels: Tensor, plain: dict[str, Any], text: dict[str, str], layout: dict[str, str]
-    ) -> tuple[Tensor, Tensor, list[int], bool, LateFeatures]:
-        options = {**plain, **{name: option_of(name, value) for name, value in text.items()}}
+    ) -> tuple[Any, Tensor | None, list[int], str]:
+        options = {**plain, **{name: constant_of(value) for name, value in text.items()}}
         if "grids" in layout:
             # A packed encoder gets the patches of all images in a row, and no graph shows their grids.
             grids = [size for row in rows_of(layout["grids"]) for size in row]
             pixels = markers.PATCHES(pixels, grids, int(layout["unit"]))
         output = encode(**{pixels_name: pixels}, return_dict=True, **options)
-        features = output.pooler_output
-        parts = list(features)
-        features_are_stacked = isinstance(features, Tensor)
-        flat = features.flatten(0, 1) if features_are_stacked else torch.cat(parts)
+        features = features_of(output)
+        if features is None:
+            return output, None, [], ""
+        parts = parts_of(features)
+        if not isinstance(features, Tensor):
+            form, flat = "parts", torch.cat(parts)
+        else:
+            form, flat = ("stacked", features.flatten(0, 1)) if features.dim() == 3 else ("flat", features)
         # Dynamo takes these sizes for constants, so a merge does not change them: they count placeholders.
         lengths = [part.shape[0] for part in parts]
         representatives = markers.REPRESENTATIVES(flat, int(layout["rows"]))
-        return flat, representatives, lengths, features_are_stacked, late_features(output)
+        late = late_features(output) if merges else {}
+        return with_features(output, flat if merges else features, late), representatives, lengths, form
 
     return _compat.with_own_code(body)

@@ -17,21 +17,33 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
 from luvc_fx import _compat
-from luvc_fx.generate.constants import Grids, Lengths, as_text, rows_of
+from luvc_fx.generate.constants import as_constant, as_text
+from luvc_fx.generate.encoder_outputs import LateFeatures, flat_level, parts_of
+from luvc_fx.generate.vision_tables import POSITION_IDS, calls_of, makes, tower_of, vision_tables
 
-LISTS = ("image_sizes", "image_sizes_videos", "batch_num_images")
-"""Arguments about the sizes of images that models take as lists as well."""
 GRIDS = ("image_grid_thw", "video_grid_thw")
-"""Rows of frames, height and width in patches; models call tensor methods on them."""
-STEERING = (*GRIDS, *LISTS)
+"""Rows of frames, height and width in patches."""
+LISTS = ("image_sizes", "image_sizes_videos", "batch_num_images")
+"""Arguments about the sizes of images that models take as lists as well, and compute with in Python."""
+STEERING = (
+    *GRIDS,
+    *LISTS,
+    "image_merge_sizes",
+    "video_merge_sizes",
+    "image_grid_hw",
+    "image_grids",
+    "target_sizes",
+    "target_sizes_videos",
+    "spatial_shapes",
+    "num_local_patches",
+    "patches_grid",
+)
 """Arguments about the sizes of images, which steer Python code."""
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 """Arguments with a number for each token, which a prompt may be lengthened or cut along with."""
-
-LateFeatures = dict[str, list[Tensor]]
-"""Features that enter the decoder late, by the attribute of the encoder's output; each level ``[N, D]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +105,15 @@ class Family:
 
         See `luvc_fx.generate.constants`.
         """
-        plain = {name: option for name, option in options.items() if name not in STEERING}
-        return plain, {name: as_text(options[name]) for name in STEERING if name in options}
+        given = {name: options[name] for name in STEERING if name in options}
+        for name in LISTS:
+            if isinstance(given.get(name), Tensor):
+                given[name] = given[name].tolist()
+        text = {name: as_constant(option) for name, option in given.items()}
+        constants = {name: constant for name, constant in text.items() if constant is not None}
+        return {name: option for name, option in options.items() if name not in constants}, constants
 
-    @staticmethod
-    def option_of(name: str, text: str) -> Any:
-        """What the encoder is given for the option `name` that became `text`. Dynamo traces this."""
-        rows = rows_of(text)
-        if name in GRIDS:
-            return Grids(rows)
-        if name.endswith("_seqlens"):
-            return Lengths(rows[0])
-        return [row[0] for row in rows] if name == "batch_num_images" else rows
-
-    def patch_layout(self, modality: Modality, text: Mapping[str, str]) -> dict[str, str]:
+    def patch_layout(self, modality: Modality, options: Mapping[str, Any]) -> dict[str, str]:
         """Where an encoder gets the patches of all images in a row: their ``grids`` and ``unit``, as text.
 
         The grids are rows of frames, height and width in patches; blocks of unit x unit patches become one
@@ -143,10 +150,12 @@ class Family:
     def late_features(output: Any) -> LateFeatures:
         """Of an encoder's output what enters the decoder behind its first layers. Dynamo traces this."""
         levels = getattr(output, "deepstack_features", None)  # transformers 5.17 - 5.23
-        return {} if levels is None else {"deepstack_features": [torch.cat(list(level)) for level in levels]}
+        if levels is None or any(isinstance(level, tuple) and isinstance(level[0], int) for level in levels):
+            return {}  # Granite 4 Vision has its features there, each with the number of a layer
+        return {"deepstack_features": [flat_level(level) for level in levels]}
 
     def feature_entry(self) -> Callable[..., dict[str, Any]]:
-        """How encoded features get into a forward: ``(kwargs, modality, features, late) -> kwargs``.
+        """How encoded features get into a forward: ``(kwargs, modality, output of the encoder) -> kwargs``.
 
         Dynamo traces what this returns, once for each modality of a prompt.
         """
@@ -163,6 +172,13 @@ class Family:
             kwargs: of a forward.
         """
         return None
+
+    def generates_by_forward(self) -> bool:
+        """Whether `generate` is transformers', or hands on to it; BLIP-2's asks its language model."""
+        own = inspect.unwrap(type(self.model).generate)
+        if own is inspect.unwrap(GenerationMixin.generate):
+            return True
+        return not {"super", "GenerationMixin"}.isdisjoint(own.__code__.co_names)
 
     def makes_own_masks(self) -> bool:
         """Whether masks are made outside of the decoder, before it has a cache (Gemma 3, PaliGemma, Molmo2).
@@ -211,10 +227,16 @@ class Family:
     def encoder_blocks(self) -> int | None:
         """Encoder blocks in front of the features; None where the config does not tell."""
         vision = getattr(self.model.config, "vision_config", None)
-        layer = getattr(self.model.config, "vision_feature_layer", None)
-        if vision is None or not isinstance(layer, int):
+        layer, blocks = (
+            getattr(config, name, None)
+            for config, name in (
+                (self.model.config, "vision_feature_layer"),
+                (vision, "num_hidden_layers"),
+            )
+        )
+        if not isinstance(layer, int) or not isinstance(blocks, int):
             return None
-        return int(vision.num_hidden_layers) + 1 + layer if layer < 0 else layer
+        return blocks + 1 + layer if layer < 0 else layer
 
     def takes_any_size(self, image_processor: Any) -> bool:
         """Whether an image of fewer pixels has fewer visual tokens (Qwen2-VL)."""
@@ -246,55 +268,35 @@ class PackedFamily(Family):
         """Beside the grids, the tables that an encoder would compute from them with dynamic sizes."""
         plain, text = super().encoder_constants(modality, options)
         grid = options.get(f"{modality.name}_grid_thw")
-        if not isinstance(grid, Tensor):
+        if not isinstance(grid, Tensor) or self._tower is None:
             return plain, text
         # Flash attention takes the bounds of images as a tensor, other kinds split by them in Python.
-        bounds_are_text = not _compat.is_flash(getattr(self.base.visual, "config", None))
-        for name, table in self._tables(grid).items():
+        bounds_are_text = not _compat.is_flash(getattr(self._tower, "config", None))
+        for name, table in vision_tables(self._tower, self._calls, grid).items():
             key = f"{modality.name}_{name}"
             if key in options:
                 continue
-            if name.endswith("_seqlens") and bounds_are_text:
-                text[key] = ",".join(map(str, table.tolist()))
+            constant = as_constant(table) if name.endswith("_seqlens") and bounds_are_text else None
+            if constant is not None:
+                text[key] = constant
             else:
                 plain[key] = table
         return plain, text
 
-    def _tables(self, grid: Tensor) -> dict[str, Tensor]:
-        """What a packed vision encoder computes from `grid` ``[images, 3]`` by operations that break graphs.
+    @functools.cached_property
+    def _tower(self) -> Any:
+        return tower_of(self.base)
 
-        Keyed as its precomputed keyword arguments, without the modality (transformers 5.17 - 5.23, from
-        whose `vision_utils` the functions are).
-        """
-        from transformers import vision_utils
+    @functools.cached_property
+    def _calls(self) -> str:
+        return calls_of(self._tower)
 
-        encoder = self.base.visual
-        merge = int(encoder.config.spatial_merge_size)
-        tables = {
-            "position_ids": vision_utils.get_vision_position_ids(grid, merge),
-            "cu_seqlens": vision_utils.get_vision_cu_seqlens(grid),
-        }
-        if hasattr(encoder, "window_size"):
-            tables["window_index"], tables["cu_window_seqlens"] = vision_utils.get_vision_window_index(
-                grid, merge, encoder.window_size, encoder.patch_size
-            )
-        if hasattr(encoder, "num_grid_per_side"):
-            indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
-                grid,
-                num_grid_per_side=encoder.num_grid_per_side,
-                mode=encoder.interpolation_mode,
-                align_corners=encoder.interpolation_align_corners,
-                spatial_merge_size=merge,
-            )
-            tables |= {"interp_indices": indices, "interp_weights": weights}
-        return tables
-
-    def patch_layout(self, modality: Modality, text: Mapping[str, str]) -> dict[str, str]:
-        """The grids that the encoder is given."""
-        grids = text.get(f"{modality.name}_grid_thw")
-        if grids is None:
+    def patch_layout(self, modality: Modality, options: Mapping[str, Any]) -> dict[str, str]:
+        """The grids that the encoder is given, where its tower takes the patches block by block."""
+        grids = options.get(f"{modality.name}_grid_thw")
+        if grids is None or self._tower is None or not makes(self._calls, POSITION_IDS):
             return {}
-        return {"unit": str(self.base.visual.config.spatial_merge_size), "grids": grids}
+        return {"unit": str(self._tower.spatial_merge_size), "grids": as_text(grids)}
 
     def positions(self, kwargs: Mapping[str, Any]) -> Tensor | None:
         """Those of several axes (M-RoPE), from the grids. The model remembers where the text goes on."""
@@ -339,48 +341,23 @@ def pixels_in(kwargs: Mapping[str, Any]) -> list[str]:
 # ---------------------------------------------------------------------- ways of features into a forward
 
 
-def encoder_output(features: Any, late: LateFeatures | None = None) -> Any:
-    """Features as an encoder of transformers returns them, and as `generate` passes them to `forward`.
-
-    Args:
-        features: ``[N, D]`` each, or ``[images, n, D]``.
-        late: see `Family.late_features`.
-    """
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    output = BaseModelOutputWithPooling(pooler_output=features)
-    for name, levels in (late or {}).items():
-        setattr(output, name, [(level,) for level in levels])
-    return output
-
-
 class FeaturesInPlaceOfPixels(list[Tensor]):
     """Features for a forward that takes none (5.17): it asks for those of its pixels, and has them back."""
 
-    def __init__(self, features: Any, late: LateFeatures) -> None:
-        super().__init__([features] if isinstance(features, Tensor) else features)
-        self.features_are_stacked = isinstance(features, Tensor)
-        self.late = late
+    def __init__(self, output: Any) -> None:
+        super().__init__(parts_of(output.pooler_output))
+        self.encoder_output = output
 
     def size(self, axis: int) -> int:
         """How many; LLaVA-NeXT asks whether there are any images."""
         return len(self)
 
-    def encoder_output(self) -> Any:
-        """What the forward gets when it asks."""
-        return encoder_output(self[0] if self.features_are_stacked else [*self], self.late)
 
-
-def as_encoder_outputs(
-    kwargs: dict[str, Any], modality: Modality, features: Any, late: LateFeatures
-) -> dict[str, Any]:
+def as_encoder_outputs(kwargs: dict[str, Any], modality: Modality, output: Any) -> dict[str, Any]:
     """A `Family.feature_entry`: by an argument of the forward for what its encoders returned."""
-    outputs = {**kwargs.get("mm_encoder_outputs", {}), modality.name: encoder_output(features, late)}
-    return {**kwargs, "mm_encoder_outputs": outputs}
+    return {**kwargs, "mm_encoder_outputs": {**kwargs.get("mm_encoder_outputs", {}), modality.name: output}}
 
 
-def in_place_of_pixels(
-    kwargs: dict[str, Any], modality: Modality, features: Any, late: LateFeatures
-) -> dict[str, Any]:
-    """A `Family.feature_entry`: as pixels, of which the hook on the encoder returns the features."""
-    return {**kwargs, modality.pixels: FeaturesInPlaceOfPixels(features, late)}
+def in_place_of_pixels(kwargs: dict[str, Any], modality: Modality, output: Any) -> dict[str, Any]:
+    """A `Family.feature_entry`: as pixels, of which the hook on the encoder returns the output."""
+    return {**kwargs, modality.pixels: FeaturesInPlaceOfPixels(output)}

@@ -18,7 +18,7 @@ from luvc_fx.generate.graphs import GraphSet
 from luvc_fx.generate.hooks import HookedMethod, refuse_copies
 from luvc_fx.generate.model_check import check_schedule, check_supported
 from luvc_fx.methods.checks import check_bool, check_module
-from luvc_fx.report import LuvcWarning, NotRewritten, Refusal, Report
+from luvc_fx.report import LuvcWarning, NotRewritten, Reason, Refusal, Report
 from luvc_fx.schedule import Schedule
 
 _STATE = "_luvc_fx"
@@ -80,7 +80,12 @@ class FrontDoor:
             method.restore()
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Note why a call keeps its visual tokens; warn once, or raise each time, as the settings say."""
+        """Note why a call keeps its visual tokens; warn once, or raise each time, as the settings say.
+
+        A schedule without merges and prunes asks for nothing that could be refused, but a call may fail.
+        """
+        if not (self.schedule.merge or self.schedule.prune or refusal.reason is Reason.FELL_BACK):
+            return
         is_new = self.report.refuse(refusal)
         if self.settings["strict"] or self.settings["on_no_match"] == "raise":
             raise NotRewritten(str(refusal))

@@ -14,17 +14,17 @@ from luvc_fx import _compat
 from luvc_fx.dynamo.backend import LuvcBackend
 from luvc_fx.generate.compiled_encoder import CompiledEncoder, EncoderBody, compile_encoder
 from luvc_fx.generate.constants import rows_of
-from luvc_fx.generate.families import Family, LateFeatures, family_of
+from luvc_fx.generate.encoder_outputs import with_features
+from luvc_fx.generate.families import STEERING, Family, family_of
 from luvc_fx.graph import flash, markers
 from luvc_fx.report import Report
 from luvc_fx.schedule import Schedule
 
-GraphFeatures = tuple[Any, str, LateFeatures]
-"""Features of one modality as the prefill graph takes them.
+GraphFeatures = tuple[Any, str]
+"""What an encoder returned as the prefill graph takes it.
 
-The features themselves (``[N, D]`` or ``[1, N, D]``, or a sequence of ``[n, D]``); the text of the height and
-width of the grid that they lie on (``""`` without one); and those that enter the decoder late, by their
-attribute, each level ``[N, D]``.
+The output, whose late features are one tensor ``[N, D]`` a level; and the text of the height and width of the
+grid that its features lie on (``""`` without one).
 """
 
 
@@ -131,8 +131,10 @@ class GraphSet:
         compiled = torch.compile(body, backend=rewriting, dynamic=dynamic, fullgraph=fullgraph)
 
         def call(*args: Any, late_features: bool = False, **kwargs: Any) -> Any:
+            # Sizes of images that are tensors: code that they steer is traced as it is without us.
+            steered = args and isinstance(args[0], dict) and not args[0].keys().isdisjoint(STEERING)
             # Features that enter late are added by a mask, which a pass writes anew without its dynamic size.
-            with _compat.tracing_settings(dynamic_outputs=late_features):
+            with _compat.tracing_settings(dynamic_outputs=late_features, scalars=not steered):
                 try:
                     return compiled(*args, **kwargs)
                 except Exception:
@@ -162,13 +164,10 @@ def _forward_body(family: Family, forward: Callable[..., Any]) -> Callable[..., 
                 kwargs = {**kwargs, **flash.segments(markers.CACHE_MASK(padding), length)}
             else:
                 kwargs = {**kwargs, "attention_mask": markers.CACHE_MASK(padding, length)}
-        for name, (features, grid, late) in (encoded or {}).items():
+        for name, (output, grid) in (encoded or {}).items():
             if grid:
-                ((height, width),) = rows_of(grid)
-                parts = [features] if isinstance(features, Tensor) else features
-                parts = [markers.IMAGE_GRID(part, height, width) for part in parts]
-                features = parts[0] if isinstance(features, Tensor) else parts
-            kwargs = enter(kwargs, known[name], features, late)
+                output = _on_grid(output, grid)
+            kwargs = enter(kwargs, known[name], output)
         if wants_last_logits:  # as an argument, the number would be a symbol once there was another one
             kwargs = {**kwargs, "logits_to_keep": 1}
         row_index = markers.PROMPT_ROWS(kwargs["input_ids"]) if wants_row_index else None
@@ -178,3 +177,12 @@ def _forward_body(family: Family, forward: Callable[..., Any]) -> Callable[..., 
         return forward(**kwargs), row_index
 
     return _compat.with_own_code(body)
+
+
+def _on_grid(output: Any, grid: str) -> Any:
+    """An encoder's output whose features say that they lie on this grid. Dynamo traces this."""
+    ((height, width),) = rows_of(grid)
+    features = output.pooler_output
+    if isinstance(features, Tensor):
+        return with_features(output, markers.IMAGE_GRID(features, height, width), {})
+    return with_features(output, [markers.IMAGE_GRID(part, height, width) for part in features], {})

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, StaticCache
 
 from luvc_fx import _compat
-from luvc_fx.generate.cache import PrunedCache, PrunedRows, is_empty, unsupported
+from luvc_fx.generate.cache import PrunedCache, PrunedRows, is_empty, to_be_filled, unsupported
 from luvc_fx.generate.families import family_of, modalities, pixels_in
 from luvc_fx.generate.kept_logits import refusal_of_kept_logits
 from luvc_fx.generate.options import keeping_argument, keeping_option, merged
@@ -65,6 +65,10 @@ def for_generate(model: Any, kwargs: dict[str, Any], note: Note) -> CallLimits:
         refused = _refusal_of_static(model)
     if refused is not None:
         note(refused)
+        return UNTOUCHED
+    if pixels_in(kwargs) and not family_of(model).generates_by_forward():
+        text = "generate() is this model's own and does not come through forward(): all visual tokens stay"
+        note(Refusal(Reason.INPUTS, text))
         return UNTOUCHED
     limits = for_images(model, kwargs, note)
     several = max(options.num_beams or 1, options.num_return_sequences or 1) > 1
@@ -250,7 +254,9 @@ def refusal_of_forward(model: Any, kwargs: dict[str, Any]) -> Refusal | None:
         kwargs: of the forward.
     """
     cache = kwargs.get("past_key_values")
-    refused = unsupported(cache) or _refusal_of_attention(model)
+    has_images = pixels_in(kwargs) or kwargs.get("mm_encoder_outputs")
+    filled = to_be_filled(model, kwargs) if has_images else cache
+    refused = unsupported(filled) or _refusal_of_attention(model)
     if refused is None:
         refused = _refusal_of_recording(model, kwargs.get("output_attentions"), cache)
     if refused is None and isinstance(cache, StaticCache):

@@ -11,8 +11,17 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
 from luvc_fx import _compat
-from luvc_fx.generate.cache import adopt, as_pruned, fill, is_empty, note_rows_without_images, unsupported
+from luvc_fx.generate.cache import (
+    adopt,
+    as_pruned,
+    fill,
+    is_empty,
+    note_rows_without_images,
+    unsupported,
+    uses_cache,
+)
 from luvc_fx.generate.constants import as_text
+from luvc_fx.generate.encoder_outputs import features_of, with_features
 from luvc_fx.generate.families import Modality, family_of
 from luvc_fx.generate.graphs import GraphFeatures, GraphSet
 from luvc_fx.generate.kept_logits import is_cut_afterwards, keep_asked, with_all_logits
@@ -87,17 +96,11 @@ def choose_cache(model: Any, prompt: PromptState) -> tuple[PromptState, int]:
         past = cache.get_seq_length()
         as_pruned(cache)
         return prompt, past
-    if cache is None and family_of(model).makes_own_masks() and uses_cache(model, prompt):
+    if cache is None and family_of(model).makes_own_masks() and uses_cache(model, prompt.rest):
         # Its decoder would make the same one, but only after the masks.
         fresh = DynamicCache(config=model.config.get_text_config())
         return replace(prompt, cache=fresh if unsupported(fresh) is None else None), 0
     return prompt, 0
-
-
-def uses_cache(model: Any, prompt: PromptState) -> bool:
-    """Whether the decoder keeps keys and values: as the call says, or else as the config does."""
-    given = prompt.rest.get("use_cache")
-    return bool(model.config.get_text_config().use_cache if given is None else given)
 
 
 def choose_mask(
@@ -114,7 +117,7 @@ def choose_mask(
     prompt, padding = over_pruned_cache(model, prompt, cache)
     segments = padding is None and takes_segments(model)
     # Without mask and cache transformers takes gaps in the position ids for the bounds of packed rows.
-    bare = family_of(model).makes_own_masks() or not uses_cache(model, prompt)
+    bare = family_of(model).makes_own_masks() or not uses_cache(model, prompt.rest)
     reads_gaps = prompt.cache is None and bare
     needs_mask = reads_gaps and not segments
     if past == 0 and not needs_mask:
@@ -146,8 +149,9 @@ def cut_prompt(
             continue
         late = graphs.family.late_features(output)
         representatives = getattr(output, "luvc_representatives", None)
-        if representatives is None:  # not of a `CompiledEncoder`
-            features[name] = (output.pooler_output, "", late)
+        if representatives is None:  # not of a `CompiledEncoder`, or no features that it knows
+            known = features_of(output)
+            features[name] = (output if known is None else with_features(output, known, late), "")
             continue
         encoded = Encoded(output.pooler_output, representatives, output.luvc_placeholders, late)
         if rows_without_images:
@@ -155,7 +159,7 @@ def cut_prompt(
                 model, encoder.modality, prompt, encoded, rows_without_images, padding_used
             )
             padding_used += encoded.placeholders // prompt.ids.shape[0]
-        features[name] = graph_features(encoded)
+        features[name] = graph_features(output, encoded)
         if encoded.representatives.numel() < encoded.placeholders:
             visual = prompt.ids == getattr(model.config, encoder.modality.token)
             representatives, count = encoded.representatives, encoded.placeholders
@@ -178,13 +182,14 @@ def with_padding_as_visual(
     return replace(prompt, ids=ids), encoded
 
 
-def graph_features(encoded: Encoded) -> GraphFeatures:
-    """The features as the graph takes them; their sizes never become symbolic: each is a plan of its own."""
+def graph_features(output: Any, encoded: Encoded) -> GraphFeatures:
+    """The output as the graph takes it; features of each size are a plan of their own, never symbolic."""
     features = encoded.features
     for part in [features] if isinstance(features, Tensor) else features:
         torch._dynamo.mark_static(part)
     count, *grid = encoded.representatives.shape
-    return features, as_text([grid]) if grid[0] > 1 and count > 0 else "", encoded.late
+    text = as_text([grid]) if grid[0] > 1 and count > 0 else ""
+    return with_features(output, features, encoded.late), text
 
 
 def padding_for_mask(prompt: PromptState, rows_without_images: tuple[int, ...]) -> tuple[PromptState, Tensor]:
@@ -198,7 +203,8 @@ def prunes_late(graphs: GraphSet, features: Mapping[str, GraphFeatures]) -> bool
 
     Their additions by a mask are written anew where one modality has some; of two, they end the graph.
     """
-    return graphs.prunes and len(features) == 1 and any(late for _, _, late in features.values())
+    late = any(graphs.family.late_features(output) for output, _ in features.values())
+    return graphs.prunes and len(features) == 1 and late
 
 
 def hand_back_cache(

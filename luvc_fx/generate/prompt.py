@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luvc_fx.generate.families import TOKEN_TYPES, LateFeatures
+from luvc_fx.generate.encoder_outputs import LateFeatures, parts_of
+from luvc_fx.generate.families import TOKEN_TYPES
 from luvc_fx.ops import gather_rows, surviving_rows
 
 _NAMES = {
@@ -55,7 +56,7 @@ class Encoded:
     """What an encoder made of the images, or the videos, of a prompt.
 
     Attributes:
-        features: ``[N, D]`` or ``[1, N, D]``, or a sequence of ``[n, D]``.
+        features: ``[N, D]`` or ``[images, n, D]``, or a sequence of ``[n, D]``.
         representatives: int64 ``[n, H', W']`` or ``[1, 1, N]``: the placeholder that each feature stands for,
             counted over all placeholders of the batch.
         placeholders: how many there are in the batch.
@@ -104,10 +105,11 @@ def treat_padding_as_visual(
     late = {name: [with_zeros(level) for level in levels] for name, levels in encoded.late.items()}
     grids = encoded.representatives.shape[1:]
     shape = (-1, *grids) if grids[0] > 1 else (1, 1, -1)
-    if isinstance(encoded.features, Tensor):
-        features: Any = with_zeros(encoded.features.flatten(0, -2)).unsqueeze(0)
-    else:
-        features = (with_zeros(torch.cat(list(encoded.features))),)
+    features: Any = with_zeros(torch.cat(parts_of(encoded.features)))
+    if not isinstance(encoded.features, Tensor):
+        features = (features,)
+    elif encoded.features.dim() == 3:
+        features = features.unsqueeze(0)
     return ids, Encoded(features, representatives.reshape(shape), each * batch, late)
 
 

@@ -1,4 +1,4 @@
-"""Sizes of images as text and stand-ins: what models make of them, and how often Dynamo compiles."""
+"""Sizes of images as text: what models make of the constants, and how often Dynamo compiles."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import luvc_fx
-from luvc_fx.generate.constants import Grids, Lengths, as_text, rows_of
-from luvc_fx.generate.families import Family, Modality, family_of
+from luvc_fx import _compat
+from luvc_fx.generate.constants import as_constant, as_text, constant_of, rows_of
+from luvc_fx.generate.families import Modality, family_of
 from luvc_fx.schedule import Merge, Schedule
 from tests.support.models_anyres import anyres_inputs, tiny_llava_next, tiny_onevision
 from tests.support.models_qwen import qwen_inputs, tiny_qwen2_5_vl, tiny_qwen2_vl, tiny_qwen3_vl
@@ -34,17 +36,48 @@ def test_rows_come_back_from_text(rows: list[list[int]]) -> None:
     assert rows_of(text) == rows
     assert as_text(rows) == as_text([tuple(row) for row in rows]) == text
     assert as_text([torch.tensor(row) for row in rows]) == text
-    assert Family.option_of("image_sizes", text) == rows
-    assert Family.option_of("image_grid_thw", text).tolist() == rows
 
 
-@given(st.lists(st.integers(0, 99), min_size=1, max_size=5))
-def test_vectors_come_back_from_text(numbers: list[int]) -> None:
-    text = as_text(torch.tensor(numbers))
-    assert text == as_text(numbers) == ";".join(map(str, numbers))
-    assert Family.option_of("batch_num_images", text) == numbers
-    lengths = Family.option_of("image_cu_seqlens", ",".join(map(str, numbers)))
-    assert isinstance(lengths, Lengths) and lengths.tolist() == numbers
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@given(ROWS)
+def test_tensors_come_back_from_their_constants(dtype: torch.dtype, rows: list[list[int]]) -> None:
+    for tensor in (torch.tensor(rows), torch.tensor(rows[0]), torch.tensor(rows[0][0]), torch.tensor([rows])):
+        typed = tensor.to(dtype)
+        again = constant_of(as_constant(typed) or "")
+        assert torch.equal(again, typed) and (again.dtype, again.device) == (dtype, typed.device)
+
+
+@given(ROWS)
+def test_lists_come_back_from_their_constants(rows: list[list[int]]) -> None:
+    assert constant_of(as_constant(rows) or "") == rows
+    assert constant_of(as_constant([tuple(row) for row in rows]) or "") == rows
+    assert constant_of(as_constant([torch.tensor(row) for row in rows]) or "") == rows
+    assert constant_of(as_constant(rows[0]) or "") == rows[0]
+
+
+def test_a_tensor_without_numbers_keeps_its_shape() -> None:
+    assert constant_of(as_constant(torch.zeros(0, 3, dtype=torch.int64)) or "").shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        torch.tensor([1.5]),
+        torch.tensor([True]),
+        torch.tensor([1j]),
+        [],
+        [[]],
+        [1.5],
+        [True],
+        ["a"],
+        [[1], 2],
+        -2,
+        None,
+    ],
+    ids=str,
+)
+def test_what_is_not_integers_is_no_constant(option: Any) -> None:
+    assert as_constant(option) is None
 
 
 def test_text_as_it_is_written() -> None:
@@ -52,22 +85,57 @@ def test_text_as_it_is_written() -> None:
     assert as_text([3, 1]) == "3;1"
 
 
-@given(st.lists(st.lists(st.integers(1, 40), min_size=3, max_size=3), min_size=1, max_size=4))
-def test_stand_ins_do_what_the_tensor_does(rows: list[list[int]]) -> None:
-    tensor, grids = torch.tensor(rows), Grids(rows)
-    assert len(grids) == len(tensor) and grids.tolist() == tensor.tolist()
-    for dim in (-1, 1):
-        assert (grids.prod(dim) // 4).tolist() == (tensor.prod(dim) // 4).tolist()
-    ends = torch.cat([torch.zeros(1, dtype=torch.int64), tensor.prod(-1).cumsum(0)])
-    lengths = Lengths(ends.tolist())
-    assert (lengths[1:] - lengths[:-1]).tolist() == (ends[1:] - ends[:-1]).tolist()
+USES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tolist": lambda x, grid: x.split(grid.prod(-1).tolist()),
+    "rows": lambda x, grid: [x[: h * w] * t for t, h, w in grid],
+    "item": lambda x, grid: x.repeat(grid[0, 1].item(), 1),
+    "max": lambda x, grid: x[: int(grid.max())],
+    "cumsum": lambda x, grid: x[: grid.prod(-1).cumsum(0)[-1]],
+    "diff": lambda x, grid: x.split(torch.diff(grid.prod(-1).cumsum(0), prepend=torch.tensor([0])).tolist()),
+    "repeat_interleave": lambda x, grid: x[torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0])],
+    "columns": lambda x, grid: x[: int((grid[:, 1] * grid[:, 2] - grid[:, 0]).sum())],
+    "arithmetic": lambda x, grid: x[: int((-grid // 2 + 7 - 1).prod() % 3 + 1)],
+    "device, dtype, len": lambda x, grid: (
+        x + torch.ones(len(grid), device=grid.device, dtype=grid.dtype).sum()
+    ),
+    "comparison": lambda x, grid: x[: int(grid[0, 0])] if bool((grid[:, 1] > 3).all()) else x,
+    "pad": lambda x, grid: x[nn.functional.pad(grid[:, 1], (1, 0))],
+    "unique": lambda x, grid: x[torch.unique(grid)],
+}
+"""Two grids, ``[[1, 4, 6], [2, 4, 4]]``, and 56 rows."""
 
 
-def test_lists_that_are_given_out_are_copies() -> None:
-    grids, lengths = Grids([[1, 2, 3]]), Lengths([1, 2])
-    grids.tolist()[0].append(4)
-    lengths.tolist().append(3)
-    assert (grids.tolist(), lengths.tolist()) == ([[1, 2, 3]], [1, 2])
+@pytest.mark.parametrize("use", USES)
+def test_a_tower_may_do_anything_with_its_grids(use: str) -> None:
+    """As with the tensor itself, and in one graph."""
+    counter = torch._dynamo.testing.CompileCounter()
+
+    def tower(x: Tensor, text: str) -> Any:
+        return USES[use](x, constant_of(text))
+
+    rows, grid = torch.arange(112.0).view(56, 2), torch.tensor([[1, 4, 6], [2, 4, 4]])
+    with _compat.tracing_settings(), _compat.known_constants():
+        got = torch.compile(tower, backend=counter)(rows, as_constant(grid) or "")
+    want = USES[use](rows, grid)
+    for mine, theirs in zip(_compat.tree_leaves(got), _compat.tree_leaves(want), strict=True):
+        assert torch.equal(mine, theirs)
+    assert counter.frame_count == 1
+
+
+def test_values_are_followed_only_while_that_is_asked_for() -> None:
+    def twice(x: Tensor) -> Any:
+        return x[torch.repeat_interleave(torch.tensor([0, 1]), torch.tensor([2, 1]))]
+
+    with _compat.known_constants(), _compat.known_constants():
+        pass
+    counter = torch._dynamo.testing.CompileCounter()
+    torch.compile(twice, backend=counter)(torch.ones(3))
+    assert counter.frame_count > 1
+    torch._dynamo.reset()
+    counter.clear()
+    with _compat.known_constants():
+        torch.compile(twice, backend=counter)(torch.ones(3))
+    assert counter.frame_count == 1
 
 
 QWEN: dict[str, Callable[..., nn.Module]] = {
@@ -82,7 +150,7 @@ def modality_of(model: Any, name: str) -> Modality:
 @pytest.mark.parametrize("kind", ["image", "video"])
 @pytest.mark.parametrize("make", QWEN)
 @torch.no_grad()
-def test_an_encoder_takes_stand_ins_for_its_grid(make: str, kind: str) -> None:
+def test_an_encoder_takes_tables_and_constants(make: str, kind: str) -> None:
     """With the tables that are computed for it, the model's own encoder gives what it gives for a tensor."""
     model = QWEN[make](decoder_layers=1)
     items = [("image", 4, 8), ("image", 8, 6)] if kind == "image" else [("video", 2, 4, 8)]
@@ -93,8 +161,7 @@ def test_an_encoder_takes_stand_ins_for_its_grid(make: str, kind: str) -> None:
     plain, text = family_of(model).encoder_constants(modality, {f"{kind}_grid_thw": grid})
     assert f"{kind}_grid_thw" in text and f"{kind}_grid_thw" not in plain
     assert all(isinstance(table, Tensor) for table in plain.values())
-    given_ = {**plain, **{name: Family.option_of(name, found) for name, found in text.items()}}
-    assert isinstance(given_[f"{kind}_grid_thw"], Grids)
+    given_ = {**plain, **{name: constant_of(found) for name, found in text.items()}}
     got = encode(pixels, return_dict=True, **given_)
     want = encode(pixels, grid, return_dict=True)
     assert torch.equal(torch.cat(list(got.pooler_output)), torch.cat(list(want.pooler_output)))
@@ -111,14 +178,17 @@ def test_tables_that_the_caller_gives_stay() -> None:
     options = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "image_position_ids": torch.zeros(16, 2)}
     plain, text = family_of(model).encoder_constants(modality_of(model, "image"), options)
     assert plain["image_position_ids"] is options["image_position_ids"]
-    assert text == {"image_grid_thw": "1,4,4", "image_cu_seqlens": "0,16"}
+    assert text == {
+        "image_grid_thw": "int64|cpu|1,3|1,4,4",
+        "image_cu_seqlens": "int32|cpu|2|0,16",
+    }
 
 
 def test_other_options_stay_as_they_are() -> None:
     model = tiny_llava_next(decoder_layers=1)
     options = {"image_sizes": torch.tensor([[30, 40]]), "vision_feature_layer": -2}
     plain, text = family_of(model).encoder_constants(modality_of(model, "image"), options)
-    assert (plain, text) == ({"vision_feature_layer": -2}, {"image_sizes": "30,40"})
+    assert (plain, text) == ({"vision_feature_layer": -2}, {"image_sizes": "rows|30,40"})
 
 
 # ------------------------------------------------------------------------------------ recompilation

@@ -193,7 +193,7 @@ def _randomise(model: nn.Module, seed: int) -> None:
                 value = gain * noise / parameter[0].numel() ** 0.5
             parameter.copy_(value)
     # A generated image token would look like a placeholder, which a trained model never emits.
-    model.lm_head.weight[[PAD, IMAGE]] = 0.0
+    model.get_output_embeddings().weight[[PAD, IMAGE]] = 0.0
 
 
 def patch_grid(model: nn.Module) -> tuple[int, int]:

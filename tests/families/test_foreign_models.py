@@ -1,0 +1,76 @@
+"""Models that nothing here was written for: each kind of contract that a stock model may have."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import luvc_fx
+from luvc_fx import LuvcWarning, Merge, Prune, Schedule
+from tests.support.models_foreign import FOREIGN, Foreign
+
+SCHEDULES = {
+    "prune": Schedule(prune=Prune(keep=0.5, layer=1, selector="uniform")),
+    "merge": Schedule(merge=Merge("width", keep=0.5, layer=0)),
+}
+REWRITTEN = {
+    ("tower_by_another_name", "prune"),
+    ("tower_that_computes_with_its_grid", "prune"),
+    ("output_with_more_fields", "prune"),
+    ("pixels_that_a_forward_insists_on", "prune"),
+}
+"""What is done; all else is refused."""
+
+foreign = pytest.mark.parametrize("make", FOREIGN, ids=lambda make: make.__name__)
+
+
+def generate(model: Any, batch: dict[str, Any]) -> Any:
+    return model.generate(**batch, max_new_tokens=3, do_sample=False)
+
+
+@foreign
+@torch.no_grad()
+def test_a_schedule_that_does_nothing_changes_nothing(make: Callable[[], Foreign]) -> None:
+    model, batch = make()
+    want = model(**batch)
+    luvc_fx.compile(model, Schedule(), inner="eager", strict=True)
+    got = model(**batch)
+    assert torch.equal(got.logits, want.logits)
+    assert type(got) is type(want) and got.keys() == want.keys()
+    report = luvc_fx.report_of(model)
+    assert report.graphs and not report.refusals
+
+
+@pytest.mark.slow
+@foreign
+@torch.no_grad()
+def test_a_schedule_that_does_nothing_generates_the_same(make: Callable[[], Foreign]) -> None:
+    model, batch = make()
+    want = generate(model, batch)
+    luvc_fx.compile(model, Schedule(), inner="eager", strict=True)
+    assert torch.equal(generate(model, batch), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEDULES)
+@foreign
+@torch.no_grad()
+def test_tokens_go_or_it_is_said_why_not(make: Callable[[], Foreign], name: str) -> None:
+    model, batch = make()
+    want, answer = model(**batch).logits, generate(model, batch)
+    for call, wanted in ((lambda: model(**batch).logits, want), (lambda: generate(model, batch), answer)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            luvc_fx.compile(model, SCHEDULES[name], inner="eager")
+            got = call()
+        report = luvc_fx.report_of(model)
+        luvc_fx.restore(model)
+        if any(graph.inserted for graph in report.graphs):
+            assert (make.__name__, name) in REWRITTEN
+        else:
+            assert torch.equal(got, wanted)
+            assert any(isinstance(warning.message, LuvcWarning) for warning in said)
