@@ -25,14 +25,28 @@ REWRITTEN = {
 }
 """What is done; all else is refused."""
 
+BY_DEFAULT = (
+    "tower_that_computes_with_its_grid",
+    "output_with_more_fields",
+    "pixels_that_a_forward_insists_on",
+)
+"""One tower, one output and one argument; the others are slow."""
+
 foreign = pytest.mark.parametrize("make", FOREIGN, ids=lambda make: make.__name__)
+some_by_default = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, marks=() if make.__name__ in BY_DEFAULT else pytest.mark.slow, id=make.__name__)
+        for make in FOREIGN
+    ],
+)
 
 
 def generate(model: Any, batch: dict[str, Any]) -> Any:
     return model.generate(**batch, max_new_tokens=3, do_sample=False)
 
 
-@foreign
+@some_by_default
 @torch.no_grad()
 def test_a_schedule_that_does_nothing_changes_nothing(make: Callable[[], Foreign]) -> None:
     model, batch = make()
