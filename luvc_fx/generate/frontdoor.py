@@ -16,7 +16,7 @@ from luvc_fx.generate.calls import Calls
 from luvc_fx.generate.families import family_of
 from luvc_fx.generate.graphs import GraphSet
 from luvc_fx.generate.hooks import HookedMethod, refuse_copies
-from luvc_fx.generate.model_check import check_schedule, check_supported
+from luvc_fx.generate.model_check import check_schedule, check_supported, wiring
 from luvc_fx.methods.checks import check_bool, check_module
 from luvc_fx.report import LuvcWarning, NotRewritten, Reason, Refusal, Report
 from luvc_fx.schedule import Schedule
@@ -126,8 +126,9 @@ def compile(
     if dynamic is not None:
         check_bool("", "dynamic", dynamic)
     outer, model = model, _hooked_instance(model)
-    check_supported(model)
-    check_schedule(model, parsed)
+    with wiring(model):
+        check_supported(model)
+        check_schedule(model, parsed)
     settings: dict[str, Any] = {
         "schedule": parsed,
         "inner": inner,
@@ -147,7 +148,8 @@ def compile(
     had = _compat.output_hooks(model)
     prepare(model)
     vars(model).setdefault(_OUTPUT_HOOKS, _compat.output_hooks(model) - had)
-    door = FrontDoor(model, settings, dynamic)
+    with wiring(model):
+        door = FrontDoor(model, settings, dynamic)
     door.install()
     vars(model)[_STATE] = door
     return outer

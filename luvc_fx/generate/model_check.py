@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from luvc_fx import _compat
 from luvc_fx.generate.families import family_of
+from luvc_fx.report.errors import brief
 from luvc_fx.schedule import Schedule
+
+INSTEAD = "For forward calls use torch.compile(model, backend=luvc_fx.backend(schedule))."
+
+
+@contextlib.contextmanager
+def wiring(model: Any) -> Iterator[None]:
+    """Raise `ValueError` for whatever goes wrong in the block, where a model is looked at."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        name = type(model).__name__
+        raise ValueError(f"luvc_fx.compile cannot wire {name}: {brief(error)}. {INSTEAD}") from error
 
 
 def check_supported(model: Any) -> None:
@@ -25,8 +42,7 @@ def check_supported(model: Any) -> None:
     ]
     if missing:
         raise ValueError(
-            f"luvc_fx.compile cannot wire {type(model).__name__}: it has no {', '.join(missing)}. "
-            "For forward calls use torch.compile(model, backend=luvc_fx.backend(schedule))."
+            f"luvc_fx.compile cannot wire {type(model).__name__}: it has no {', '.join(missing)}. {INSTEAD}"
         )
     hooked = [name for name, module in model.named_modules() if _compat.is_dispatched(module)]
     if hooked:

@@ -299,6 +299,14 @@ def test_after_some_failures_in_a_row_nothing_is_tried(model: Any, monkeypatch: 
     assert len(tried) == GIVE_UP_AFTER + 1
 
 
+@pytest.mark.parametrize("part", ["model_check.family_of", "frontdoor.GraphSet"])
+def test_a_model_that_cannot_be_wired(model: Any, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"luvc_fx.generate.{part}", broken)
+    with pytest.raises(ValueError, match=r"cannot wire Llava.*: Broken: a part that does not work\. For"):
+        luvc_fx.compile(model, CASCADE)
+    assert "forward" not in vars(model)
+
+
 # --------------------------------------------------------------------------- a compiler behind that fails
 
 
