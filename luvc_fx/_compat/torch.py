@@ -92,6 +92,11 @@ def hint(value: int | torch.SymInt) -> int:
     return int(size)
 
 
+def has_hint(value: int | torch.SymInt) -> bool:
+    """Whether a size was seen while tracing: not that of what a mask picks, which the data decide."""
+    return isinstance(value, int) or value.node.hint is not None
+
+
 def fake_run(tensors: list[FakeTensor]) -> Any:
     """A context manager in which ops on these fake values make more of them.
 

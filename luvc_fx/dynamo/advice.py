@@ -15,6 +15,7 @@ HOOKS = "output_capturing.py"
 """Where transformers installs its output hooks, in the middle of a fresh model's first forward."""
 LONGEST = 100
 """Characters of Dynamo's own words that a refusal repeats."""
+APART = "put images and videos into prompts of their own"
 
 
 def with_advice(refusal: Refusal, gm: fx.GraphModule, front_door: bool) -> Refusal:
@@ -27,6 +28,8 @@ def with_advice(refusal: Refusal, gm: fx.GraphModule, front_door: bool) -> Refus
         advice = "load the model with attn_implementation='sdpa'"
     elif refusal.reason in (Reason.NO_ATTENTION, Reason.CAPTURE_ENDED_BEFORE_FUSION):
         advice = _advice(gm, front_door)
+    elif refusal.reason is Reason.TOKEN_AXIS and front_door and _has_two_modalities(gm):
+        advice = APART
     else:
         return refusal
     return dataclasses.replace(refusal, text=f"{refusal.text}; {advice}")
@@ -38,8 +41,7 @@ def _advice(gm: fx.GraphModule, front_door: bool) -> str:
     if why:
         ended += f" ({textwrap.shorten(why, LONGEST)})"
     if front_door:
-        two_modalities = sum(op_name(node) == "masked_scatter" for node in gm.graph.nodes) > 1
-        return ended + ("; put images and videos into prompts of their own" if two_modalities else "")
+        return ended + (f"; {APART}" if _has_two_modalities(gm) else "")
     if place.startswith(HOOKS):
         return (
             f"{ended}, where the model's output hooks are installed; run luvc_fx.prepare(model) or one eager "
@@ -49,3 +51,7 @@ def _advice(gm: fx.GraphModule, front_door: bool) -> str:
         return f"{ended}; leave torch._dynamo.config.capture_scalar_outputs on, or use luvc_fx.compile(model)"
     advice = "use luvc_fx.compile(model), which hands the sizes of images over as constants"
     return f"{ended}; {advice}" if why else advice
+
+
+def _has_two_modalities(gm: fx.GraphModule) -> bool:
+    return sum(op_name(node) == "masked_scatter" for node in gm.graph.nodes) > 1

@@ -39,13 +39,18 @@ def flat_level(level: Any) -> Tensor:
     return level.flatten(0, -2) if isinstance(level, Tensor) else torch.cat(list(level))
 
 
+def _in_form(given: Any, levels: list[Tensor]) -> list[Any]:
+    """Levels of late features in the form of those given: a tensor (5.17), or one for each image (5.23)."""
+    return [new if isinstance(old, Tensor) else (new,) for old, new in zip(given, levels, strict=True)]
+
+
 def with_features(output: Any, features: Any, late: LateFeatures) -> Any:
     """A copy of an encoder's output with these features, and without the states of the tower.
 
     Args:
         late: takes the place of what the output has by these names; others stay.
     """
-    levels = {name: [(level,) for level in found] for name, found in late.items()}
+    levels = {name: _in_form(getattr(output, name), found) for name, found in late.items()}
     if not isinstance(output, ModelOutput):
         return encoder_output(features, late)
     fields = {name: output[name] for name in output.keys() if name not in TOWER_STATES}  # noqa: SIM118

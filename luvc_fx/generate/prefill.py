@@ -188,7 +188,7 @@ def graph_features(output: Any, encoded: Encoded) -> GraphFeatures:
     for part in [features] if isinstance(features, Tensor) else features:
         torch._dynamo.mark_static(part)
     count, *grid = encoded.representatives.shape
-    text = as_text([grid]) if grid[0] > 1 and count > 0 else ""
+    text = as_text([grid]) if count > 1 or (count > 0 and grid[0] > 1) else ""
     return with_features(output, features, encoded.late), text
 
 

@@ -103,8 +103,8 @@ def treat_padding_as_visual(
         return full.flatten(0, 1)
 
     late = {name: [with_zeros(level) for level in levels] for name, levels in encoded.late.items()}
-    grids = encoded.representatives.shape[1:]
-    shape = (-1, *grids) if grids[0] > 1 else (1, 1, -1)
+    images, *grid = encoded.representatives.shape
+    shape = (-1, *grid) if images > 1 or grid[0] > 1 else (1, 1, -1)
     features: Any = with_zeros(torch.cat(parts_of(encoded.features)))
     if not isinstance(encoded.features, Tensor):
         features = (features,)

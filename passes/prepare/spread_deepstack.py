@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from luvc_fx._compat import hint
+from luvc_fx._compat import has_hint, hint
 from luvc_fx.graph.emit import MARK, emit
 from luvc_fx.graph.nodes import descendants, drop_dead, is_tensor, op_name, order, value
 from luvc_fx.passes.support.contract import Edit
@@ -84,12 +84,13 @@ def _deepstack_additions(graph: fx.Graph) -> list[_Addition]:
 
 
 def _marks_own_rows(addition: _Addition) -> bool:
-    """Whether each row that the mask marks gets a row of its own, as it is."""
+    """Whether each row that the mask marks gets a row of its own; a single one would be spread over all."""
     written, mask, features = value(addition.written), value(addition.mask), value(addition.features)
     return (
         mask.dim() + 1 == written.dim()
         and features.dim() == 2
         and features.shape[1] == written.shape[-1]
+        and has_hint(features.shape[0])
         and hint(features.shape[0]) != 1
     )
 

@@ -114,6 +114,27 @@ def test_any_schedule_generates_what_the_oracle_does(options: dict[str, Any]) ->
     check()
 
 
+@pytest.mark.parametrize("selector", ["spectrum", "random"])
+@torch.no_grad()
+def test_images_one_row_high_are_images_still(selector: str) -> None:
+    """Energies are measured image by image, also when a merge left a single row of each."""
+    model = internvl(decoder_layers=2, encoder_layers=2)
+    prompt = inputs(model, batch=2, tiles=2, padding=(0, 3))
+    own = {"energy": "ratio", "cutoff": 0.5, "normalize": "mean", "per_image": True}
+    schedule = Schedule(
+        merge=Merge("height", keep=0.1, layer=0, pairing="shared", feature="keys"),
+        prune=Prune(tokens=7, layer=1, selector=selector, **(own if selector == "spectrum" else {})),
+    )
+    want = oracle_forward(model, schedule, **prompt)
+    assert want.gap >= GAP
+    with luvc_fx.applied(model, schedule, inner="eager", strict=True):
+        got = model(**prompt)
+        (graph,) = luvc_fx.report_of(model).of_kind("prefill")
+    assert graph.grid == (1, 4)
+    assert torch.equal(got.row_index, want.rows)
+    assert float(((got.logits - want.logits) * want.mask[..., None]).abs().max()) < 1e-4
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_inductor_is_the_oracle() -> None:

@@ -188,7 +188,7 @@ FAMILIES: dict[str, Family] = {
                 _QWEN["an image"][0], merged=False, reasons=(Reason.SCHEDULE,), model=(("taps", (0, 1)),)
             ),
             "an image and a video": Input(
-                _QWEN["an image and a video"][0], pruned=False, reasons=(Reason.NO_ATTENTION,)
+                _QWEN["an image and a video"][0], pruned=False, reasons=(Reason.TOKEN_AXIS,)
             ),
         },
         whole=Input(_QWEN["an image"][0], merged=False, pruned=False, reasons=_PIECES),
