@@ -39,8 +39,22 @@ from luvc_fx.generate.limits import (
 from luvc_fx.generate.masks import over_pruned_cache
 from luvc_fx.generate.prefill import prefill
 from luvc_fx.generate.prompt import PromptState
-from luvc_fx.report import NotRewritten, Reason, Refusal
+from luvc_fx.report import GraphReport, NotRewritten, Reason, Refusal
 from luvc_fx.schedule import Schedule
+
+NO_FUSION = Refusal(
+    Reason.NO_FUSION,
+    "the place where image features enter the text was not found in this model's decoder: nothing is pruned",
+)
+NO_BLOCKS = Refusal(
+    Reason.RESIDUAL_STREAM,
+    "no encoder blocks with attention were found in front of this model's image features: nothing is merged",
+)
+
+NOT_APART = Refusal(
+    Reason.INPUTS,
+    "images enter this model's forward by an argument that none of its encoders takes: nothing is merged",
+)
 
 
 class _Failed:
@@ -226,6 +240,23 @@ class Calls:
             output.luvc_unmerged = functools.partial(original, *args, **kwargs)
         return output
 
+    @contextlib.contextmanager
+    def _never_silent(
+        self, asked: bool, found: Callable[[GraphReport], bool], refusal: Refusal
+    ) -> Iterator[None]:
+        """Note `refusal` where a block compiles graphs without a trace of what was asked for, nor a reason.
+
+        Args:
+            asked: whether the schedule asks for anything here.
+            found: whether it could be done in a graph.
+        """
+        graphs = self._graphs.report.graphs
+        before = len(graphs)
+        yield
+        new = graphs[before:]
+        if asked and new and not any(found(graph) or graph.refusals for graph in new):
+            self._refuse(refusal)
+
     def _encode(self, name: str, pixels: Any, options: dict[str, Any], limits: CallLimits) -> Any:
         """The output of a compiled encoder for a whole prompt.
 
@@ -233,7 +264,8 @@ class Calls:
             PromptMismatch: the prompt has not as many placeholders as there are features.
         """
         merge = limits.merge and self._merges
-        output = self._graphs.encoders[name](pixels, options, merge, limits.rows)
+        with self._never_silent(merge, lambda graph: graph.encoder_blocks > 0, NO_BLOCKS):
+            output = self._graphs.encoders[name](pixels, options, merge, limits.rows)
         if getattr(output, "luvc_representatives", None) is None:
             if merge:
                 text = "the encoder's output has no `pooler_output` with a vector for each visual token"
@@ -303,11 +335,16 @@ class Calls:
         else:
             without_images = () if limits is None else limits.rows_without_images
             prompt = PromptState.of({k: v for k, v in kwargs.items() if k != "mm_encoder_outputs"})
-            return prefill(
-                self._model, self._graphs, prompt, encoder_outputs, without_images, wants_row_index
-            )
+            with self._never_silent(
+                self._graphs.prunes, lambda graph: bool(graph.tokens_per_layer), NO_FUSION
+            ):
+                return prefill(
+                    self._model, self._graphs, prompt, encoder_outputs, without_images, wants_row_index
+                )
         prompt, padding = over_pruned_cache(self._model, PromptState.of(kwargs), cache)
-        return run(prompt.as_kwargs(), padding)[0]
+        merges = self._merges and (limits is None or limits.merge)
+        with self._never_silent(merges, lambda graph: graph.kind != "prefill", NOT_APART):
+            return run(prompt.as_kwargs(), padding)[0]
 
     def _encode_pixels(self, kwargs: dict[str, Any], limits: CallLimits) -> dict[str, Any]:
         """The call with features in place of pixels, and of all that steers an encoder.

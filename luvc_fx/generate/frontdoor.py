@@ -147,7 +147,8 @@ def compile(
         take_generate_warning_off(instance)
     had = _compat.output_hooks(model)
     prepare(model)
-    vars(model).setdefault(_OUTPUT_HOOKS, _compat.output_hooks(model) - had)
+    if installed := _compat.output_hooks(model) - had:
+        vars(model).setdefault(_OUTPUT_HOOKS, installed)
     with wiring(model):
         door = FrontDoor(model, settings, dynamic)
     door.install()

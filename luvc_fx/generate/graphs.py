@@ -58,6 +58,7 @@ class GraphSet:
         report: where each graph is reported.
 
     Attributes:
+        report: as given.
         family: what is known of the model.
         prunes: whether the schedule prunes.
         encoders: by the modality's name.
@@ -77,7 +78,7 @@ class GraphSet:
         report: Report,
     ) -> None:
         self._settings = dict(settings)
-        self._report = report
+        self.report = report
         schedule: Schedule = settings["schedule"]
         self.prunes = bool(schedule.prune)
         unmerged = Schedule(prune=schedule.prune)
@@ -127,7 +128,7 @@ class GraphSet:
         settings = {**self._settings, "schedule": schedule}
         if mode is not None:
             settings["mode"] = mode
-        rewriting = LuvcBackend(**settings, report=self._report, front_door=True)
+        rewriting = LuvcBackend(**settings, report=self.report, front_door=True)
         compiled = torch.compile(body, backend=rewriting, dynamic=dynamic, fullgraph=fullgraph)
 
         def call(*args: Any, late_features: bool = False, **kwargs: Any) -> Any:

@@ -54,7 +54,6 @@ FAST = (
     ("llava", BACKEND),
     ("internvl", "an image in tiles"),
     ("qwen2", "an image and a video"),
-    ("qwen2", "a batch of unequal token counts"),
     ("qwen2", BACKEND),
     ("qwen3", "an image"),
     ("onevision", "padding cropped"),

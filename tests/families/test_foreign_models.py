@@ -11,13 +11,15 @@ import torch
 
 import luvc_fx
 from luvc_fx import LuvcWarning, Merge, Prune, Schedule
-from tests.support.models_foreign import FOREIGN, Foreign
+from luvc_fx.anatomy import recognise
+from tests.support.models_foreign import FOREIGN, Foreign, images_by_another_argument, output_with_more_fields
 
 SCHEDULES = {
     "prune": Schedule(prune=Prune(keep=0.5, layer=1, selector="uniform")),
     "merge": Schedule(merge=Merge("width", keep=0.5, layer=0)),
 }
 REWRITTEN = {
+    ("images_by_another_argument", "prune"),
     ("tower_by_another_name", "prune"),
     ("tower_that_computes_with_its_grid", "prune"),
     ("output_with_more_fields", "prune"),
@@ -90,3 +92,28 @@ def test_tokens_go_or_it_is_said_why_not(make: Callable[[], Foreign], name: str)
         else:
             assert torch.equal(got, wanted)
             assert any(isinstance(warning.message, LuvcWarning) for warning in said)
+
+
+@torch.no_grad()
+def test_images_by_another_argument_are_not_merged_in_silence() -> None:
+    model, batch = images_by_another_argument()
+    want = model(**batch).logits
+    luvc_fx.compile(model, SCHEDULES["merge"], inner="eager")
+    with pytest.warns(LuvcWarning, match="by an argument that none of its encoders takes"):
+        got = model(**batch).logits
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
+def test_a_decoder_without_a_known_fusion_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = output_with_more_fields()
+    want = model(**batch).logits
+    # As of a model whose features enter the text in a way that nothing here knows.
+    known = recognise.op_name
+    monkeypatch.setattr(
+        recognise, "op_name", lambda node: "unknown" if known(node) == "masked_scatter" else known(node)
+    )
+    luvc_fx.compile(model, SCHEDULES["prune"], inner="eager")
+    with pytest.warns(LuvcWarning, match="no-fusion"):
+        got = model(**batch).logits
+    assert torch.equal(got, want)

@@ -100,6 +100,7 @@ def test_a_forward_and_a_step(make: Any) -> None:
     torch.testing.assert_close(model(input_ids=token, cache=held).logits, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_cache_that_needs_equal_rows_is_seen() -> None:
     pytest.importorskip("optimum.quanto")

@@ -17,6 +17,7 @@ from luvc_fx import LuvcWarning, Merge, Prune, Schedule, _compat
 from luvc_fx.generate.limits import has_windows
 from luvc_fx.report import Reason
 from tests.support import stand_in_flash
+from tests.support.cases import slow_unless
 from tests.support.models import inputs, tiny_llava
 from tests.support.oracle import oracle_forward, oracle_greedy
 from tests.support.replay import assert_close
@@ -153,7 +154,7 @@ LIMITS: dict[str, tuple[Reason, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", slow_unless(LIMITS, ["holes"]))
 @torch.no_grad()
 def test_what_it_cannot_do_has_a_reason(name: str) -> None:
     reason, options, text = LIMITS[name]

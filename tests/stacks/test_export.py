@@ -89,6 +89,7 @@ def test_the_package_answers_in_a_process_without_luvc_fx(family: str, tmp_path:
         assert f"next token: {wanted.logits[:, -1].argmax(-1).tolist()}" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_raises_before_anything_is_written() -> None:
     model = tiny_llava(decoder_layers=3, encoder_layers=3)
     prompt = inputs(model)

@@ -14,6 +14,8 @@ from transformers import (
     Blip2ForConditionalGeneration,
     Cohere2VisionConfig,
     Cohere2VisionForConditionalGeneration,
+    FuyuConfig,
+    FuyuForCausalLM,
     Gemma4UnifiedConfig,
     Gemma4UnifiedForConditionalGeneration,
     Glm4vConfig,
@@ -293,7 +295,23 @@ def config_without_use_cache() -> Foreign:
     }
 
 
+def images_by_another_argument() -> Foreign:
+    """Fuyu: `image_patches` are projected in the forward, and `get_image_features` is not asked."""
+    config = FuyuConfig(
+        **{name: value for name, value in _TEXT.items() if name != "num_key_value_heads"},
+        text_config={
+            **{name: value for name, value in _TEXT.items() if name != "num_key_value_heads"},
+            "model_type": "persimmon",
+        },
+        patch_size=4,
+        num_channels=3,
+        image_token_id=IMAGE,
+    )
+    return ready(FuyuForCausalLM(config), SEED), {**_prompt(4), "image_patches": _noise(2, 4, 48)}
+
+
 FOREIGN = (
+    images_by_another_argument,
     tower_by_another_name,
     tower_that_computes_with_its_grid,
     output_with_more_fields,
