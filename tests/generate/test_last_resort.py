@@ -61,13 +61,12 @@ def warned() -> Iterator[None]:
 # ------------------------------------------------------------------------- a decoder that is no single graph
 
 
-def with_a_hook_dynamo_cannot_see(model: Any) -> dict[str, Any]:
+def with_a_hook_dynamo_cannot_see(model: Any) -> None:
     hook = torch._dynamo.disable(lambda module, args, output: None)
     model.model.language_model.layers[1].register_forward_hook(hook)
-    return {}
 
 
-def with_a_graph_break(model: Any) -> dict[str, Any]:
+def with_a_graph_break(model: Any) -> None:
     layer = model.model.language_model.layers[1]
     forward = layer.forward
 
@@ -76,32 +75,26 @@ def with_a_graph_break(model: Any) -> dict[str, Any]:
         return forward(*args, **kwargs)
 
     layer.forward = breaking
-    return {}
-
-
-def with_attentions(model: Any) -> dict[str, Any]:
-    return {"output_attentions": True}
 
 
 OBSTACLES = {
     "a hook that Dynamo cannot see": with_a_hook_dynamo_cannot_see,
     "a graph break": with_a_graph_break,
-    "output_attentions": with_attentions,
 }
 
 
 @pytest.mark.parametrize("name", slow_unless(OBSTACLES, ["a hook that Dynamo cannot see"]))
 @pytest.mark.filterwarnings("ignore:luvc_fx left this alone")
 def test_images_are_put_back_whole_where_the_decoder_is_no_single_graph(model: Any, name: str) -> None:
-    options = OBSTACLES[name](model)
+    OBSTACLES[name](model)
     prompt = inputs(model, batch=2, padding=(0, 3))
-    wanted = generate(model, **prompt, **options)
+    wanted = generate(model, **prompt)
     luvc_fx.compile(model, CASCADE, inner="eager")
     with warned():
-        assert torch.equal(generate(model, **prompt, **options), wanted)
+        assert torch.equal(generate(model, **prompt), wanted)
     assert any("no single graph" in text for text in fell_back(model))
     visions = len(luvc_fx.report_of(model).of_kind("vision"))
-    assert torch.equal(generate(model, **prompt, **options), wanted)
+    assert torch.equal(generate(model, **prompt), wanted)
     assert len(luvc_fx.report_of(model).of_kind("vision")) == visions, "it was tried again"
 
 
@@ -236,7 +229,7 @@ def test_whatever_part_of_us_fails(model: Any, part: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", PARTS[:-1])  # a broken marker ends the graph, and that is refused first
 def test_strict_raises_errors_of_our_own(model: Any, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = inputs(model)
     monkeypatch.setattr(part, broken)
