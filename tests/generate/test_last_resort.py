@@ -53,7 +53,7 @@ def fell_back(model: Any) -> list[str]:
 
 @contextlib.contextmanager
 def warned() -> Iterator[None]:
-    """The block ends with a `LuvcWarning`, and no other warning of ours is unseen."""
+    """Somewhere in the block a `LuvcWarning` says that a call was left alone."""
     with pytest.warns(LuvcWarning, match=r"left this alone"):
         yield
 
