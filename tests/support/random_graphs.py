@@ -33,7 +33,7 @@ def explained(spec: Spec, schedule: Schedule, refusal: Refusal) -> bool:
         # counts that fit the merged grid need not fit the whole one
         return True
     reason, trouble = refusal.reason, spec.trouble
-    if spec.patches == 1 and reason is Reason.NO_GRID:
+    if spec.patches == 1 and reason in (Reason.NO_GRID, Reason.SCHEDULE):
         # one patch has no neighbour, and a single token shows no grid
         return merges
     if trouble in NO_ENCODER[:2]:
