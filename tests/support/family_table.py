@@ -1,8 +1,9 @@
 """The table of model families: measured by running the matrix, kept as data, shown as Markdown.
 
-``python -m tests.support.family_table --measure`` runs the matrix (minutes) and writes `OUTCOMES`. The tests
-of `test_families` compare what they measure with it. `pages` makes the tables of the documentation of it,
-without running anything (see docs/generated.py for ``--write`` and ``--check``).
+``python -m tests.support.family_table --measure`` runs the matrix (many minutes), or only the families whose
+names follow, and writes `OUTCOMES`. The tests of `test_families` compare what they measure with it. `pages`
+makes the tables of the documentation of it, without running anything (see docs/generated.py for ``--write``
+and ``--check``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -133,10 +135,14 @@ def measured_rows() -> dict[tuple[str, str], Row]:
     return {(row["key"], row["input"]): {column: row[column] for column in COLUMNS} for row in found}
 
 
-def measure() -> int:
-    """Run every cell; with a difference from the oracle nothing is written."""
-    rows, wrong = [], []
+def measure(families: Collection[str]) -> int:
+    """Run every cell of `families`; with a difference from the oracle nothing is written."""
+    known, rows, wrong = measured_rows(), [], []
     for family, name in CELLS:
+        if family not in families:
+            if (family, name) in known:
+                rows.append(json.dumps({"key": family, **known[family, name]}))
+            continue
         torch._dynamo.reset()
         started = time.perf_counter()
         told = run(family, name, longer=True, other=True)
@@ -155,9 +161,11 @@ def measure() -> int:
 def main() -> int:
     """Measure, or show what was measured."""
     parser = generated.parser(__doc__)
-    parser.add_argument("--measure", action="store_true", help="run the matrix first")
+    parser.add_argument(
+        "--measure", nargs="*", choices=FAMILIES, metavar="FAMILY", help="run those, or all, first"
+    )
     arguments = parser.parse_args()
-    if arguments.measure and measure():
+    if arguments.measure is not None and measure(arguments.measure or [*FAMILIES]):
         return 1
     return generated.run(pages, arguments)
 

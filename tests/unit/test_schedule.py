@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import luvc_fx
-from luvc_fx.mergers import Merger
+from luvc_fx.mergers import MERGERS, Merger
 from luvc_fx.mergers.oim import Oim
 from luvc_fx.mergers.tome import Tome
 from luvc_fx.schedule import KINDS, Merge, Prune, Schedule, round_half_up
@@ -27,6 +27,8 @@ from luvc_fx.selectors.uniform import Uniform
 
 MERGE = {"axis": "width", "keep": 0.5, "layer": 0}
 PRUNE = {"keep": 0.5, "layer": 0}
+ALL_SELECTORS = ", ".join(map(repr, SHIPPED))
+ALL_MERGERS = ", ".join(map(repr, MERGERS.names()))
 
 
 def made(kind: type, given: dict[str, Any], **changes: Any) -> Any:
@@ -50,10 +52,10 @@ BAD_VALUES: dict[str, tuple[type, dict[str, Any], str, Any, str]] = {
     "prune to more": (Prune, PRUNE, "keep", 1.1, "[0, 1]"),
     "prune nan": (Prune, PRUNE, "keep", math.nan, "[0, 1]"),
     "prune layer text": (Prune, PRUNE, "layer", "1", "a whole number"),
-    "selector": (Prune, PRUNE, "selector", "best", ", ".join(map(repr, SHIPPED))),
+    "selector": (Prune, PRUNE, "selector", "best", ALL_SELECTORS),
     "coverage": (Prune, PRUNE, "coverage", "local", "'block', 'global'"),
     "absorb as a number": (Prune, PRUNE, "absorb", 1, "True or False"),
-    "method": (Merge, MERGE, "method", "1d", "'oim', 'tome'"),
+    "method": (Merge, MERGE, "method", "1d", ALL_MERGERS),
 }
 
 BAD_PARAMETERS: dict[str, tuple[type, str, Any, str]] = {
@@ -110,8 +112,8 @@ def test_a_bad_parameter_is_named_by_its_method_wherever_it_is_given(name: str) 
         (lambda: Prune(**PRUNE, name="random"), "Prune.name is 'random'; .*'spectrum', which has only"),
         (lambda: Merge(**MERGE, method="tome", pairing="line"), "Merge.pairing is 'line'; .*only feature$"),
         (lambda: Prune(**PRUNE).with_selector("norm", cutoff=0.5), "Prune.cutoff is 0.5; .*which has none$"),
-        (lambda: Prune(**PRUNE, selector=Oim()), "Prune.selector is Oim.*; allowed: 'distinct', "),
-        (lambda: Merge(**MERGE, method=Spectrum), "Merge.method is <class.*; allowed: 'oim', 'tome'$"),
+        (lambda: Prune(**PRUNE, selector=Oim()), f"Prune.selector is Oim.*; allowed: {ALL_SELECTORS}$"),
+        (lambda: Merge(**MERGE, method=Spectrum), f"Merge.method is <class.*; allowed: {ALL_MERGERS}$"),
     ],
 )
 def test_a_parameter_that_the_method_does_not_have_is_refused(make: Callable[[], Any], message: str) -> None:
