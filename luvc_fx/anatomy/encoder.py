@@ -127,6 +127,12 @@ def find_encoder(
     else:
         first, axis, frames = _grid_from_convolution(graph, next(iter(calls)))
         unit, blockwise = (1, 1), False
+    if not blockwise and frames[0].grid == (1, 1):
+        # As of HunYuan-VL, whose patches come cut and in a row, of which nothing in the graph says the grid.
+        text = (
+            "the patch convolution makes one patch of each input: small images, or patches without their grid"
+        )
+        raise Refused(Reason.NO_GRID, text, first)
     if all(each.grid == unit for each in frames):
         text = f"grid too small to merge along width or height: {unit[0]} x {unit[1]} patches, one feature"
         raise Refused(Reason.SCHEDULE, text, first)

@@ -307,6 +307,9 @@ class PackedFamily(Family):
         given = {name: kwargs.get("past_key_values" if name == cache_name else name) for name in names}
         if "inputs_embeds" in names and given["inputs_embeds"] is None:
             given["inputs_embeds"] = self.model.get_input_embeddings()(kwargs["input_ids"])
+        sounds = kwargs.get("feature_attention_mask")
+        if "audio_feature_lengths" in names and sounds is not None:  # as the forward of Qwen-Omni has them
+            given["audio_feature_lengths"] = sounds.sum(dim=1)
         positions: Tensor | None = compute(**given)
         return positions
 

@@ -377,6 +377,14 @@ def test_without_a_grid_nothing_merges_but_pruning_goes_on(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, only, strict=True))
 
 
+def test_patches_that_come_one_by_one_have_no_grid() -> None:
+    """The reason is not that the image is small: its patches may be many, cut before the tower."""
+    captured = capture(toy(), **toy_inputs(side=1))
+    _, _, report = captured.rewritten(quietly(Schedule(merge=BOTH.merge)))
+    assert reasons(report.refusals) == [Reason.NO_GRID]
+    assert "one patch of each input: small images, or patches without their grid" in report.refusals[0].text
+
+
 def test_an_uneven_batch_is_refused() -> None:
     """Three images in two rows: 2 and 1."""
     model = toy()

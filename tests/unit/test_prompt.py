@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
 import luvc_fx
 from luvc_fx.generate.families import family_of
@@ -130,6 +131,67 @@ def test_positions_are_the_stock_models(make: str, rows: str) -> None:
     assert positions is not None
     assert torch.equal(positions[-3:], seen[0][-3:])
     assert torch.equal(model.model.rope_deltas, stock.model.rope_deltas)
+
+
+def tiny_omni() -> Any:
+    """Qwen2.5-Omni's thinker: a sound and an image in one prompt, counted on all axes."""
+    config = Qwen2_5OmniThinkerConfig(
+        audio_config={
+            "d_model": 16,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "encoder_layers": 1,
+            "num_mel_bins": 8,
+            "output_dim": 32,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 24,
+            "out_hidden_size": 32,
+            "num_heads": 4,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+        },
+        text_config={
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        },
+        audio_token_index=6,
+        image_token_index=IMAGE,
+        video_token_index=2,
+        audio_start_token_id=7,
+        audio_end_token_id=8,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+    )
+    return Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_positions_behind_a_sound() -> None:
+    """By hand. The forward takes the lengths of sounds from their mask, and so do we."""
+    model = tiny_omni()
+    row = [9, 7, *[6] * 7, 8, 10, 3, *[IMAGE] * 4, 4, 11, 12]
+    batch = {
+        "input_ids": torch.tensor([row]),
+        "attention_mask": torch.ones(1, len(row), dtype=torch.int64),
+        "input_features": torch.zeros(1, 8, 30),
+        "feature_attention_mask": torch.ones(1, 30, dtype=torch.int64),
+        "pixel_values": torch.zeros(16, 3 * 2 * 4 * 4),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+    positions = family_of(model).positions(batch)
+    assert positions is not None
+    # 9, the sound's start, 7 of it, its end, 10, the image's start: 12 in a row; then rows and columns.
+    assert positions[-3:, 0, :12].tolist() == [list(range(12))] * 3
+    assert (positions[-3:, 0, 12:16] - 12).tolist() == [[0] * 4, [0, 0, 1, 1], [0, 1, 0, 1]]
+    assert positions[-3:, 0, 16:].tolist() == [[14, 15, 16]] * 3
 
 
 @torch.no_grad()
