@@ -7,6 +7,8 @@ window: ``w[f] = 0.54 + 0.46 cos(pi f / edge)``, and 0 from `edge` on.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ _MOST_PRODUCTS = 1 << 29
 _REACH_IN_BINS = 128
 
 
-def lowpass(x: Tensor, cutoff: float, realization: str = "auto") -> Tensor:
+def lowpass(x: Tensor, cutoff: float, realization: str = "auto", bins: int | None = None) -> Tensor:
     """The part of each channel that varies slowly along the tokens.
 
     ``"fft"`` is the definition, ``irfft(w rfft(x))``. ``"basis"`` multiplies by the cosines and sines
@@ -48,12 +50,14 @@ def lowpass(x: Tensor, cutoff: float, realization: str = "auto") -> Tensor:
         x: float32 ``[B, N, D]``, N at least 1.
         cutoff: sigma in (0, 1], the fraction of the ``N // 2 + 1`` bins that pass; one at least.
         realization: ``"auto"``, ``"fft"``, ``"basis"`` or ``"fir"``.
+        bins: `passing_bins` of N and the cutoff, in a graph in which both numbers are symbols: a symbol
+            cannot be rounded there as a number is.
 
     Returns:
         float32 ``[B, N, D]``.
 
     Raises:
-        ValueError: for a cutoff or realization that is not allowed, or no token.
+        ValueError: for a cutoff or realization that is not allowed, or no token; for ``"auto"`` beside `bins`.
     """
     tokens = x.shape[1]
     if tokens < 1:
@@ -63,11 +67,14 @@ def lowpass(x: Tensor, cutoff: float, realization: str = "auto") -> Tensor:
     if realization not in REALIZATIONS:
         allowed = ", ".join(map(repr, REALIZATIONS))
         raise ValueError(f"realization is {realization!r}; allowed: {allowed}")
-    edge = passing_bins(tokens, cutoff)
+    if bins is not None and realization == "auto":
+        raise ValueError("realization is 'auto'; allowed beside bins: what `chosen` says of real sizes")
+    edge = passing_bins(tokens, cutoff) if bins is None else bins
     if realization == "auto":
         realization = chosen(x, cutoff)
     by = {"fft": _by_fft, "basis": _by_basis, "fir": _by_fir}[realization]
-    return by(x, edge).to(torch.float32)
+    over = _number_over if bins is None else _tensor_over
+    return by(x, edge, over).to(torch.float32)
 
 
 def passing_bins(tokens: int, cutoff: float) -> int:
@@ -82,10 +89,11 @@ def products(x: Tensor, cutoff: float, realization: str) -> int:
     return x.numel() * {"fft": 0, "basis": 4 * edge, "fir": left + 1 + right}[realization]
 
 
-def chosen(x: Tensor, cutoff: float) -> str:
-    """What ``"auto"`` is for `x` ``[B, N, D]``."""
-    device, tokens = x.device.type, x.shape[1]
-    whole = products(x, cutoff, "fir") == x.numel() * tokens
+def chosen(x: Tensor, cutoff: float, images: int = 1) -> str:
+    """What ``"auto"`` is for `x` ``[B, N, D]``, whose N tokens are those of as many images, one by one."""
+    device, tokens = x.device.type, x.shape[1] // images
+    left, right = _reach(tokens, passing_bins(tokens, cutoff))
+    whole = left + 1 + right == tokens
     if device != "cpu" and whole and x.numel() * tokens <= _MOST_PRODUCTS:
         return "fir"
     if torch.is_autocast_enabled(device):
@@ -94,40 +102,58 @@ def chosen(x: Tensor, cutoff: float) -> str:
     return "basis" if device != "cpu" or passing_bins(tokens, cutoff) <= most else "fft"
 
 
-def _window(edge: int, device: torch.device) -> Tensor:
+Over = Callable[[float, int, torch.device], Any]
+"""A number over a size, in float64, to multiply a float32 tensor with."""
+
+
+def _number_over(number: float, size: int, device: torch.device) -> float:
+    """The quotient of numbers."""
+    return number / size
+
+
+def _tensor_over(number: float, size: int, device: torch.device) -> Tensor:
+    """The same as a tensor ``[]``, for a size that is a symbol: Inductor has no floating symbols.
+
+    As a float32, to which a number would be rounded beside a float32 tensor.
+    """
+    return torch.full((), number, dtype=torch.float64, device=device).div(size).to(torch.float32)
+
+
+def _window(edge: int, device: torch.device, over: Over) -> Tensor:
     """float32 ``[edge]``."""
     frequency = torch.arange(edge, device=device, dtype=torch.float32)
-    return 0.54 + 0.46 * torch.cos(frequency * (math.pi / edge))
+    return 0.54 + 0.46 * torch.cos(frequency * over(math.pi, edge, device))
 
 
-def _by_fft(x: Tensor, edge: int) -> Tensor:
+def _by_fft(x: Tensor, edge: int, over: Over) -> Tensor:
     tokens = x.shape[1]
     passed = torch.fft.rfft(x, dim=1).narrow(1, 0, edge)
     # As pairs of reals: Inductor generates no complex arithmetic, and this product is its own.
-    weighted = torch.view_as_real(passed) * _window(edge, x.device).reshape(1, edge, 1, 1)
+    weighted = torch.view_as_real(passed) * _window(edge, x.device, over).reshape(1, edge, 1, 1)
     rest = tokens // 2 + 1 - edge
     padded = torch.nn.functional.pad(weighted, (0, 0, 0, 0, 0, rest))
     return torch.fft.irfft(torch.view_as_complex(padded), n=tokens, dim=1)
 
 
-def _weights(frequency: Tensor, tokens: int, edge: int) -> Tensor:
+def _weights(frequency: Tensor, tokens: int, edge: int, over: Over) -> Tensor:
     """float32: what the amplitudes of a bin's cosine and sine are multiplied by."""
     # A bin stands for its mirror image too, save for 0 and the highest of an even number of tokens.
     alone = (frequency == 0) | (2 * frequency == tokens)
     # Of two numbers, the result has the default dtype, which may be set to another.
-    share = torch.where(alone, 1.0 / tokens, 2.0 / tokens).to(torch.float32)
-    return (0.54 + 0.46 * torch.cos(frequency.to(torch.float32) * (math.pi / edge))) * share
+    device = frequency.device
+    share = torch.where(alone, over(1.0, tokens, device), over(2.0, tokens, device)).to(torch.float32)
+    return (0.54 + 0.46 * torch.cos(frequency.to(torch.float32) * over(math.pi, edge, device))) * share
 
 
-def _by_basis(x: Tensor, edge: int) -> Tensor:
+def _by_basis(x: Tensor, edge: int, over: Over) -> Tensor:
     tokens = x.shape[1]
     row = torch.arange(2 * edge, device=x.device).unsqueeze(1)
-    frequency, quarter = row % edge, torch.where(row < edge, 0, tokens)
+    frequency, quarter = row % edge, (row >= edge).to(torch.int64) * tokens
     # A sine is a cosine a quarter of a turn earlier. Whole turns are taken off while the numbers are
     # exact; float32 would lose them in long sequences.
     turns = 4 * (frequency * torch.arange(tokens, device=x.device)).remainder(tokens) - quarter
-    basis = torch.cos(turns.to(torch.float32) * (math.pi / (2 * tokens)))
-    weighted = basis * _weights(frequency, tokens, edge)
+    basis = torch.cos(turns.to(torch.float32) * over(math.pi, 2 * tokens, x.device))
+    weighted = basis * _weights(frequency, tokens, edge, over)
     return torch.matmul(weighted.t(), torch.matmul(basis, x))
 
 
@@ -137,11 +163,11 @@ def _reach(tokens: int, edge: int) -> tuple[int, int]:
     return (reach, reach) if 2 * reach + 1 < tokens else ((tokens - 1) // 2, tokens // 2)
 
 
-def _by_fir(x: Tensor, edge: int) -> Tensor:
+def _by_fir(x: Tensor, edge: int, over: Over) -> Tensor:
     batch, tokens, channels = x.shape
     left, right = _reach(tokens, edge)
     offsets = torch.arange(-left, right + 1, device=x.device)
-    taps = _impulse_response(offsets, tokens, edge)
+    taps = _impulse_response(offsets, tokens, edge, over)
     if left + 1 + right < tokens:
         taps = taps / taps.sum()  # a constant passes whole, through a window that was cut off too
     if x.device.type != "cpu":
@@ -152,25 +178,29 @@ def _by_fir(x: Tensor, edge: int) -> Tensor:
     return low.reshape(batch, channels, tokens).transpose(1, 2)
 
 
-def _impulse_response(offsets: Tensor, tokens: int, edge: int) -> Tensor:
+def _impulse_response(offsets: Tensor, tokens: int, edge: int, over: Over) -> Tensor:
     """float32 ``[T]``: the filter's answer to a one, at int64 `offsets` ``[T]`` from it.
 
     In closed form, so that an accelerator needs no kernel for it: the window is a constant and a cosine,
     the sum of the bins below `edge` is a Dirichlet kernel, and the cosine moves it to either side by
     half a turn over `edge`.
     """
-    middle = _dirichlet(2 * edge * offsets, tokens, edge)
-    right = _dirichlet(2 * edge * offsets + tokens, tokens, edge)
-    left = _dirichlet(2 * edge * offsets - tokens, tokens, edge)
+    middle = _dirichlet(2 * edge * offsets, tokens, edge, over)
+    right = _dirichlet(2 * edge * offsets + tokens, tokens, edge, over)
+    left = _dirichlet(2 * edge * offsets - tokens, tokens, edge, over)
     total = 0.54 * middle + 0.23 * (left + right)
     if 2 * (edge - 1) == tokens:
         # The highest of an even number of bins is its own mirror image, and was counted twice.
-        highest = 0.54 + 0.46 * math.cos(math.pi * (edge - 1) / edge)
+        highest = 0.54 - 0.46 * _cosine(over(math.pi, edge, offsets.device))
         total = total - highest * (1.0 - 2.0 * offsets.remainder(2).to(torch.float32))
     return total / tokens
 
 
-def _dirichlet(turn: Tensor, tokens: int, edge: int) -> Tensor:
+def _cosine(angle: float | Tensor) -> float | Tensor:
+    return torch.cos(angle) if isinstance(angle, Tensor) else math.cos(angle)
+
+
+def _dirichlet(turn: Tensor, tokens: int, edge: int, over: Over) -> Tensor:
     """``sum over |f| < edge of cos(2 pi f v)``, v being `turn` over ``2 edge tokens``.
 
     It is ``sin((2 edge - 1) pi v) / sin(pi v)``, and ``(2 edge - 1) v`` is `turn` over `tokens` less v.
@@ -179,10 +209,11 @@ def _dirichlet(turn: Tensor, tokens: int, edge: int) -> Tensor:
     """
     whole = 2 * edge * tokens
     turn = _around_zero(turn, whole)
-    half = turn.to(torch.float32) * (math.pi / whole)
-    above = torch.sin(_around_zero(turn, 2 * tokens).to(torch.float32) * (math.pi / tokens) - half)
-    below = torch.sin(half)
-    return torch.where(turn == 0, float(2 * edge - 1), above / torch.where(turn == 0, 1.0, below))
+    half = turn.to(torch.float32) * over(math.pi, whole, turn.device)
+    angle = _around_zero(turn, 2 * tokens).to(torch.float32) * over(math.pi, tokens, turn.device)
+    above, below = torch.sin(angle - half), torch.sin(half)
+    middle = torch.full_like(turn, 2 * edge - 1).to(torch.float32)
+    return torch.where(turn == 0, middle, above / torch.where(turn == 0, 1.0, below))
 
 
 def _around_zero(turn: Tensor, whole: int) -> Tensor:

@@ -93,21 +93,27 @@ def select_blocks(scores: Tensor, k: int, grid: tuple[int, int] | None) -> Tenso
     whole = all_or_none(scores, k)
     if whole is not None:
         return whole
-    if grid is not None and _in_squares(tokens, k, grid):
+    if grid is not None and in_squares(tokens, k, grid):
         return mask_to_index(_keep_squares(scores, grid[1]), k)
     return _select_runs(scores, k)
 
 
-def keep_blocks(scores: Tensor, k: int, grid: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """What `select_blocks` keeps, as the pair that `counted` returns; for runs, without a sum."""
+def keep_blocks(
+    scores: Tensor, k: int, grid: tuple[int, int] | None, longest: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `select_blocks` keeps, as the pair that `counted` returns; for runs, without a sum.
+
+    Args:
+        longest: `longest_run` of N and k, in a graph in which all three are symbols.
+    """
     tokens = _checked_tokens(scores, grid)
     if all_or_none(scores, k) is not None:
         return keep_alike(scores, k)
-    if grid is not None and _in_squares(tokens, k, grid):
+    if grid is not None and in_squares(tokens, k, grid):
         return counted(_keep_squares(scores, grid[1]))
     place = torch.arange(tokens, device=scores.device)
     block = place * k // tokens
-    winner = _select_runs(scores, k).index_select(1, block)
+    winner = _select_runs(scores, k, longest).index_select(1, block)
     return winner == place, block + (winner < place)
 
 
@@ -120,7 +126,13 @@ def _checked_tokens(scores: Tensor, grid: tuple[int, int] | None) -> int:
     return tokens
 
 
-def _in_squares(tokens: int, k: int, grid: tuple[int, int]) -> bool:
+def longest_run(tokens: int, k: int) -> int:
+    """Tokens in the longest of `k` blocks that are runs."""
+    return -(-tokens // k)
+
+
+def in_squares(tokens: int, k: int, grid: tuple[int, int]) -> bool:
+    """Whether the blocks are 2 x 2 squares of a grid ``(H, W)``, and no runs."""
     return tokens == 4 * k and grid[0] % 2 == 0 and grid[1] % 2 == 0
 
 
@@ -203,10 +215,10 @@ def _keep_squares(scores: Tensor, width: int) -> Tensor:
     return wins
 
 
-def _select_runs(scores: Tensor, k: int) -> Tensor:
+def _select_runs(scores: Tensor, k: int, longest: int | None = None) -> Tensor:
     """One winner of each of k runs, which differ by one token at most: padded to the longest."""
     batch, tokens = scores.shape
-    longest = -(-tokens // k)
+    longest = longest_run(tokens, k) if longest is None else longest
     block = torch.arange(k, device=scores.device)
     start, end = ((b * tokens + k - 1) // k for b in (block, block + 1))
     place = start.unsqueeze(1) + torch.arange(longest, device=scores.device)

@@ -27,6 +27,7 @@ def spectral_energy(
     normalize: str = "none",
     images: int = 1,
     realization: str = "auto",
+    bins: int | None = None,
 ) -> Tensor:
     """The energy of each token under a Hamming low-pass along the token axis.
 
@@ -41,7 +42,7 @@ def spectral_energy(
         normalize: ``"none"``; ``"mean"`` subtracts each channel's mean over the tokens; ``"rms"``
             divides each token by sqrt(mean of its squares + 1e-6).
         images: that many runs of N / images tokens are filtered, and their mean taken, each by itself.
-        realization: of the filter, as of `luvc_fx.ops.lowpass`.
+        realization, bins: of the filter, as of `luvc_fx.ops.lowpass`.
 
     Returns:
         float32 ``[B, N]``; NaN or infinity where `x` holds such values or its squares overflow.
@@ -55,7 +56,7 @@ def spectral_energy(
     if images < 1 or tokens % images:
         raise ValueError(f"images is {images!r}; allowed: a divisor of {tokens}, the tokens there are")
     x = _normalized(x.to(torch.float32).reshape(batch * images, tokens // images, channels), normalize)
-    return _energy(x, lowpass(x, cutoff, realization), energy).reshape(batch, tokens)
+    return _energy(x, lowpass(x, cutoff, realization, bins), energy).reshape(batch, tokens)
 
 
 def _normalized(x: Tensor, normalize: str) -> Tensor:

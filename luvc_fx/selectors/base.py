@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from luvc_fx.methods.registry import Method, Registry
@@ -33,6 +34,8 @@ class Site:
             with ``keys=True``), as `keys`.
         keys: float32 ``[B, N, heads * dim]``: the keys of the visual tokens in this layer, after the rotary
             embedding.
+        sizes: `Selector.sizes` by their names, where they are symbols of a graph for all numbers of tokens;
+            empty in a graph for one, in which they are computed where they are needed.
     """
 
     layer: int
@@ -42,6 +45,7 @@ class Site:
     last_query_attention: Tensor | None = None
     mean_query_attention: Tensor | None = None
     keys: Tensor | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def paid(self) -> Tensor | None:
@@ -63,7 +67,9 @@ class Selector(Method, ABC):
     ``@SELECTORS.add``. Schedules, JSON files and commands then know it by its name.
 
     It is traced once into the graph that is compiled, so its work may depend on shapes but not on values:
-    no `item`, no `nonzero`, no boolean indexing, and tensors that it needs are made inside.
+    no `item`, no `nonzero`, no boolean indexing, and tensors that it needs are made inside. In a graph for
+    all numbers of tokens, N and `count` are symbols: what follows from them by rounding or a root is asked
+    beforehand (`sizes`), and what decides how the work is done, too (`settled`).
 
     Attributes:
         needs_last_query_attention: it reads `Site.last_query_attention`. That costs one row of the attention
@@ -73,6 +79,7 @@ class Selector(Method, ABC):
         per_image: it works on each image's tokens by themselves while all of them are there. (Where the
             token grid is not known it cannot, and the report says so.)
         positions_are_checked: a check that its positions are distinct and in range goes into the graph.
+        reads_place: it reads `Site.layer` or `Site.layers`, so that layers cannot share what is compiled.
     """
 
     @property
@@ -90,6 +97,23 @@ class Selector(Method, ABC):
     @property
     def positions_are_checked(self) -> bool:
         return False
+
+    @property
+    def reads_place(self) -> bool:
+        return False
+
+    def sizes(self, tokens: int, count: int, images: int) -> dict[str, int]:
+        """Whole numbers that follow from the numbers of tokens and that its work needs as sizes, by name.
+
+        Args:
+            tokens: N of `__call__`.
+            images: `Site.images`.
+        """
+        return {}
+
+    def settled(self, x: Tensor, images: int) -> Selector:
+        """This selector with a choice made that depends on the sizes or the device of `x` ``[B, N, D]``."""
+        return self
 
     @property
     def needs_attention(self) -> bool:

@@ -68,7 +68,7 @@ def choose_mask(x: Tensor, prune: Prune, count: int, site: Site) -> tuple[Tensor
     if not answer.is_floating_point():
         return counted(marked(answer, x.shape[1]))
     if prune.coverage == "block":
-        return keep_blocks(answer, count, site.grid)
+        return keep_blocks(answer, count, site.grid, site.sizes.get("longest"))
     return keep_global(answer, count)
 
 

@@ -26,3 +26,8 @@ class Distinct(Spectrum):
     def __call__(self, x: Tensor, count: int, site: Site) -> Tensor:
         energy = Spectrum.__call__(self, x, count, site)  # `super()` is of the class without slots
         return energy * (1.0 + Diversity()(x, count, site))
+
+    def sizes(self, tokens: int, count: int, images: int) -> dict[str, int]:
+        """Those of both."""
+        both = Diversity().sizes(tokens, count, images)
+        return {**Spectrum.sizes(self, tokens, count, images), **both}

@@ -24,10 +24,14 @@ class Diversity(Selector):
 
     def __call__(self, x: Tensor, count: int, site: Site) -> Tensor:
         tokens = x.shape[1]
-        pivots = math.isqrt(count)
+        pivots = site.sizes.get("pivots") or math.isqrt(count)
         unit = torch.nn.functional.normalize(x.to(torch.float32), dim=-1)
         places = (2 * torch.arange(pivots, device=x.device) + 1) * tokens // (2 * pivots)
         chosen = unit.index_select(1, places)
         likeness = (unit.unsqueeze(2) * chosen.unsqueeze(1)).sum(-1).amax(2)
         is_pivot = (torch.arange(tokens, device=x.device).unsqueeze(1) == places).any(1)
         return (-likeness).masked_fill(is_pivot, 2.0)
+
+    def sizes(self, tokens: int, count: int, images: int) -> dict[str, int]:
+        """How many pivots there are."""
+        return {"pivots": math.isqrt(count)}

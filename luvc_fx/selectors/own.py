@@ -75,6 +75,10 @@ class OwnSelector(Selector):
     def positions_are_checked(self) -> bool:
         return True
 
+    @property
+    def reads_place(self) -> bool:
+        return True
+
     def __call__(self, x: Tensor, count: int, site: Site) -> Tensor:
         raise TypeError(f"the selector {self.name!r} is a function of the prune that asks: call `choose`")
 

@@ -44,9 +44,18 @@ class Pact(Selector):
             raise ValueError(f"selector 'pact' before decoder layer {site.layer}: its keys are not known")
         tokens = x.shape[1]
         scores = site.mean_query_attention * x.to(torch.float32).square().sum(-1).sqrt()
-        best = select_global(scores, max(count, math.isqrt(count * tokens - 1) + 1))
+        let_through = site.sizes.get("let_through") or _let_through(tokens, count)
+        best = select_global(scores, let_through)
         centres = select_global(_deltas(gather_rows(site.keys, best, 1)), count)
         return best.gather(1, centres)
+
+    def sizes(self, tokens: int, count: int, images: int) -> dict[str, int]:
+        """How many tokens the scores let through."""
+        return {"let_through": _let_through(tokens, count)}
+
+
+def _let_through(tokens: int, count: int) -> int:
+    return max(count, math.isqrt(count * tokens - 1) + 1)
 
 
 def _deltas(keys: Tensor) -> Tensor:

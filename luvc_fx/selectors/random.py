@@ -30,6 +30,7 @@ class Random(Selector):
     """
 
     name = "random"
+    reads_place = True
 
     seed: int = 0
 

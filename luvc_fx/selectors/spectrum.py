@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from luvc_fx.methods.checks import ABOVE_ZERO, check_choice, check_flag, set_number
-from luvc_fx.ops.lowpass import REALIZATIONS
+from luvc_fx.ops.lowpass import REALIZATIONS, chosen, passing_bins
 from luvc_fx.ops.spu import ENERGIES, NORMALIZATIONS, spectral_energy
 from luvc_fx.selectors.base import SELECTORS, Selector, Site
 
@@ -54,7 +54,18 @@ class Spectrum(Selector):
             normalize=self.normalize,
             images=site.images if self.per_image else 1,
             realization=self.realization,
+            bins=site.sizes.get("bins"),
         )
+
+    def sizes(self, tokens: int, count: int, images: int) -> dict[str, int]:
+        """The frequency bins that pass."""
+        return {"bins": passing_bins(tokens // (images if self.per_image else 1), self.cutoff)}
+
+    def settled(self, x: Tensor, images: int) -> Spectrum:
+        """With the realization that ``"auto"`` is for `x`."""
+        if self.realization != "auto":
+            return self
+        return replace(self, realization=chosen(x, self.cutoff, images if self.per_image else 1))
 
 
 def check_filter(item: Any) -> None:
