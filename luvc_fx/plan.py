@@ -1,17 +1,22 @@
-"""Schedule x Anatomy -> Plan: which sites, with which static counts."""
+"""Schedule x Anatomy -> Plan: which sites, with which counts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import fx
 
+from luvc_fx._compat import hint
 from luvc_fx.anatomy.axes.lengths import Counts
 from luvc_fx.anatomy.encoder import Encoder
 from luvc_fx.anatomy.recognise import Anatomy, Decoder
+from luvc_fx.graph.nodes import value
 from luvc_fx.mergers import MERGERS
 from luvc_fx.report import Reason, Refusal
 from luvc_fx.schedule import Merge, Prune, Schedule
+from luvc_fx.schedule.row_counts import PRUNED, UNCHANGED
 
 Grid = tuple[int, int]
 
@@ -56,6 +61,16 @@ class MergeSite:
 
 
 @dataclass(frozen=True, slots=True)
+class SiteSizes:
+    """The sizes at a prune site as nodes, or as numbers where they are 0 or 1."""
+
+    count: fx.Node | int
+    rows: fx.Node | int
+    height: fx.Node | int = 0
+    width: fx.Node | int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PruneSite:
     """Before one decoder layer, `count` of `left` visual tokens stay in each row.
 
@@ -64,6 +79,9 @@ class PruneSite:
         node: the residual value that enters the layer.
         prune: the schedule item.
         grid: height and width of each image's tokens while all of them are there in raster order, else None.
+        sizes: `count`, the rows behind the prune, and the `grid` (zeros without one) as nodes of a graph for
+            all numbers of tokens, or as the numbers 0 and 1; then `left`, `count` and `grid` are those seen
+            while tracing. None in a graph for one number of tokens.
     """
 
     layer: int
@@ -72,6 +90,7 @@ class PruneSite:
     left: int
     count: int
     grid: tuple[int, int] | None
+    sizes: SiteSizes | None = None
 
 
 @dataclass(slots=True)
@@ -230,8 +249,12 @@ def _plan_decoder(
     left = plan.fused
     plan.tokens_per_layer = [left] * layers
     sites = []
-    for layer, prune in schedule.prunes_at(layers, plan.fused):
-        count = prune.count(plan.fused)
+    given = None if decoder.row_counts is None else _GivenSizes(decoder.row_counts)
+    for layer, prune in schedule.prunes_at(layers, None if given else plan.fused):
+        sizes = None if given is None else given.take()
+        count = prune.count(plan.fused) if given is None else given.count
+        if sizes is None and given is not None:
+            continue
         if count == left and not identity_sites:
             continue
         if layer == 0 and 0 < count < left and prune.selector.needs_attention:
@@ -240,7 +263,52 @@ def _plan_decoder(
                 "of the layer before; allowed: from layer 1"
             )
         whole = grid if left == plan.fused else None
-        sites.append(PruneSite(layer, decoder.entering[layer], prune, left, count, whole))
+        if sizes is not None and whole is None:
+            sizes = SiteSizes(sizes.count, sizes.rows)
+        sites.append(PruneSite(layer, decoder.entering[layer], prune, left, count, whole, sizes))
         left = count
         plan.tokens_per_layer[layer:] = [left] * (layers - layer)
+    if given is not None:
+        given.check_all_taken()
+        plan.notes += given.notes
     plan.prunes = tuple(sites)
+
+
+class _GivenSizes:
+    """The sizes that a `markers.ROW_COUNTS` gives, prune by prune."""
+
+    def __init__(self, marker: fx.Node) -> None:
+        _, self._form, numbers = marker.args
+        assert isinstance(self._form, str) and isinstance(numbers, (list, tuple))
+        _, self._height, self._width, *self._rest = numbers
+        self._next = 0
+        self.count = 0
+        self.notes: list[str] = []
+
+    def take(self) -> SiteSizes | None:
+        """Those of the next prune, whose count as seen while tracing is `count` then; None: it does nothing."""
+        if self._next >= len(self._form):
+            raise ValueError(f"Schedule.prune has more items than the {self._next} whose counts are given")
+        kind = self._form[self._next]
+        self._next += 1
+        if kind == UNCHANGED:
+            return None
+        count = self._pop() if kind == PRUNED else 0
+        self.count = hint(size_of(count))
+        if self.count == 1:
+            self.notes.append("one visual token is left of this prompt: its graph is for no other number")
+        return SiteSizes(count, self._pop(), self._height, self._width)
+
+    def _pop(self) -> Any:
+        return self._rest.pop(0)
+
+    def check_all_taken(self) -> None:
+        """Raise `ValueError` where counts are left over."""
+        if self._next < len(self._form) or self._rest:
+            raise ValueError(f"Schedule.prune has {self._next} items; counts of {len(self._form)} are given")
+
+
+def size_of(size: fx.Node | int) -> int | torch.SymInt:
+    """The number that a node of a size holds, or the number itself."""
+    found: int | torch.SymInt = value(size) if isinstance(size, fx.Node) else size
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -12,14 +13,16 @@ from luvc_fx.anatomy.axes.lengths import TOKENS
 from luvc_fx.graph.emit import emit
 from luvc_fx.graph.nodes import value
 from luvc_fx.graph.notes import SHRUNK, Pruned
-from luvc_fx.ops import absorb, drop_tokens, gather_rows, mask_to_index
+from luvc_fx.graph.site_operator import PRUNE, as_text
+from luvc_fx.ops import mask_to_index
 from luvc_fx.passes.support.compact_rows import compact_followers
 from luvc_fx.passes.support.context import Context
 from luvc_fx.passes.support.last_query import last_query
 from luvc_fx.passes.support.site_keys import site_keys
-from luvc_fx.plan import PruneSite
+from luvc_fx.plan import PruneSite, SiteSizes
 from luvc_fx.report import Insertion
-from luvc_fx.selectors import Site, choose_mask
+from luvc_fx.selectors import Site
+from luvc_fx.selectors.cut import cut
 
 
 def prune_tokens(context: Context) -> None:
@@ -40,7 +43,11 @@ def prune_tokens(context: Context) -> None:
         %short : [2, 8, 8] = gather(%layer_0, 1, expand(%rows, ...))
         %norm : [2, 8, 8] = layer_norm(%short, ...)
 
-    Values that go with the rows (rotary tables, masks) are gathered by `%rows`, too.
+    Values that go with the rows (rotary tables, masks) are gathered by `%rows`, too. In a graph for all
+    numbers of tokens `%visual` to `%short` are one operator, whose body is compiled by itself::
+
+        %cut = luvc_fx.prune(%layer_0, %places, %count, %rows_left, ...)
+        %short : [2, rows_left, 8] = getitem(%cut, 0)
     """
     decoder = context.anatomy.decoder
     if decoder is None or not context.plan.prunes:
@@ -54,8 +61,12 @@ def prune_tokens(context: Context) -> None:
         )
         name = insertion.name
         nodes, make_site = _what_it_reads(context, site)
-        body = _prune_body(site, make_site)
         before = context.places
+        if site.sizes is None:
+            body = _prune_body(site, make_site)
+        else:
+            body = _operator_body(site, site.sizes, make_site, context.site_compiler)
+            nodes = [*nodes, *_nodes_of(site.sizes)]
         short, rows, context.places = emit(context.graph, name, body, site.node, before, *nodes)
         short.meta[SHRUNK] = Pruned(site.layer, site.node.name, before.name, rows.name)
         context.retarget.replace(site.node, short, {TOKENS: value(short).shape[1]})
@@ -67,20 +78,24 @@ def _visual_rows(context: Context) -> fx.Node:
     """Int64 ``[batch, tokens]``, with a check that each row has as many visual tokens as planned."""
     decoder = context.anatomy.decoder
     assert decoder is not None
-    tokens = decoder.visual
+    counts = decoder.row_counts
+    given = [] if counts is None else [n for n in counts.args[2][:1] if isinstance(n, fx.Node)]
 
     def body(*masks: Tensor) -> Tensor:
+        tokens: Any = masks[-1] if given else decoder.visual
+        masks = masks[: len(decoder.masks)]
         visual = masks[0].select(-1, 0)
         for mask in masks[1:]:
             visual = visual.logical_or(mask.select(-1, 0))
         if visual.shape[0] != 1:
             right = (visual.sum(1) == tokens).all()
+            number = "as many" if given else decoder.visual
             torch.ops.aten._assert_async.msg(
-                right, f"luvc_fx was compiled for {tokens} visual tokens in each row of the batch"
+                right, f"luvc_fx was compiled for {number} visual tokens in each row of the batch"
             )
         return mask_to_index(visual, tokens)
 
-    (places,) = emit(context.graph, "visual rows", body, *decoder.masks)
+    (places,) = emit(context.graph, "visual rows", body, *decoder.masks, *given)
     return places
 
 
@@ -140,17 +155,34 @@ def _prune_body(site: PruneSite, make_site: Callable[..., Site]) -> Callable[...
     """
 
     def body(x: Tensor, places: Tensor, *read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        length = x.shape[1]
-        visual = gather_rows(x, places, 1)
-        keep, ahead = choose_mask(visual, site.prune, site.count, make_site(x, places, *read))
-        rows = drop_tokens(places, keep, ahead, length, length - site.left + site.count)
-        kept = mask_to_index(keep, site.count)
-        # A token moves up by those before it that went.
-        moved = places.gather(1, kept) - kept + torch.arange(site.count, device=x.device)
-        short = gather_rows(x, rows, 1)
-        if _absorbs(site):
-            mean = absorb(visual, keep, ahead, kept)
-            short = short.scatter(1, moved.unsqueeze(-1).expand_as(mean), mean)
-        return short, rows, moved
+        rows = x.shape[1] - site.left + site.count
+        return cut(x, places, site.prune, site.count, rows, make_site(x, places, *read))
+
+    return body
+
+
+def _nodes_of(sizes: SiteSizes) -> list[fx.Node]:
+    given = (sizes.count, sizes.rows, sizes.height, sizes.width)
+    return [size for size in given if isinstance(size, fx.Node)]
+
+
+def _operator_body(
+    site: PruneSite, sizes: SiteSizes, make_site: Callable[..., Site], compiler: str
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The same as a call of an operator; the values of the nodes of `sizes` come last."""
+    symbols = len(_nodes_of(sizes))
+
+    def body(x: Tensor, places: Tensor, *read: Any) -> tuple[Tensor, Tensor, Tensor]:
+        given = iter(read[len(read) - symbols :])
+        numbers = [
+            next(given) if isinstance(size, fx.Node) else size
+            for size in (sizes.count, sizes.rows, sizes.height, sizes.width)
+        ]
+        told = make_site(x, places, *read[: len(read) - symbols])
+        attention = (told.last_query_attention, told.mean_query_attention, told.keys)
+        cut_off: tuple[Tensor, Tensor, Tensor] = PRUNE(
+            x, places, *numbers, as_text(site.prune), site.layer, told.layers, compiler, *attention
+        )
+        return cut_off
 
     return body

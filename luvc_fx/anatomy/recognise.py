@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from luvc_fx._compat import hint
 from luvc_fx.anatomy.attention import Attention, attentions
 from luvc_fx.anatomy.axes.lengths import TOKENS, axis_of
 from luvc_fx.anatomy.axes.probe import Join, TokenAxes
@@ -51,6 +52,8 @@ class Decoder:
         batch: rows of the prompt; visual: visual tokens of one row, as captured.
         grid: height and width of one image's tokens, where known.
         rows_outputs: `markers.PROMPT_ROWS` nodes.
+        row_counts: the `markers.ROW_COUNTS` node of a graph for all numbers of tokens; `visual` and `grid` are
+            then those seen while tracing.
     """
 
     entering: tuple[fx.Node, ...]
@@ -64,6 +67,7 @@ class Decoder:
     grid: tuple[int, int] | None
     axes: TokenAxes
     rows_outputs: tuple[fx.Node, ...]
+    row_counts: fx.Node | None = None
 
 
 @dataclass(slots=True)
@@ -197,7 +201,8 @@ def _decoder(
     sinks = [n for n in output_node(graph).all_input_nodes if n in after_last]
     idom = dominators(graph, fusion, [*sinks, *layers])
     sites = entering(idom, chain_to(idom, fusion, sinks), [[layer] for layer in layers])
-    batch, visual = _visual_tokens(fusion, features, encoder)
+    counts = next((n for n in ancestors(*features) if markers.is_call(n, markers.ROW_COUNTS)), None)
+    batch, visual = _visual_tokens(fusion, features, encoder, counts is not None)
     length = {TOKENS: shape(fusion)[1]}
     labels = _labels(graph, live & below, fusion)
     seeds = {node: {1: axis_of(TOKENS)} for node in (fusion, *labels)}
@@ -211,14 +216,17 @@ def _decoder(
             text = "the cache already holds rows before this prompt, and its mask is the model's"
             raise Refused(Reason.PAST_NOT_EMPTY, text, attention)
     rows = tuple(n for n in graph.nodes if n in live and markers.is_call(n, markers.PROMPT_ROWS))
-    grid = _marked_grid(features[0]) if len(features) == 1 else None
+    if counts is None:
+        grid = _marked_grid(features[0]) if len(features) == 1 else None
+    else:
+        grid = _counted_grid(counts)
     if encoder is not None:
         plain = encoder.grid is not None and encoder.packing is None
         grid = encoder.blocks_of(encoder.grid) if plain and encoder.grid is not None else None
     if grid is not None and visual % (grid[0] * grid[1]):
         grid = None
     return Decoder(
-        sites, tuple(layers.values()), fusion, embeds, masks, features, batch, visual, grid, axes, rows
+        sites, tuple(layers.values()), fusion, embeds, masks, features, batch, visual, grid, axes, rows, counts
     )
 
 
@@ -247,13 +255,14 @@ def _labels(graph: fx.Graph, inside: set[fx.Node], fusion: fx.Node) -> list[fx.N
 
 
 def _visual_tokens(
-    fusion: fx.Node, features: tuple[fx.Node, ...], encoder: Encoder | None
+    fusion: fx.Node, features: tuple[fx.Node, ...], encoder: Encoder | None, for_all_numbers: bool
 ) -> tuple[int, int]:
     batch, total = shape(fusion)[0], 0
     for one_modality in features:
         rows = 1
         for size in value(one_modality).shape[:-1]:
-            rows *= int(size)  # a plan is for one number of tokens: a symbolic one becomes a guard
+            # A plan for one number of tokens makes a guard of a symbolic one.
+            rows *= hint(size) if for_all_numbers else int(size)
         images = 0 if encoder is None or encoder.blockwise else encoder.images
         if rows % batch or images % batch:
             what = f"{images} images" if images % batch else f"{rows} image features"
@@ -261,6 +270,13 @@ def _visual_tokens(
             raise Refused(Reason.UNEVEN_BATCH, text, fusion)
         total += rows // batch
     return batch, total
+
+
+def _counted_grid(row_counts: fx.Node) -> tuple[int, int] | None:
+    numbers = row_counts.args[2]
+    assert isinstance(numbers, (list, tuple))
+    height, width = (hint(value(n)) if isinstance(n, fx.Node) else n for n in numbers[1:3])
+    return (height, width) if height and width else None
 
 
 def _marked_grid(features: fx.Node) -> tuple[int, int] | None:

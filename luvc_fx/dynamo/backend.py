@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from luvc_fx import _compat
+from luvc_fx.dynamo.compiled_site import site_compiler
 from luvc_fx.dynamo.fingerprint import depends_on_us, fingerprint
 from luvc_fx.dynamo.generate_warning import warn_of_compile_config, warn_when_generating
 from luvc_fx.dynamo.rewrite import rewrite
@@ -110,7 +111,9 @@ class LuvcBackend:
         options = {**self.options, **(options or {})}
         _check_options(None, options)
         telemetry.log_graph("captured graph", gm)
-        rewriting = rewrite(gm, self.schedule, self.strict, self.front_door, self.identity_sites)
+        rewriting = rewrite(
+            gm, self.schedule, self.strict, self.front_door, self.identity_sites, self._site_compiler(mode, options)
+        )
         graph_report = rewriting.report
         self.report.graphs.append(graph_report)
         telemetry.publish(gm, graph_report)
@@ -131,6 +134,12 @@ class LuvcBackend:
         graph_report.cached = _compat.cache_hits() > hits
         log.info("compiled in %.1f s%s", graph_report.compile_seconds, " from caches" * graph_report.cached)
         return compiled
+
+    def _site_compiler(self, mode: str | None, options: dict[str, Any]) -> str:
+        """Of a compiler of the user's own nobody knows whether it can be asked from within a graph."""
+        if callable(self.inner):
+            return "eager"
+        return site_compiler(str(self.inner), mode or self.mode, options)
 
     def _compile(
         self, gm: fx.GraphModule, example_inputs: list[Any], mode: str | None, options: dict[str, Any]

@@ -39,7 +39,12 @@ class Rewriting:
 
 
 def rewrite(
-    gm: fx.GraphModule, schedule: Schedule, strict: bool, front_door: bool, identity_sites: bool
+    gm: fx.GraphModule,
+    schedule: Schedule,
+    strict: bool,
+    front_door: bool,
+    identity_sites: bool,
+    site_compiler: str = "eager",
 ) -> Rewriting:
     """Rewrite `gm` in place.
 
@@ -47,6 +52,7 @@ def rewrite(
         strict: let an error of our own through; else the graph is left as it was.
         front_door: whether `luvc_fx.compile` asks, for the reasons' advice.
         identity_sites: insert sites that keep all tokens, too (for tests).
+        site_compiler: a name in `luvc_fx.graph.site_operator.COMPILERS`, for graphs in which sites are operators.
 
     Raises:
         Exception: whatever a pass raised where the captured graph could not run as it is: it reads a
@@ -76,7 +82,7 @@ def rewrite(
         if anatomy.encoder is not None:
             anatomy.encoder.leaving[0].meta[LAYOUT] = anatomy.encoder.layout
         _refuse_training(gm.graph)
-        _run_passes(gm, anatomy, plan, report)
+        _run_passes(gm, anatomy, plan, report, site_compiler)
     except Exception as error:
         backup.restore()
         if anatomy.cache_attentions:
@@ -143,9 +149,11 @@ def _is_nothing_to_do(anatomy: Anatomy, plan: Plan, schedule: Schedule) -> bool:
     return plan.empty and not anatomy.cache_attentions and not (asked_for_representatives and schedule.prune)
 
 
-def _run_passes(gm: fx.GraphModule, anatomy: Anatomy, plan: Plan, report: GraphReport) -> None:
+def _run_passes(
+    gm: fx.GraphModule, anatomy: Anatomy, plan: Plan, report: GraphReport, site_compiler: str
+) -> None:
     drop_dead(gm.graph)
-    context = Context(gm.graph, anatomy, plan, report)
+    context = Context(gm.graph, anatomy, plan, report, site_compiler)
     for run in PASSES:
         with _timed(report, run.__name__):
             run(context)

@@ -17,11 +17,13 @@ from luvc_fx.generate.families import family_of
 from luvc_fx.generate.graphs import GraphSet
 from luvc_fx.generate.hooks import HookedMethod, refuse_copies
 from luvc_fx.generate.model_check import check_schedule, check_supported, wiring
-from luvc_fx.methods.checks import check_bool, check_module
+from luvc_fx.methods.checks import check_bool, check_choice, check_module
 from luvc_fx.report import LuvcWarning, NotRewritten, Reason, Refusal, Report
 from luvc_fx.schedule import Schedule
 
 _STATE = "_luvc_fx"
+
+SIZES = ("static", "symbolic")
 
 _OUTPUT_HOOKS = "_luvc_fx_output_hooks"
 """Where an instance holds what `prepare` put on it. No model with such hooks can be pickled."""
@@ -102,6 +104,7 @@ def compile(
     on_no_match: str = "warn",
     strict: bool = False,
     dynamic: bool | None = None,
+    sizes: str = "static",
 ) -> Any:
     """Compile `generate` and `forward` of one model instance with a schedule; returns that instance.
 
@@ -114,7 +117,10 @@ def compile(
         model: a vision-language model of transformers that encodes its images by `get_image_features`
             (the documentation has a table of the families that tests cover), or a PEFT model around one.
         schedule, inner, mode, options, on_no_match, strict: as of `luvc_fx.backend`.
-        dynamic: as of `torch.compile`, for the text; each number and shape of images is a graph.
+        dynamic: as of `torch.compile`, for the text.
+        sizes: ``"static"`` compiles a prefill graph for each number of visual tokens; ``"symbolic"`` one for
+            all, in which prunes are operators that are compiled by themselves. Where it cannot be symbolic
+            (a gradient, a compiler of your own) it is static.
 
     Raises:
         ValueError: an argument that is not allowed, or a schedule that this model cannot follow.
@@ -137,8 +143,10 @@ def compile(
         "on_no_match": on_no_match,
         "strict": strict,
     }
+    check_choice("", "sizes", sizes, SIZES)
     # Only so that a wrong argument raises before anything changes.
     backend(**settings, capture_scalars=False, recompile_limit=None)
+    settings["sizes"] = "static" if callable(inner) or dynamic is False else sizes
     door: FrontDoor | None = vars(model).get(_STATE)
     if door is not None and (door.settings, door.dynamic) == (settings, dynamic):
         return outer

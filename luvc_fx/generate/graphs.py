@@ -61,6 +61,8 @@ class GraphSet:
         report: as given.
         family: what is known of the model.
         prunes: whether the schedule prunes.
+        schedule: what prunes; its counts may be changed (see `luvc_fx.schedule.row_counts`).
+        symbolic: whether one prefill graph is to serve all numbers of tokens.
         encoders: by the modality's name.
         prefill: a forward whose images are encoded already; prunes, and merges nothing.
         prefill_of_merged: the same for a prompt that merged images made shorter. It is one graph or an error:
@@ -81,6 +83,8 @@ class GraphSet:
         self.report = report
         schedule: Schedule = settings["schedule"]
         self.prunes = bool(schedule.prune)
+        self.schedule = schedule
+        self.symbolic = settings.get("sizes") == "symbolic"
         unmerged = Schedule(prune=schedule.prune)
         self.family = family_of(model)
 
@@ -126,6 +130,7 @@ class GraphSet:
         fullgraph: bool = False,
     ) -> Callable[..., Any]:
         settings = {**self._settings, "schedule": schedule}
+        settings.pop("sizes", None)
         if mode is not None:
             settings["mode"] = mode
         rewriting = LuvcBackend(**settings, report=self.report, front_door=True)
@@ -158,6 +163,7 @@ def _forward_body(family: Family, forward: Callable[..., Any]) -> Callable[..., 
         encoded: dict[str, GraphFeatures] | None = None,
         wants_row_index: bool = False,
         wants_last_logits: bool = False,
+        row_counts: tuple[str, list[Tensor]] | None = None,
     ) -> tuple[Any, Tensor | None]:
         if padding is not None:
             length = kwargs["input_ids"].shape[1]
@@ -168,6 +174,9 @@ def _forward_body(family: Family, forward: Callable[..., Any]) -> Callable[..., 
         for name, (output, grid) in (encoded or {}).items():
             if grid:
                 output = _on_grid(output, grid)
+            if row_counts is not None:
+                output = _with_row_counts(output, *row_counts)
+                row_counts = None
             kwargs = enter(kwargs, known[name], output)
         if wants_last_logits:  # as an argument, the number would be a symbol once there was another one
             kwargs = {**kwargs, "logits_to_keep": 1}
@@ -178,6 +187,15 @@ def _forward_body(family: Family, forward: Callable[..., Any]) -> Callable[..., 
         return forward(**kwargs), row_index
 
     return _compat.with_own_code(body)
+
+
+def _with_row_counts(output: Any, form: str, sizes: list[Tensor]) -> Any:
+    """An encoder's output whose features say how many rows each prune leaves. Dynamo traces this."""
+    features, numbers = output.pooler_output, [size.shape[0] for size in sizes]
+    if isinstance(features, Tensor):
+        return with_features(output, markers.ROW_COUNTS(features, form, numbers), {})
+    first, *others = features
+    return with_features(output, [markers.ROW_COUNTS(first, form, numbers), *others], {})
 
 
 def _on_grid(output: Any, grid: str) -> Any:

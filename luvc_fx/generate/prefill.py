@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
@@ -26,6 +25,7 @@ from luvc_fx.generate.families import Modality, family_of
 from luvc_fx.generate.graphs import GraphFeatures, GraphSet
 from luvc_fx.generate.kept_logits import is_cut_afterwards, keep_asked, with_all_logits
 from luvc_fx.generate.masks import left_padding, over_pruned_cache, takes_segments, without_full_mask
+from luvc_fx.generate.symbolic_sizes import keep_static, serves_all_sizes, with_symbolic_length, with_symbols
 from luvc_fx.generate.prompt import Encoded, PromptState, compact, treat_padding_as_visual
 
 
@@ -52,9 +52,16 @@ def prefill(
     wants_row_index = wants_row_index or isinstance(asked, Tensor)
     prompt, past = choose_cache(model, prompt)
     prompt, padding, needs_mask = choose_mask(model, prompt, given_cache, past)
+    symbolic = serves_all_sizes(model, graphs)
     prompt, features, old_rows = cut_prompt(
         model, graphs, prompt, encoder_outputs, rows_without_images, needs_mask, past
     )
+    row_counts = None
+    if symbolic:
+        features, row_counts = with_symbols(model, graphs, prompt, features)
+        prompt = with_symbolic_length(prompt)
+    else:
+        keep_static(features)
     if padding is None and takes_segments(model):
         prompt, padding = padding_for_mask(prompt, rows_without_images)
     run = graphs.prefill if old_rows is None else graphs.prefill_of_merged
@@ -64,6 +71,7 @@ def prefill(
         features,
         wants_row_index,
         wants_last_logits=not is_cut_afterwards(asked) and asked == 1,
+        row_counts=row_counts,
         late_features=prunes_late(graphs, features),
     )
     hand_back_cache(output, given_cache, past, rows, rows_without_images)
@@ -183,10 +191,8 @@ def with_padding_as_visual(
 
 
 def graph_features(output: Any, encoded: Encoded) -> GraphFeatures:
-    """The output as the graph takes it; features of each size are a plan of their own, never symbolic."""
+    """The output as the graph takes it."""
     features = encoded.features
-    for part in [features] if isinstance(features, Tensor) else features:
-        torch._dynamo.mark_static(part)
     count, *grid = encoded.representatives.shape
     text = as_text([grid]) if count > 1 or (count > 0 and grid[0] > 1) else ""
     return with_features(output, features, encoded.late), text

@@ -15,6 +15,7 @@ _LIBRARY = torch.library.Library("luvc_fx", "FRAGMENT")
 _LIBRARY.define("representatives(Tensor features, int rows) -> Tensor")
 _LIBRARY.define("patches(Tensor pixels, int[] grids, int unit) -> Tensor")
 _LIBRARY.define("image_grid(Tensor features, int height, int width) -> Tensor")
+_LIBRARY.define("row_counts(Tensor features, str form, SymInt[] numbers) -> Tensor")
 _LIBRARY.define("prompt_rows(Tensor embeds_or_ids) -> Tensor")
 _LIBRARY.define("cache_mask(Tensor padding, SymInt queries) -> Tensor")
 _LIBRARY.define("cache_mask.segments(Tensor padding) -> Tensor")
@@ -29,6 +30,10 @@ def _patches(pixels: torch.Tensor, grids: list[int], unit: int) -> torch.Tensor:
 
 
 def _image_grid(features: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return features.clone()
+
+
+def _row_counts(features: torch.Tensor, form: str, numbers: list[int]) -> torch.Tensor:
     return features.clone()
 
 
@@ -56,6 +61,7 @@ _SHOWN = {
     "representatives": _representatives,
     "patches": _patches,
     "image_grid": _image_grid,
+    "row_counts": _row_counts,
     "prompt_rows": _prompt_rows,
 }
 for _name, _body in _SHOWN.items():
@@ -77,6 +83,10 @@ videos of t frames of h x w each, frame by frame, in blocks of unit x unit that 
 
 IMAGE_GRID = torch.ops.luvc_fx.image_grid
 """`image_grid(features, height, width) -> features`: the grid that these features lie on."""
+
+ROW_COUNTS = torch.ops.luvc_fx.row_counts
+"""`row_counts(features, form, numbers) -> features`: how many rows there are behind each prune of a graph for
+all numbers of tokens; see `luvc_fx.schedule.row_counts.RowCounts`. The numbers are symbols, save 0 and 1."""
 
 PROMPT_ROWS = torch.ops.luvc_fx.prompt_rows
 """`prompt_rows(ids [B, S]) -> [B, S]`: the row numbers; pruned like any value with a token axis."""

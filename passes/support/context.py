@@ -23,12 +23,14 @@ class Context:
         places: int64 ``[batch, tokens]``, the rows of the visual tokens where the last site left off.
         rows: per `markers.PROMPT_ROWS` node its newest, shortened value.
         causal: what the masks are that a site made anew.
+        site_compiler: the name under which sites that are operators find their compiler.
     """
 
     graph: fx.Graph
     anatomy: Anatomy
     plan: Plan
     report: GraphReport
+    site_compiler: str = "eager"
     retarget: Retarget = field(init=False)
     representatives: fx.Node | None = None
     places: fx.Node | None = None
