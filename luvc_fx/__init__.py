@@ -12,7 +12,7 @@ from luvc_fx.selectors import register as register_selector
 if TYPE_CHECKING:
     from luvc_fx.apps.picture import picture
     from luvc_fx.apps.tuning import tune
-    from luvc_fx.generate.frontdoor import applied, compile, report_of, restore
+    from luvc_fx.generate.frontdoor import applied, compile, report_of, restore, set_budget
     from luvc_fx.generate.sizes.warming import warmup
 
 __version__ = "0.1.0"  # the only place; pyproject.toml reads it here
@@ -38,11 +38,12 @@ __all__ = [
     "register_selector",
     "report_of",
     "restore",
+    "set_budget",
     "tune",
     "warmup",
 ]
 
-_FRONT_DOOR = ("applied", "compile", "report_of", "restore")
+_FRONT_DOOR = ("applied", "compile", "report_of", "restore", "set_budget")
 
 
 def __getattr__(name: str) -> Any:

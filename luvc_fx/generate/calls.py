@@ -134,10 +134,12 @@ class Calls:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate`, whose calls of the other hooks all keep to the limits of this one."""
         kwargs = arguments_by_name(self._signatures["generate"], args, kwargs)
+        schedule = self._graphs.schedule_of(kwargs.pop("budget", None))
         limits, failed = UNTOUCHED, self._failed.generate
         if kwargs not in failed:
             try:
                 limits = self._limits_of_generate(self._with_past_key_values(kwargs))
+                limits = replace(limits, schedule=schedule) if limits.shorten else limits
             except Exception as error:
                 if is_refusal(error):
                     raise
@@ -339,7 +341,13 @@ class Calls:
                 self._graphs.prunes, lambda graph: bool(graph.tokens_per_layer), NO_FUSION
             ):
                 return prefill(
-                    self._model, self._graphs, prompt, encoder_outputs, without_images, wants_row_index
+                    self._model,
+                    self._graphs,
+                    prompt,
+                    encoder_outputs,
+                    without_images,
+                    wants_row_index,
+                    limits.schedule if limits is not None else None,
                 )
         prompt, padding = over_pruned_cache(self._model, PromptState.of(kwargs), cache)
         merges = self._merges and (limits is None or limits.merge)

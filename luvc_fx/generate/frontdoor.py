@@ -104,7 +104,7 @@ def compile(
     on_no_match: str = "warn",
     strict: bool = False,
     dynamic: bool | None = None,
-    sizes: str = "static",
+    sizes: str = "symbolic",
 ) -> Any:
     """Compile `generate` and `forward` of one model instance with a schedule; returns that instance.
 
@@ -193,6 +193,27 @@ def _remove_door(instance: Any) -> None:
     door: FrontDoor | None = vars(instance).pop(_STATE, None)
     if door is not None:
         door.remove()
+
+
+def set_budget(model: Any, budget: float | None) -> Any:
+    """Let a compiled model keep another share of its visual tokens from now on; returns it.
+
+    Every `keep` of the schedule's prunes is multiplied with one factor (`Schedule.with_budget`). Nothing is
+    compiled for it, unless a prune then does nothing. One call alone has it by
+    ``model.generate(..., budget=0.3)``. Merges stay as they are.
+
+    Args:
+        model: compiled with ``sizes="symbolic"``, the default.
+        budget: mean over the decoder layers of the visual tokens that enter, over the original; None is
+            what the schedule says.
+
+    Raises:
+        ValueError: the model is not compiled, its graphs hold for one number of tokens each, or its schedule
+            cannot have that budget.
+    """
+    graphs = door_of(model).graphs
+    graphs.schedule = door_of(model).schedule if budget is None else graphs.schedule_of(budget)
+    return model
 
 
 @contextlib.contextmanager

@@ -107,6 +107,23 @@ class GraphSet:
         self.decode = DecodeGraphs(lambda mode: forward_graph(unmerged, mode))
         self.unchanged = forward_graph(Schedule())
 
+    def schedule_of(self, budget: float | None) -> Schedule:
+        """The schedule whose prunes leave that share of the visual tokens, or the one that holds anyway.
+
+        Raises:
+            ValueError: the schedule cannot have that budget, or a prefill graph holds for one number of tokens.
+        """
+        if budget is None:
+            return self.schedule
+        if not self.symbolic:
+            raise ValueError(
+                f"budget is {budget!r}; allowed: None, as this model was compiled with sizes='static' (or "
+                "dynamic=False, or a compiler of your own): each number of tokens is a graph of its own there"
+            )
+        layers = self.family.model.config.get_text_config().num_hidden_layers
+        schedule: Schedule = self._settings["schedule"]
+        return schedule.with_budget(budget, layers)
+
     def share_decoding(self, decode: DecodeGraphs) -> None:
         """Decode with the graphs of another `GraphSet` of this model from now on.
 

@@ -17,6 +17,7 @@ from luvc_fx.generate.families import family_of, modalities, pixels_in
 from luvc_fx.generate.kept_logits import refusal_of_kept_logits
 from luvc_fx.generate.options import keeping_argument, keeping_option, merged
 from luvc_fx.report import Reason, Refusal
+from luvc_fx.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class CallLimits:
         placeholders: how many the prompt has of each modality, by its name; empty where nobody counted.
         rows_without_images: the others, whose left padding has room for as many tokens as the images have.
         decode_mode: the Inductor mode that transformers would compile the decoding of this call with.
+        schedule: whose prunes say how many tokens stay in this call, instead of the model's.
     """
 
     merge: bool
@@ -38,6 +40,7 @@ class CallLimits:
     rows_without_images: tuple[int, ...] = ()
     decode_mode: str | None = None
     placeholders: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    schedule: Schedule | None = None
 
 
 FULL = CallLimits(merge=True, shorten=True)

@@ -25,8 +25,9 @@ from luvc_fx.generate.families import Modality, family_of
 from luvc_fx.generate.graphs import GraphFeatures, GraphSet
 from luvc_fx.generate.kept_logits import is_cut_afterwards, keep_asked, with_all_logits
 from luvc_fx.generate.masks import left_padding, over_pruned_cache, takes_segments, without_full_mask
-from luvc_fx.generate.symbolic_sizes import keep_static, serves_all_sizes, with_symbolic_length, with_symbols
 from luvc_fx.generate.prompt import Encoded, PromptState, compact, treat_padding_as_visual
+from luvc_fx.generate.symbolic_sizes import with_sizes
+from luvc_fx.schedule import Schedule
 
 
 def prefill(
@@ -36,6 +37,7 @@ def prefill(
     encoder_outputs: Mapping[str, Any],
     rows_without_images: tuple[int, ...],
     wants_row_index: bool,
+    schedule: Schedule | None = None,
 ) -> Any:
     """Run the forward of a prompt with encoded images; the cache it filled counts the rows that went, too.
 
@@ -45,6 +47,7 @@ def prefill(
             prompt, or anybody else's.
         rows_without_images: of the batch, where other rows have some.
         wants_row_index: give the output `row_index` ``[B, S']``, the old number of each row of its logits.
+        schedule: whose prunes say how many tokens stay, instead of that of `graphs`.
     """
     given_cache, rows = prompt.cache, prompt.ids.shape[1]
     asked, as_tuple = prompt.rest.get("logits_to_keep"), wants_tuple(model, prompt)
@@ -52,16 +55,10 @@ def prefill(
     wants_row_index = wants_row_index or isinstance(asked, Tensor)
     prompt, past = choose_cache(model, prompt)
     prompt, padding, needs_mask = choose_mask(model, prompt, given_cache, past)
-    symbolic = serves_all_sizes(model, graphs)
     prompt, features, old_rows = cut_prompt(
         model, graphs, prompt, encoder_outputs, rows_without_images, needs_mask, past
     )
-    row_counts = None
-    if symbolic:
-        features, row_counts = with_symbols(model, graphs, prompt, features)
-        prompt = with_symbolic_length(prompt)
-    else:
-        keep_static(features)
+    prompt, features, row_counts = with_sizes(model, graphs, schedule, prompt, features)
     if padding is None and takes_segments(model):
         prompt, padding = padding_for_mask(prompt, rows_without_images)
     run = graphs.prefill if old_rows is None else graphs.prefill_of_merged

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from luvc_fx.generate.constants import rows_of
-from luvc_fx.generate.encoder_outputs import parts_of, with_features
+from luvc_fx.generate.encoder_outputs import LateFeatures, features_of, parts_of, with_features
 from luvc_fx.generate.graphs import GraphFeatures, GraphSet
 from luvc_fx.generate.prompt import PromptState
+from luvc_fx.schedule import Schedule
 from luvc_fx.schedule.row_counts import RowCounts
 
 SizesOfCounts = tuple[str, list[Tensor]]
@@ -22,11 +23,68 @@ Dynamo makes symbols of sizes that are marked, but of an integer only when it se
 compilation. No device is asked for any of these numbers."""
 
 
-def serves_all_sizes(model: Any, graphs: GraphSet) -> bool:
-    """Whether this call may run through the graph for all sizes; a gradient needs prunes written out."""
-    if not graphs.symbolic:
-        return False
-    return not (torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters()))
+def with_sizes(
+    model: Any,
+    graphs: GraphSet,
+    schedule: Schedule | None,
+    prompt: PromptState,
+    features: Mapping[str, GraphFeatures],
+) -> tuple[PromptState, Mapping[str, GraphFeatures], SizesOfCounts | None]:
+    """The prompt and its features with their sizes marked: as symbols, or as constants.
+
+    Args:
+        schedule: whose prunes say how many tokens stay, instead of that of `graphs`.
+
+    Returns:
+        Both, and what each prune leaves, where sizes are symbols and there are prunes.
+    """
+    if not graphs.symbolic or _needs_gradients(model) or not _are_known(features):
+        keep_static(features)
+        return prompt, features, None
+    late = graphs.family.late_features
+    marked = {name: (_with_symbolic_number(output, late(output)), "") for name, (output, _) in features.items()}
+    counts = None
+    if graphs.prunes:
+        try:
+            counts = _row_counts(model, schedule or graphs.schedule, prompt, features, marked)
+        except ValueError:  # this prompt is too short for the schedule: its own graph will say so
+            keep_static(features)
+            return prompt, features, None
+        graphs.report.saw((counts.visual, *counts.kept))
+    return with_symbolic_length(prompt), marked, None if counts is None else _as_sizes(counts, prompt)
+
+
+def _needs_gradients(model: Any) -> bool:
+    """Whether somebody may ask for a gradient, which needs the prunes written out in the graph."""
+    return torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters())
+
+
+def _are_known(features: Mapping[str, GraphFeatures]) -> bool:
+    return all(features_of(output) is not None for output, _ in features.values())
+
+
+def _row_counts(
+    model: Any,
+    schedule: Schedule,
+    prompt: PromptState,
+    features: Mapping[str, GraphFeatures],
+    marked: Mapping[str, GraphFeatures],
+) -> RowCounts:
+    total = sum(part.shape[:-1].numel() for output, _ in marked.values() for part in _tensors(output))
+    grids = {grid for _, grid in features.values() if grid}
+    grid = None
+    if len(features) == 1 and len(grids) == 1:
+        ((height, width),) = rows_of(grids.pop())
+        grid = (height, width)
+    layers = model.config.get_text_config().num_hidden_layers
+    return RowCounts.of(schedule, layers, total // prompt.ids.shape[0], grid)
+
+
+def _as_sizes(counts: RowCounts, prompt: PromptState) -> SizesOfCounts:
+    sizes = [torch.empty(number, 0) for number in counts.numbers(prompt.ids.shape[1])]
+    for size in sizes:
+        torch._dynamo.maybe_mark_dynamic(size, 0)
+    return counts.form, sizes
 
 
 def keep_static(features: Mapping[str, GraphFeatures]) -> None:
@@ -36,42 +94,21 @@ def keep_static(features: Mapping[str, GraphFeatures]) -> None:
             torch._dynamo.mark_static(part)
 
 
-def with_symbols(
-    model: Any, graphs: GraphSet, prompt: PromptState, features: Mapping[str, GraphFeatures]
-) -> tuple[dict[str, GraphFeatures], SizesOfCounts | None]:
-    """Features whose numbers are symbols, and what each prune leaves of them; None without prunes."""
-    grids = {grid for _, grid in features.values() if grid}
-    marked = {name: (_with_symbolic_number(output), "") for name, (output, _) in features.items()}
-    if not graphs.prunes:
-        return marked, None
-    total = sum(part.shape[:-1].numel() for output, _ in marked.values() for part in _tensors(output))
-    grid = None
-    if len(features) == 1 and len(grids) == 1:
-        ((height, width),) = rows_of(grids.pop())
-        grid = (height, width)
-    layers = model.config.get_text_config().num_hidden_layers
-    counts = RowCounts.of(graphs.schedule, layers, total // prompt.ids.shape[0], grid)
-    sizes = [torch.empty(number, 0) for number in counts.numbers(prompt.ids.shape[1])]
-    for size in sizes:
-        torch._dynamo.maybe_mark_dynamic(size, 0)
-    return marked, (counts.form, sizes)
-
-
 def _tensors(output: Any) -> list[Tensor]:
-    features = output.pooler_output
+    features = features_of(output)
+    if features is None:
+        return []
     return [features] if isinstance(features, Tensor) else list(features)
 
 
-def _with_symbolic_number(output: Any) -> Any:
+def _with_symbolic_number(output: Any, late: LateFeatures) -> Any:
     features = output.pooler_output
-    if not isinstance(features, Tensor) and len(features) > 1:
-        features = (torch.cat(parts_of(features)),)  # else each number of images would be a graph
-    made = [_marked(part, *range(part.dim() - 1)) for part in _as_list(features)]
-    return with_features(output, made[0] if isinstance(features, Tensor) else tuple(made), {})
-
-
-def _as_list(features: Any) -> list[Tensor]:
-    return [features] if isinstance(features, Tensor) else list(features)
+    late = {name: [_marked(level, 0) for level in levels] for name, levels in late.items()}
+    if isinstance(features, Tensor):
+        return with_features(output, _marked(features, *range(features.dim() - 1)), late)
+    # In one piece, or each number of images would be a graph.
+    whole = features[0] if len(features) == 1 else torch.cat(parts_of(features))
+    return with_features(output, (_marked(whole, 0),), late)
 
 
 def with_symbolic_length(prompt: PromptState) -> PromptState:
@@ -82,9 +119,8 @@ def with_symbolic_length(prompt: PromptState) -> PromptState:
         along = isinstance(given, Tensor) and given.dim() >= 2 and given.shape[-1] == length
         return _marked(given, given.dim() - 1) if along else given
 
-    rest = {name: marked(given) if name != "labels" else given for name, given in prompt.rest.items()}
     fields = {name: marked(getattr(prompt, name)) for name in ("ids", "mask", "positions")}
-    return replace(prompt, **fields, rest=rest)
+    return replace(prompt, **fields, rest={name: marked(given) for name, given in prompt.rest.items()})
 
 
 def _marked(tensor: Tensor, *axes: int) -> Tensor:

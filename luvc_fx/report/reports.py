@@ -111,16 +111,30 @@ def _change(before: int, after: int, unit: float, name: str) -> str:
     return f"{numbers} {name}"
 
 
+MOST_PROMPTS = 256
+"""Different numbers of visual tokens that a report remembers."""
+
+
 @dataclass(slots=True, eq=False)
 class Report:
     """All graphs that went through one backend, in the order of their compilation.
 
-    `refusals` are those that belong to a call rather than to a graph (the front door's). A report equals
-    itself and no other.
+    A report equals itself and no other.
+
+    Attributes:
+        refusals: those that belong to a call rather than to a graph (the front door's).
+        prompts: for graphs that serve all sizes, how many prompts there were of each: visual tokens of a row
+            at the fusion and behind each prune, ``(64, 32, 16, 0)``. At most `MOST_PROMPTS` different ones.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    prompts: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def saw(self, counts: tuple[int, ...]) -> None:
+        """Count a prompt that a graph for all sizes ran."""
+        if counts in self.prompts or len(self.prompts) < MOST_PROMPTS:
+            self.prompts[counts] = self.prompts.get(counts, 0) + 1
 
     def refuse(self, refusal: Refusal) -> bool:
         """Add a refusal of the front door unless it is there already; returns whether it is new."""
@@ -154,6 +168,7 @@ class Report:
         return {
             "graphs": [graph.to_dict() for graph in self.graphs],
             "refusals": [asdict(refusal) for refusal in self.refusals],
+            "prompts": [{"visual_tokens": [*counts], "prompts": n} for counts, n in self.prompts.items()],
         }
 
     def to_json(self) -> str:
@@ -163,4 +178,7 @@ class Report:
     def __str__(self) -> str:
         lines = [str(graph) for graph in self.graphs]
         lines += [f"refused {refusal}" for refusal in self.refusals]
+        if self.prompts:
+            lines.append("prompts through the prefill graph for all sizes, by their visual tokens:")
+            lines += [f"  {' -> '.join(map(str, counts))}: {n}" for counts, n in self.prompts.items()]
         return "\n".join(lines) if lines else "nothing compiled yet"

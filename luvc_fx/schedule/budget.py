@@ -1,8 +1,9 @@
-"""The one rule that turns a budget into a cascade of prunes; `luvc-fx eval` gives it to every method."""
+"""Budgets and cascades of prunes: a cascade of a given budget, and a given cascade at another budget."""
 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 
 
 def cascade(budget: float, layers: int) -> tuple[tuple[int, float], ...] | None:
@@ -42,3 +43,45 @@ def cascade(budget: float, layers: int) -> tuple[tuple[int, float], ...] | None:
 
 def _stages(first: int, count: int) -> list[float]:
     return [0.5 ** ((layer // first + 1).bit_length() - 1) for layer in range(count)]
+
+
+def mean_share(places: Sequence[tuple[int, float]], layers: int, factor: float = 1.0) -> float:
+    """The mean over `layers` of the share of tokens that enter, where keeps are multiplied with `factor`.
+
+    Args:
+        places: ``(decoder layer, keep)`` of each prune, by layer. No keep becomes more than 1.
+
+    >>> mean_share([(1, 0.5), (3, 0.0)], 4)
+    0.5
+    """
+    bounds = [*(layer for layer, _ in places), layers]
+    shares = (min(1.0, factor * keep) for _, keep in places)
+    lengths = (end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
+    return (bounds[0] + sum(share * length for share, length in zip(shares, lengths, strict=True))) / layers
+
+
+def rescaled(places: Sequence[tuple[int, float]], layers: int, share: float) -> list[float] | None:
+    """The keeps of the same prunes, all multiplied with one factor, so that `mean_share` is `share`.
+
+    None where no factor gives it: tokens that no prune takes away are more, or those that every factor
+    takes away are too many.
+
+    >>> rescaled([(1, 0.5), (3, 0.0)], 4, 0.375)
+    [0.25, 0.0]
+    """
+    least, most = share_bounds(places, layers)
+    if not least < share <= most:
+        return None
+    # Between the factors at which a keep becomes 1 the share grows evenly.
+    turns = sorted({1.0 / keep for _, keep in places if keep})
+    high = next((turn for turn in turns if mean_share(places, layers, turn) >= share), turns[-1])
+    low = max((turn for turn in turns if turn < high), default=0.0)
+    shares = [mean_share(places, layers, factor) for factor in (low, high)]
+    factor = low + (high - low) * (share - shares[0]) / (shares[1] - shares[0])
+    return [min(1.0, factor * keep) for _, keep in places]
+
+
+def share_bounds(places: Sequence[tuple[int, float]], layers: int) -> tuple[float, float]:
+    """What `mean_share` is above of at every factor, and what it is at most."""
+    largest = 1.0 / min((keep for _, keep in places if keep), default=1.0)
+    return mean_share(places, layers, 0.0), mean_share(places, layers, largest)

@@ -8,8 +8,10 @@ is ours, chosen by measurement, and `Schedule.luvc` is our literal reading of th
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from luvc_fx.methods.checks import check_choice, check_whole, is_number, refuse
+from luvc_fx.schedule.budget import rescaled, share_bounds
 from luvc_fx.schedule.as_json import check_keys, read_items, write_item
 from luvc_fx.schedule.json_text import parse
 from luvc_fx.schedule.merge import Merge
@@ -129,6 +132,37 @@ class Schedule:
             allowed = f"above 0 and at most {most:g}, as no token enters the last of {layers} layers"
             refuse("Schedule", "budget", budget, allowed)
         return cls(prune=prunes)
+
+    def with_budget(self, budget: float, layers: int) -> Schedule:
+        """The same merges and prunes, but every `keep` of the prunes multiplied so that the budget is this.
+
+        Args:
+            budget: mean over the decoder layers of the visual tokens that enter, over the original.
+            layers: of the decoder: ``model.config.get_text_config().num_hidden_layers``.
+
+        Raises:
+            ValueError: no factor gives that budget, prunes or merges count tokens instead of shares, or there
+                are no prunes.
+
+        >>> [prune.keep for prune in Schedule.at_budget(0.25, 16).with_budget(0.2, 16).prune]
+        [0.366..., 0.183..., 0.091..., 0.0]
+        """
+        check_whole("Schedule", "layers", layers, 1)
+        sites = self.prunes_at(layers)
+        places = [(layer, prune.keep) for layer, prune in sites if prune.keep is not None]
+        shares = [merge.keep for merge in self.merge if merge.keep is not None]
+        if not sites or len(places) < len(sites) or len(shares) < len(self.merge):
+            allowed = "for a schedule whose prunes and merges keep shares (`keep`), with one prune at least"
+            refuse("Schedule", "budget", budget, allowed)
+        merged = math.prod(shares)
+        keeps = rescaled(places, layers, budget / merged) if is_number(budget) else None
+        if keeps is None:
+            least, most = (merged * share for share in share_bounds(places, layers))
+            refuse("Schedule", "budget", budget, f"above {least:.3g} and at most {most:.3g} for this schedule")
+        changed = [
+            dataclasses.replace(prune, keep=keep) for (_, prune), keep in zip(sites, keeps, strict=True)
+        ]
+        return dataclasses.replace(self, prune=tuple(changed))
 
     @classmethod
     def luvc(cls, name: str) -> Schedule:
