@@ -226,7 +226,18 @@ def _decoder(
     if grid is not None and visual % (grid[0] * grid[1]):
         grid = None
     return Decoder(
-        sites, tuple(layers.values()), fusion, embeds, masks, features, batch, visual, grid, axes, rows, counts
+        sites,
+        tuple(layers.values()),
+        fusion,
+        embeds,
+        masks,
+        features,
+        batch,
+        visual,
+        grid,
+        axes,
+        rows,
+        counts,
     )
 
 

@@ -112,7 +112,12 @@ class LuvcBackend:
         _check_options(None, options)
         telemetry.log_graph("captured graph", gm)
         rewriting = rewrite(
-            gm, self.schedule, self.strict, self.front_door, self.identity_sites, self._site_compiler(mode, options)
+            gm,
+            self.schedule,
+            self.strict,
+            self.front_door,
+            self.identity_sites,
+            self._site_compiler(mode, options),
         )
         graph_report = rewriting.report
         self.report.graphs.append(graph_report)

@@ -42,7 +42,9 @@ def with_sizes(
         keep_static(features)
         return prompt, features, None
     late = graphs.family.late_features
-    marked = {name: (_with_symbolic_number(output, late(output)), "") for name, (output, _) in features.items()}
+    marked = {
+        name: (_with_symbolic_number(output, late(output)), "") for name, (output, _) in features.items()
+    }
     counts = None
     if graphs.prunes:
         try:

@@ -158,7 +158,9 @@ class Schedule:
         keeps = rescaled(places, layers, budget / merged) if is_number(budget) else None
         if keeps is None:
             least, most = (merged * share for share in share_bounds(places, layers))
-            refuse("Schedule", "budget", budget, f"above {least:.3g} and at most {most:.3g} for this schedule")
+            refuse(
+                "Schedule", "budget", budget, f"above {least:.3g} and at most {most:.3g} for this schedule"
+            )
         changed = [
             dataclasses.replace(prune, keep=keep) for (_, prune), keep in zip(sites, keeps, strict=True)
         ]
