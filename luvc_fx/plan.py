@@ -16,6 +16,7 @@ from luvc_fx.graph.nodes import value
 from luvc_fx.mergers import MERGERS
 from luvc_fx.report import Reason, Refusal
 from luvc_fx.schedule import Merge, Prune, Schedule
+from luvc_fx.schedule.merged_sides import MERGED, merged_side
 from luvc_fx.schedule.row_counts import PRUNED, UNCHANGED
 
 Grid = tuple[int, int]
@@ -50,6 +51,8 @@ class MergeSite:
         keys: the keys of each of the block's attention calls, `[images, heads, rows, dim]`.
         steps: in the order in which they run; all of one merger.
         grids, merged: the grids before and after, in patches, for each of the encoder's `frames`.
+        sides: in a graph for all sizes, height and width before, and the side that each step leaves, as nodes
+            or small numbers; then all other sizes are those seen while tracing. None in a graph for one size.
     """
 
     block: int
@@ -58,6 +61,16 @@ class MergeSite:
     steps: tuple[Step, ...]
     grids: tuple[Grid, ...]
     merged: tuple[Grid, ...]
+    sides: tuple[fx.Node | int, ...] | None = None
+
+    @property
+    def merged_sides(self) -> tuple[fx.Node | int, fx.Node | int]:
+        """Height and width behind it, of the one grid of a graph for all sizes."""
+        assert self.sides is not None
+        height, width, *left = self.sides
+        for step, side in zip(self.steps, left, strict=True):
+            height, width = (side, width) if step.merge.axis == "height" else (height, side)
+        return height, width
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +159,10 @@ def make_plan(schedule: Schedule, anatomy: Anatomy, identity_sites: bool = False
     return plan
 
 
-def side_counts(encoder: Encoder, grids: tuple[Grid, ...]) -> Counts:
-    """The sides of these grids by the names they have in the encoder's `TokenAxes`."""
+def side_counts(
+    encoder: Encoder, grids: tuple[Grid, ...] | tuple[tuple[fx.Node | int, fx.Node | int]]
+) -> Counts:
+    """The sides of these grids by the names they have in the encoder's `TokenAxes`; nodes where they are."""
     pairs = zip(encoder.frames, grids, strict=True)
     return {side: size for frames, grid in pairs for side, size in zip(frames.sides, grid, strict=True)}
 
@@ -156,7 +171,12 @@ def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bo
     grids = start = tuple(frames.grid for frames in encoder.frames)
     by_block: dict[int, list[Step]] = {}
     lost = [0, 0]
-    for block, merge in schedule.merges_at(len(encoder.leaving)):
+    symbolic = encoder.symbolic
+    given = None if symbolic is None else list(symbolic.merged)
+    sides_of: dict[int, list[fx.Node | int]] = {}
+    if symbolic is not None and len(symbolic.form) != len(schedule.merge):
+        raise ValueError(f"Schedule.merge has {len(schedule.merge)} items; sides of {len(symbolic.form)} are given")
+    for number, (block, merge) in enumerate(schedule.merges_at(len(encoder.leaving))):
         if not merge.method.keeps_places and encoder.packing is not None:
             allowed = [name for name in MERGERS.names() if MERGERS.get(name).keeps_places]
             raise ValueError(
@@ -171,6 +191,12 @@ def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bo
         along = 0 if merge.axis == "height" else 1
         before = tuple(grid[along] for grid in grids)
         after = tuple(_target(plan, merge, size, encoder.unit[along]) for size in before)
+        if symbolic is not None and given is not None:
+            if symbolic.form[number] == MERGED:
+                sides_of.setdefault(block, []).append(given.pop(0))
+                after = (hint(size_of(sides_of[block][-1])),)
+            elif after != before:
+                raise ValueError(f"Schedule.merge {number} shortens an axis, and no side is given for it")
         step = Step(merge, before, after)
         if encoder.packing is not None:
             step = _beside_padding(plan, step, encoder, along, lost[along])
@@ -184,14 +210,18 @@ def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bo
         grids = _shortened(grids, step)
     sites = []
     grids = start
+    sides = None if symbolic is None else symbolic.grid
     for block, steps in by_block.items():
         merged = grids
         for step in steps:
             merged = _shortened(merged, step)
-        sites.append(
-            MergeSite(block, encoder.leaving[block], encoder.keys[block], tuple(steps), grids, merged)
+        nodes = None if sides is None else (*sides, *sides_of[block])
+        site = MergeSite(
+            block, encoder.leaving[block], encoder.keys[block], tuple(steps), grids, merged, nodes
         )
+        sites.append(site)
         grids = merged
+        sides = None if sides is None else site.merged_sides
     return tuple(sites)
 
 
@@ -203,12 +233,9 @@ def _shortened(grids: tuple[Grid, ...], step: Step) -> tuple[Grid, ...]:
 
 def _target(plan: Plan, merge: Merge, before: int, unit: int) -> int:
     """The length of an axis after a merge, in patches: whole blocks merge."""
-    if merge.length is None:
-        return merge.target(before // unit) * unit  # a fraction is one of blocks
-    asked = merge.target(before)
-    after = -(-asked // unit) * unit
-    if after != asked:
-        _round_up(plan, asked, after, f"{unit} patches make one feature")
+    after = merged_side(merge, before, unit)
+    if merge.length is not None and after != merge.length:
+        _round_up(plan, merge.length, after, f"{unit} patches make one feature")
     return after
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, fx
 
+from luvc_fx.anatomy.axes.lengths import Counts
 from luvc_fx.anatomy.encoder import Encoder
 from luvc_fx.graph.emit import constant, emit
+from luvc_fx.graph.merge_operator import MERGE
 from luvc_fx.graph.notes import SHRUNK, Merged
 from luvc_fx.mergers import PatchGrid
 from luvc_fx.mergers.site import GridSite, GridStep, merge_at_site
@@ -17,6 +20,7 @@ from luvc_fx.passes.support.merge_angles import find_angles, turn_followers
 from luvc_fx.passes.support.place_features import answer_representatives, place_features
 from luvc_fx.plan import Grid, MergeSite, side_counts
 from luvc_fx.report import Insertion, MergeStep
+from luvc_fx.schedule import Schedule
 
 
 def merge_tokens(context: Context) -> None:
@@ -50,19 +54,24 @@ def merge_tokens(context: Context) -> None:
         extra = () if angles is None else (angles,)
         keys = site.keys if any(step.merge.method.needs_keys for step in site.steps) else ()
         runs = [constant(context.graph, step.runs, site.node) for step in site.steps if step.runs is not None]
-        body = _merge_body(site, encoder, len(extra), len(keys), len(runs))
-        results = emit(context.graph, name, body, site.node, *extra, *keys, *runs, *state)
+        if site.sides is None:
+            body = _merge_body(site, encoder, len(extra), len(keys), len(runs))
+            results = emit(context.graph, name, body, site.node, *extra, *keys, *runs, *state)
+        else:
+            body = _operator_body(context, site, site.sides, len(extra), len(keys), len(state))
+            nodes = [side for side in site.sides if isinstance(side, fx.Node)]
+            results = emit(context.graph, name, body, site.node, *extra, *keys, *state, *nodes)
         merged, *rest = results
         merged.meta[SHRUNK] = Merged(site.block, site.node.name, site.merged)
         if angles is not None:
             turn_followers(context, name, site, angles, rest.pop(0))
         state = tuple(rest)
-        context.retarget.replace(site.node, merged, side_counts(encoder, site.merged))
+        context.retarget.replace(site.node, merged, _counts_behind(encoder, site))
         leaving = merged if site.node is leaving else leaving
         context.report.inserted.append(insertion)
     if context.plan.merges:
         for filler in encoder.axes.fillers:
-            context.retarget.fill(filler, side_counts(encoder, context.plan.merges[-1].merged))
+            context.retarget.fill(filler, _counts_behind(encoder, context.plan.merges[-1]))
         representatives = _feature_representatives(context, encoder, state[len(encoder.frames) :])
         place_features(context, encoder, representatives, leaving)
     if encoder.representatives_marker is not None:
@@ -105,6 +114,33 @@ def _merge_body(
         first, second, third = angles, angles + keys, angles + keys + runs
         table = given[0] if angles else None
         return merge_at_site(as_data, x, table, given[first:second], given[second:third], given[third:])
+
+    return body
+
+
+def _counts_behind(encoder: Encoder, site: MergeSite) -> Counts:
+    """The sides of the grids behind a site: numbers, or nodes in a graph for all sizes."""
+    return side_counts(encoder, site.merged if site.sides is None else (site.merged_sides,))
+
+
+def _operator_body(
+    context: Context, site: MergeSite, sides: tuple[fx.Node | int, ...], angles: int, keys: int, state: int
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The same as a call of an operator; the values of the nodes of `sides` come last."""
+    encoder = context.anatomy.encoder
+    assert encoder is not None
+    merges = Schedule(merge=tuple(step.merge for step in site.steps)).to_json()
+    count, unit, compiler = encoder.frames[0].count, encoder.unit[0], context.site_compiler
+
+    def body(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
+        first, second, third = angles, angles + keys, angles + keys + state
+        symbols = iter(given[third:])
+        numbers = [next(symbols) if isinstance(side, fx.Node) else side for side in sides]
+        table = given[0] if angles else None
+        results: list[Tensor] = MERGE(
+            x, table, list(given[first:second]), list(given[second:third]), numbers, merges, count, unit, compiler
+        )
+        return tuple(results)
 
     return body
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from luvc_fx._compat import hint
 from luvc_fx.anatomy.attention import attentions
 from luvc_fx.anatomy.axes.lengths import (
     CONSTANT,
@@ -44,6 +45,20 @@ class Frames:
 
 
 @dataclass(frozen=True, slots=True)
+class SymbolicSides:
+    """The sides of the one grid of a graph for all sizes, in patches: nodes, or numbers where they are small.
+
+    Attributes:
+        grid: height and width before any merge.
+        form, merged: what each merge does, and the sides that they leave; see `MergedSides`.
+    """
+
+    grid: tuple[fx.Node | int, fx.Node | int]
+    form: str
+    merged: tuple[fx.Node | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Encoder:
     """The vision encoder of a graph.
 
@@ -60,6 +75,8 @@ class Encoder:
         packing: how patches became features, where those are not the grids row by row.
         last: the last block after which tokens may merge; later ones would not reach features that
             leave the encoder early (deepstack).
+        symbolic: the sides of the grid as nodes, in a graph for all sizes; `frames` has those seen while
+            tracing. None in a graph for one size.
     """
 
     leaving: tuple[fx.Node, ...]
@@ -73,6 +90,7 @@ class Encoder:
     packing: Packing | None
     last: int
     axes: TokenAxes
+    symbolic: SymbolicSides | None = None
 
     @property
     def images(self) -> int:
@@ -152,7 +170,10 @@ def find_encoder(
         raise Refused(Reason.NO_GRID, "the image features do not follow the blocks of the patches", features)
     keys = tuple(tuple(calls[node].keys for node in layer) for layer in layers)
     last = len(leaving) - 1 if marker is None else _last_block(graph, axes, leaving, features, marker)
-    return Encoder(leaving, keys, features, marker, frames, unit, blockwise, lead, packing, last, axes)
+    symbolic = _symbolic_sides(patch_markers[0]) if patch_markers else None
+    return Encoder(
+        leaving, keys, features, marker, frames, unit, blockwise, lead, packing, last, axes, symbolic
+    )
 
 
 def _last_block(
@@ -180,24 +201,42 @@ def _grid_from_convolution(graph: fx.Graph, attention: fx.Node) -> tuple[fx.Node
     conv = patch_convolution(graph, attention)
     if conv is None:
         raise Refused(Reason.NO_GRID, "no patch convolution before the first encoder block", attention)
-    images, _, height, width = (int(size) for size in value(conv).shape)  # guards, where symbolic
+    images, _, height, width = value(conv).shape
+    # In a graph for any number of images each is a row of the batch by itself: no prompt shares them out.
+    several = any(markers.is_call(n, markers.REPRESENTATIVES) and n.args[1] == 1 for n in graph.nodes)
+    images = hint(images) if several else int(images)
+    height, width = int(height), int(width)  # guards, where symbolic
     frames = (Frames(images, (height, width), (HEIGHT, WIDTH)),)
     return _flattened(conv), axis_of(HEIGHT, WIDTH), frames
 
 
 def _grids_from_marker(marker: fx.Node) -> tuple[fx.Node, Axis, tuple[Frames, ...], tuple[int, int]]:
     """The grids of patches, image after image, which the front door named."""
-    _, numbers, unit = marker.args
+    _, numbers, unit, *_ = marker.args
     assert isinstance(numbers, (list, tuple)) and isinstance(unit, int)
     frames: list[Frames] = []
     for place in range(0, len(numbers), 3):
-        count, height, width = (int(number) for number in numbers[place : place + 3])  # type: ignore[arg-type]
+        count, height, width = (_number(number) for number in numbers[place : place + 3])
         sides = (f"{HEIGHT} {height}x{width}", f"{WIDTH} {height}x{width}")
         if frames and frames[-1].grid == (height, width):
             count += frames.pop().count
         frames.append(Frames(count, (height, width), sides))
     blocks = [axis_of_blocks(each.count, each.sides, unit) for each in frames]
     return marker, concatenated(blocks), tuple(frames), (unit, unit)
+
+
+def _number(size: object) -> int:
+    """A size as seen while tracing."""
+    return hint(value(size)) if isinstance(size, fx.Node) else int(size)  # type: ignore[call-overload, no-any-return]
+
+
+def _symbolic_sides(marker: fx.Node) -> SymbolicSides | None:
+    _, numbers, _, form, merged = marker.args
+    assert isinstance(numbers, (list, tuple)) and isinstance(form, str) and isinstance(merged, (list, tuple))
+    if not any(isinstance(number, fx.Node) for number in (*numbers, *merged)):
+        return None
+    _, height, width = numbers
+    return SymbolicSides((height, width), form, tuple(merged))  # type: ignore[arg-type]
 
 
 def _flattened(conv: fx.Node) -> fx.Node:

@@ -13,8 +13,17 @@ from torch import Tensor
 from luvc_fx import _compat
 from luvc_fx.generate.constants import constant_of, rows_of
 from luvc_fx.generate.encoder_outputs import features_of, parts_of, with_features
-from luvc_fx.generate.families import Family, Modality
+from luvc_fx.generate.families import Family, ImageSizes, Modality
+from luvc_fx.generate.symbolic_images import (
+    SymbolicEncoder,
+    in_one_piece,
+    numbers_of_placeholders,
+    symbolic_inputs,
+    with_symbolic_grid,
+)
 from luvc_fx.graph import markers
+from luvc_fx.report.errors import brief
+from luvc_fx.schedule import Schedule
 
 EncoderBody = Callable[..., tuple[Any, Tensor | None, list[int], str]]
 """``(pixels, options, text_options, layout)`` to
@@ -40,6 +49,7 @@ class CompiledEncoder:
         family: what is known of the model.
         signature: of the model's own encoder, the method that `modality` names.
         merging, unmerged: the compiled encoder, with the merges of the schedule and without.
+        symbolic: whether and how one graph serves all sizes.
     """
 
     family: Family
@@ -47,6 +57,7 @@ class CompiledEncoder:
     signature: inspect.Signature
     merging: EncoderBody
     unmerged: EncoderBody
+    symbolic: SymbolicEncoder
 
     def options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Of a forward's keyword arguments those that the encoder takes, without its pixels."""
@@ -70,8 +81,14 @@ class CompiledEncoder:
         plain, text = self.family.encoder_constants(self.modality, options)
         layout = {"rows": str(rows), **self.family.patch_layout(self.modality, options)}
         run = self.merging if merge else self.unmerged
-        with _compat.known_constants():
-            output, representatives, lengths, form = run(pixels, plain, text, layout)
+        sizes = None
+        if self.symbolic.wanted and rows == 1:
+            sizes = self.family.symbolic_layout(self.modality, options, text)
+        answer = None if sizes is None else self._for_all_sizes(run, pixels, plain, layout, sizes, merge)
+        if answer is None:
+            with _compat.known_constants():
+                answer = run(pixels, plain, text, layout)
+        output, representatives, lengths, form = answer
         if representatives is None:
             return output
         if merge:
@@ -80,8 +97,41 @@ class CompiledEncoder:
         return output
 
 
+    def _for_all_sizes(
+        self,
+        run: EncoderBody,
+        pixels: Tensor,
+        plain: dict[str, Any],
+        layout: dict[str, str],
+        sizes: ImageSizes,
+        merge: bool,
+    ) -> tuple[Any, Tensor | None, list[int], str] | None:
+        """What `run` answers by its graph for all sizes, or None where it has none.
+
+        Images whose graph failed once are given one for their size from then on, and the report says why.
+        """
+        schedule = self.symbolic.schedule
+        symbolic = symbolic_inputs(schedule if merge else Schedule(), self.family, pixels, plain, layout, sizes)
+        if symbolic is None or self.symbolic.failed:
+            return None
+        try:
+            with _compat.known_constants():
+                output, representatives, _, form = run(*symbolic)
+        except Exception as error:
+            self.symbolic.failed = True
+            self.symbolic.note(
+                f"the {self.modality.name} encoder cannot be one graph for all sizes: {brief(error)}"
+            )
+            return None
+        return output, representatives, numbers_of_placeholders(sizes, output, pixels), form
+
+
 def compile_encoder(
-    family: Family, modality: Modality, encode: Callable[..., Any], compile: Compile
+    family: Family,
+    modality: Modality,
+    encode: Callable[..., Any],
+    compile: Compile,
+    symbolic: SymbolicEncoder,
 ) -> CompiledEncoder:
     """The encoder of one modality of a model.
 
@@ -90,7 +140,7 @@ def compile_encoder(
         compile: compiles a body, with the merges of the schedule or without.
     """
     merging, unmerged = (compile(_body(family, modality, encode, merges), merges) for merges in (True, False))
-    return CompiledEncoder(family, modality, inspect.signature(encode), merging, unmerged)
+    return CompiledEncoder(family, modality, inspect.signature(encode), merging, unmerged, symbolic)
 
 
 def _give_back_form(output: Any, lengths: list[int], form: str) -> None:
@@ -107,17 +157,30 @@ def _body(family: Family, modality: Modality, encode: Callable[..., Any], merges
     pixels_name, late_features = modality.pixels, family.late_features
 
     def body(
-        pixels: Tensor, plain: dict[str, Any], text: dict[str, str], layout: dict[str, str]
+        pixels: Tensor,
+        plain: dict[str, Any],
+        text: dict[str, str],
+        layout: dict[str, str],
+        sides: list[Tensor] | None = None,
     ) -> tuple[Any, Tensor | None, list[int], str]:
         options = {**plain, **{name: constant_of(value) for name, value in text.items()}}
-        if "grids" in layout:
+        if sides is not None:
+            pixels, stand_ins = with_symbolic_grid(pixels, layout, sides)
+            options = {**options, **stand_ins}
+        elif "grids" in layout:
             # A packed encoder gets the patches of all images in a row, and no graph shows their grids.
             grids = [size for row in rows_of(layout["grids"]) for size in row]
-            pixels = markers.PATCHES(pixels, grids, int(layout["unit"]))
+            pixels = markers.PATCHES(pixels, grids, int(layout["unit"]), "", [])
         output = encode(**{pixels_name: pixels}, return_dict=True, **options)
         features = features_of(output)
         if features is None:
             return output, None, [], ""
+        if "symbolic" in layout:
+            form, flat, lengths = in_one_piece(features)
+            representatives = markers.REPRESENTATIVES(flat, 1)
+            late = late_features(output) if merges else {}
+            kept = flat if merges else features
+            return with_features(output, kept, late), representatives, lengths, form
         parts = parts_of(features)
         if not isinstance(features, Tensor):
             form, flat = "parts", torch.cat(parts)

@@ -71,6 +71,24 @@ MODALITIES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class ImageSizes:
+    """What of an encoder's inputs may be symbols.
+
+    Attributes:
+        grid: height and width in patches of the one image there is, whose patches come in a row; None where
+            each image is an entry of the pixels, and only their number is a symbol.
+        unit: patches on the side of a feature.
+        grid_argument, bounds_argument: of the encoder, for ``[1, 3]`` frames, height and width, and for where
+            the images begin and end; None where nobody is told.
+    """
+
+    grid: tuple[int, int] | None = None
+    unit: int = 1
+    grid_argument: str = ""
+    bounds_argument: str | None = None
+
+
 class Family:
     """A model whose images have one size, or come as tiles of one size (LLaVA, LLaVA-NeXT, InternVL).
 
@@ -120,6 +138,18 @@ class Family:
         feature. Empty where each image is an entry of the pixels.
         """
         return {}
+
+    def symbolic_layout(
+        self, modality: Modality, options: Mapping[str, Any], text: Mapping[str, str]
+    ) -> ImageSizes | None:
+        """The sizes of these images, where one graph can serve all sizes; None where each has its own graph.
+
+        Here images or tiles of one size, of which there may be any number.
+
+        Args:
+            text: the constants of `encoder_constants`.
+        """
+        return None if text else ImageSizes()
 
     def traceable_methods(self) -> dict[str, Callable[..., Any]]:
         """Methods to put on the base model in place of its own, which Dynamo cannot trace.
@@ -231,6 +261,9 @@ class Family:
     def encoder_blocks(self) -> int | None:
         """Encoder blocks in front of the features; None where the config does not tell."""
         vision = getattr(self.model.config, "vision_config", None)
+        depth = getattr(vision, "depth", None)
+        if isinstance(depth, int):
+            return depth
         layer, blocks = (
             getattr(config, name, None)
             for config, name in (
@@ -301,6 +334,23 @@ class PackedFamily(Family):
         if grids is None or self._tower is None or not makes(self._calls, POSITION_IDS):
             return {}
         return {"unit": str(self._tower.spatial_merge_size), "grids": as_text(grids)}
+
+    def symbolic_layout(
+        self, modality: Modality, options: Mapping[str, Any], text: Mapping[str, str]
+    ) -> ImageSizes | None:
+        """The grid of one image, where all else that its tower reads of it is known, too.
+
+        A tower that attends within windows has as many of them as the image is large: other graphs.
+        """
+        grid_name, bounds = f"{modality.name}_grid_thw", f"{modality.name}_cu_seqlens"
+        grid = options.get(grid_name)
+        known = grid_name in text and set(text) <= {grid_name, bounds}
+        if not known or not self.patch_layout(modality, options) or not isinstance(grid, Tensor):
+            return None
+        rows, unit = grid.tolist(), int(self._tower.spatial_merge_size)
+        if len(rows) != 1 or rows[0][0] != 1 or rows[0][1] % unit or rows[0][2] % unit:
+            return None
+        return ImageSizes((rows[0][1], rows[0][2]), unit, grid_name, bounds if bounds in text else None)
 
     def positions(self, kwargs: Mapping[str, Any]) -> Tensor | None:
         """Those of several axes (M-RoPE), from the grids. The model remembers where the text goes on."""

@@ -16,6 +16,7 @@ from luvc_fx.generate.compiled_encoder import CompiledEncoder, EncoderBody, comp
 from luvc_fx.generate.constants import rows_of
 from luvc_fx.generate.encoder_outputs import with_features
 from luvc_fx.generate.families import STEERING, Family, family_of
+from luvc_fx.generate.symbolic_images import SymbolicEncoder
 from luvc_fx.graph import flash, markers
 from luvc_fx.report import Report
 from luvc_fx.schedule import Schedule
@@ -99,7 +100,13 @@ class GraphSet:
             return self._compile(body, schedule if merges else unmerged, dynamic=False)
 
         self.encoders: dict[str, CompiledEncoder] = {
-            modality.name: compile_encoder(self.family, modality, originals[modality.method], encoder_graph)
+            modality.name: compile_encoder(
+                self.family,
+                modality,
+                originals[modality.method],
+                encoder_graph,
+                SymbolicEncoder(self.symbolic, schedule, report.note),
+            )
             for modality in self.family.modalities()
         }
         self.prefill = forward_graph(unmerged)

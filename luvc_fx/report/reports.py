@@ -123,13 +123,20 @@ class Report:
 
     Attributes:
         refusals: those that belong to a call rather than to a graph (the front door's).
+        notes: what a reader should know although nothing was refused.
         prompts: for graphs that serve all sizes, how many prompts there were of each: visual tokens of a row
             at the fusion and behind each prune, ``(64, 32, 16, 0)``. At most `MOST_PROMPTS` different ones.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     prompts: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def note(self, text: str) -> None:
+        """Add a note, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def saw(self, counts: tuple[int, ...]) -> None:
         """Count a prompt that a graph for all sizes ran."""
@@ -168,6 +175,7 @@ class Report:
         return {
             "graphs": [graph.to_dict() for graph in self.graphs],
             "refusals": [asdict(refusal) for refusal in self.refusals],
+            "notes": self.notes,
             "prompts": [{"visual_tokens": [*counts], "prompts": n} for counts, n in self.prompts.items()],
         }
 
@@ -178,6 +186,7 @@ class Report:
     def __str__(self) -> str:
         lines = [str(graph) for graph in self.graphs]
         lines += [f"refused {refusal}" for refusal in self.refusals]
+        lines += [f"note: {note}" for note in self.notes]
         if self.prompts:
             lines.append("prompts through the prefill graph for all sizes, by their visual tokens:")
             lines += [f"  {' -> '.join(map(str, counts))}: {n}" for counts, n in self.prompts.items()]

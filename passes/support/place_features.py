@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import torch
@@ -42,7 +43,8 @@ def place_features(
     def body(*parts: Tensor) -> Tensor:
         placed, start = [], 0
         for part, size, frames in zip(parts, sizes, encoder.frames, strict=True):
-            first = torch.arange(frames.count, device=part.device).reshape(-1, 1, 1) * size + start
+            # Not `frames.count`: a graph may be for any number of images.
+            first = torch.arange(part.shape[0], device=part.device).reshape(-1, 1, 1) * size + start
             placed.append(part + first)
             start += size * frames.count
         if len(placed) == 1:
@@ -116,9 +118,18 @@ def answer_representatives(context: Context, encoder: Encoder) -> None:
         if images * grid[0] * grid[1] != tokens:
             return
 
-        def body(x: Tensor) -> Tensor:
-            return torch.arange(tokens, device=x.device).reshape(images, *grid).clone()
+        symbolic = () if encoder.symbolic is None else encoder.symbolic.grid
+        nodes = [side for side in symbolic if isinstance(side, fx.Node)]
 
-        (representatives,) = emit(context.graph, "placeholders", body, encoder.features)
+        def body(x: Tensor, *sides: int) -> Tensor:
+            given = iter(sides)
+            height, width = (
+                next(given) // each if isinstance(side, fx.Node) else known
+                for side, each, known in zip(symbolic or grid, encoder.unit, grid, strict=True)
+            )
+            images = math.prod(x.shape[:-1]) // (height * width) if not symbolic else encoder.images
+            return torch.arange(images * height * width, device=x.device).reshape(images, height, width).clone()
+
+        (representatives,) = emit(context.graph, "placeholders", body, encoder.features, *nodes)
     context.retarget.advance(marker.prev)
     marker.replace_all_uses_with(representatives)

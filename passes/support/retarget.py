@@ -8,6 +8,7 @@ axis must have the length that the analysis promised: a size that only broadcast
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ class Retarget:
             return
         old = value(node)
         try:
-            lengths = {axis: extent.length(counts) for axis, extent in extents.items()}
+            lengths = {axis: extent.length(_values(counts)) for axis, extent in extents.items()}
         except ValueError as error:
             raise Refused(Reason.TOKEN_AXIS, str(error), node) from None
         # Beside rows of a cache, whose number is not known: their count is never written down.
@@ -104,7 +105,8 @@ class Retarget:
             a for a, e in extents.items() if e.rows_before and isinstance(old.shape[a], torch.SymInt)
         }
         if op_name(node) in SIZED:
-            self._resize(node, extents, {a: None if a in open_ended else n for a, n in lengths.items()})
+            sizes_by_axis = {a: None if a in open_ended else n for a, n in lengths.items()}
+            self._resize(node, extents, sizes_by_axis, counts)
         elif node in self.crops:
             self._recrop(node)
         elif op_name(node) == "interpolate":
@@ -123,8 +125,10 @@ class Retarget:
 
     def _update_split(self, node: fx.Node, counts: Counts) -> None:
         dim, parts = self.pieces[node]
-        lengths = [part.length(counts) for part in parts]
-        node.args = (node.args[0], lengths, dim)
+        lengths = [part.length(_values(counts)) for part in parts]
+        pairs = zip(lengths, parts, strict=True)
+        sizes = [n if isinstance(n, int) else self._length_node(node, part, counts) for n, part in pairs]
+        node.args = (node.args[0], sizes, dim)
         node.kwargs = {}
         self.counts[node] = counts
         node.meta["example_value"] = _run(node)
@@ -147,17 +151,33 @@ class Retarget:
         space = self.space.get(node)
         sources = [m for n in node.all_input_nodes for m in (n.all_input_nodes if _is_tuple(n) else [n])]
         counts = [self.counts[n] for n in sources if n in self.counts and self.space[n] == space]
-        if len({tuple(sorted((k, hint(v)) for k, v in held.items())) for held in counts}) > 1:
+        seen = {tuple(sorted((k, hint(v)) for k, v in _values(held).items())) for held in counts}
+        if len(seen) > 1:
             raise Refused(Reason.TOKEN_AXIS, "values with different token counts meet", node)
         return counts[0] if counts else None
 
-    def _resize(self, node: fx.Node, extents: dict[int, Axis], lengths: dict[int, Any]) -> None:
+    def _resize(
+        self, node: fx.Node, extents: dict[int, Axis], lengths: dict[int, Any], counts: Counts
+    ) -> None:
         sizes = sizes_of(node)
         for axis, length in lengths.items():
             if isinstance(sizes[axis], int) and sizes[axis] == -1:
                 continue
-            sizes[axis] = length if isinstance(length, int) else self._size_node(node, extents[axis])
+            if isinstance(length, int):
+                sizes[axis] = length
+            elif any(isinstance(count, fx.Node) for count in counts.values()):
+                sizes[axis] = self._length_node(node, extents[axis], counts)
+            else:
+                sizes[axis] = self._size_node(node, extents[axis])
         set_sizes(node, sizes)
+
+    def _length_node(self, node: fx.Node, extent: Axis, counts: Counts) -> fx.Node:
+        """A node for the length of an axis, computed in front of `node` from the nodes in `counts`."""
+        with self.graph.inserting_before(node):
+            written = {k: _Written(v, self._call) if isinstance(v, fx.Node) else v for k, v in counts.items()}
+            length = extent.length(written)
+        assert isinstance(length, _Written)
+        return length.node
 
     def _size_node(self, node: fx.Node, extent: Axis) -> fx.Node:
         """A node for a symbolic length, computed from the value that `node` reshapes."""
@@ -192,6 +212,33 @@ class Retarget:
         if list(result.shape) != wanted:
             text = f"{op_name(node)} gives {list(result.shape)} where {wanted} is right"
             raise Refused(Reason.TOKEN_AXIS, text, node)
+
+
+class _Written:
+    """A whole number in a graph, whose arithmetic writes nodes."""
+
+    def __init__(self, node: fx.Node, call: Callable[..., fx.Node]) -> None:
+        self.node = node
+        self._call = call
+
+    def _with(self, target: Callable[..., Any], other: Any) -> _Written:
+        return _Written(self._call(target, self.node, getattr(other, "node", other)), self._call)
+
+    def __mul__(self, other: Any) -> _Written:
+        return self if isinstance(other, int) and other == 1 else self._with(operator.mul, other)
+
+    def __add__(self, other: Any) -> _Written:
+        return self if isinstance(other, int) and other == 0 else self._with(operator.add, other)
+
+    def __floordiv__(self, other: int) -> _Written:
+        return self if other == 1 else self._with(operator.floordiv, other)
+
+    __rmul__, __radd__ = __mul__, __add__
+
+
+def _values(counts: Counts) -> dict[str, Any]:
+    """Numbers in place of nodes: ints, or SymInts."""
+    return {key: value(count) if isinstance(count, fx.Node) else count for key, count in counts.items()}
 
 
 def _is_tuple(node: fx.Node) -> bool:
