@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from luvc_fx._compat import hint
 from luvc_fx.anatomy.axes.probe import ALIGNED, EXPANDING
 from luvc_fx.graph.nodes import ancestors, descendants, is_tensor, op_name, run, shape, value
 from luvc_fx.report import Reason, Refused
@@ -121,7 +122,8 @@ def _channels_after(node: fx.Node, source: fx.Node, channels: int) -> int:
         longer, plain = longer[0], value(node)[0]
     else:
         plain = value(node)
-    return next(axis for axis, (a, b) in enumerate(zip(longer.shape, plain.shape, strict=True)) if a != b)
+    pairs = zip(longer.shape, map(hint, plain.shape), strict=True)
+    return next(axis for axis, (new, old) in enumerate(pairs) if new != old)
 
 
 def _keeps_all_axes_but(node: fx.Node, source: fx.Node, channels: int) -> bool:

@@ -116,14 +116,14 @@ class CompiledEncoder:
             return None
         try:
             with _compat.known_constants():
-                output, representatives, _, form = run(*symbolic)
+                output, representatives, each, form = run(*symbolic)
         except Exception as error:
             self.symbolic.failed = True
             self.symbolic.note(
                 f"the {self.modality.name} encoder cannot be one graph for all sizes: {brief(error)}"
             )
             return None
-        return output, representatives, numbers_of_placeholders(sizes, output, pixels), form
+        return output, representatives, numbers_of_placeholders(sizes, pixels, each), form
 
 
 def compile_encoder(
@@ -176,7 +176,7 @@ def _body(family: Family, modality: Modality, encode: Callable[..., Any], merges
         if features is None:
             return output, None, [], ""
         if "symbolic" in layout:
-            form, flat, lengths = in_one_piece(features)
+            form, flat, lengths = in_one_piece(features, pixels)
             representatives = markers.REPRESENTATIVES(flat, 1)
             late = late_features(output) if merges else {}
             kept = flat if merges else features

@@ -53,7 +53,8 @@ def symbolic_inputs(
     """
     layout = {"rows": layout["rows"], "symbolic": ""}
     if sizes.grid is None:
-        return (_marked(pixels, 0), plain, {}, layout, None) if pixels.dim() == 4 else None
+        several = pixels.dim() == 4 and pixels.shape[0] > 1  # one is no symbol to Dynamo
+        return (_marked(pixels, 0), plain, {}, layout, None) if several else None
     sides, form = sizes.grid, ""
     if schedule.merge:
         blocks = family.encoder_blocks()
@@ -89,18 +90,32 @@ def with_symbolic_grid(
     return markers.PATCHES(pixels, [1, height, width], unit, layout["form"], merged), told
 
 
-def in_one_piece(features: Any) -> tuple[str, Tensor, list[int]]:
-    """Features as ``[N, D]``, the form that they had, and no lengths: those are symbols. Dynamo traces this."""
-    if not isinstance(features, Tensor):
-        return "parts", features[0] if len(features) == 1 else torch.cat(list(features)), []
-    return ("stacked", features.flatten(0, 1), []) if features.dim() == 3 else ("flat", features, [])
+def in_one_piece(features: Any, pixels: Tensor) -> tuple[str, Tensor, list[int]]:
+    """Features as ``[N, D]``, their form, and how many each image has where that is no symbol.
+
+    Dynamo traces this. The number is a constant of the graph, and a merge does not change it.
+
+    Raises:
+        TypeError: features of no form of which a graph for all sizes can be.
+    """
+    if isinstance(features, Tensor) and features.dim() == 3:
+        if features.shape[0] != pixels.shape[0]:
+            raise TypeError("images have no features of their own")
+        return "stacked", features.flatten(0, 1), [features.shape[1]]
+    if pixels.dim() == 4:
+        raise TypeError("features of several images come in one row, or image by image")
+    return ("flat", features, []) if isinstance(features, Tensor) else ("parts", features[0], [])
 
 
-def numbers_of_placeholders(sizes: ImageSizes, output: Any, pixels: Tensor) -> list[int]:
-    """How many placeholders each image has."""
+def numbers_of_placeholders(sizes: ImageSizes, pixels: Tensor, each: list[int]) -> list[int]:
+    """How many placeholders each image has.
+
+    Args:
+        each: as of `in_one_piece`.
+    """
     if sizes.grid is not None:
         return [sizes.grid[0] * sizes.grid[1] // sizes.unit**2]
-    raise NotImplementedError
+    return each * pixels.shape[0]
 
 
 def _with_symbolic_rows(option: Any, lengths: set[int]) -> Any:

@@ -40,7 +40,8 @@ class Factor:
             return count
         if not isinstance(count, int):
             return self.scale.numerator * count // self.scale.denominator
-        return self.scale * count
+        size = self.scale * count
+        return int(size) if size.denominator == 1 else size  # beside a symbolic size only an int will do
 
     def symbols(self) -> list[str]:
         """The symbol, or none."""
