@@ -104,7 +104,7 @@ def compile(
     on_no_match: str = "warn",
     strict: bool = False,
     dynamic: bool | None = None,
-    sizes: str = "symbolic",
+    sizes: str = "static",
 ) -> Any:
     """Compile `generate` and `forward` of one model instance with a schedule; returns that instance.
 

@@ -26,7 +26,7 @@ from luvc_fx.generate.graphs import GraphFeatures, GraphSet
 from luvc_fx.generate.kept_logits import is_cut_afterwards, keep_asked, with_all_logits
 from luvc_fx.generate.masks import left_padding, over_pruned_cache, takes_segments, without_full_mask
 from luvc_fx.generate.prompt import Encoded, PromptState, compact, treat_padding_as_visual
-from luvc_fx.generate.symbolic_sizes import with_sizes
+from luvc_fx.generate.symbolic_sizes import with_sizes, with_symbolic_rows
 from luvc_fx.schedule import Schedule
 
 
@@ -72,6 +72,8 @@ def prefill(
         late_features=prunes_late(graphs, features),
     )
     hand_back_cache(output, given_cache, past, rows, rows_without_images)
+    if row_counts is not None:
+        with_symbolic_rows(_compat.cache_of(output))
     if kept_rows is not None and old_rows is not None:
         kept_rows = old_rows.gather(1, kept_rows)
     row_index = keep_asked(output, kept_rows, asked, rows)

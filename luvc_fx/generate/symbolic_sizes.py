@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from luvc_fx.generate.cache import layers_of
 from luvc_fx.generate.constants import rows_of
 from luvc_fx.generate.encoder_outputs import LateFeatures, features_of, parts_of, with_features
 from luvc_fx.generate.graphs import GraphFeatures, GraphSet
@@ -123,6 +125,17 @@ def with_symbolic_length(prompt: PromptState) -> PromptState:
 
     fields = {name: marked(getattr(prompt, name)) for name in ("ids", "mask", "positions")}
     return replace(prompt, **fields, rest={name: marked(given) for name, given in prompt.rest.items()})
+
+
+def with_symbolic_rows(cache: Any) -> None:
+    """Let the first step over a new cache compile a graph for all numbers of rows, not for those of its layers.
+
+    Dynamo would make symbols of them in the second conversation, in another graph.
+    """
+    if isinstance(cache, DynamicCache):
+        for layer in layers_of(cache):
+            for tensor in (layer.keys, layer.values):
+                torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() - 2)
 
 
 def _marked(tensor: Tensor, *axes: int) -> Tensor:
