@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import fx
 
-from luvc_fx._compat import hint
 from luvc_fx.anatomy.axes.lengths import Counts
 from luvc_fx.anatomy.encoder import Encoder
-from luvc_fx.anatomy.recognise import Anatomy, Decoder
-from luvc_fx.graph.nodes import value
+from luvc_fx.anatomy.recognise import Anatomy, Decoder, SymbolicCounts
+from luvc_fx.graph.nodes import size_seen
 from luvc_fx.mergers import MERGERS
 from luvc_fx.report import Reason, Refusal
 from luvc_fx.schedule import Merge, Prune, Schedule
@@ -175,7 +172,9 @@ def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bo
     given = None if symbolic is None else list(symbolic.merged)
     sides_of: dict[int, list[fx.Node | int]] = {}
     if symbolic is not None and len(symbolic.form) != len(schedule.merge):
-        raise ValueError(f"Schedule.merge has {len(schedule.merge)} items; sides of {len(symbolic.form)} are given")
+        raise ValueError(
+            f"Schedule.merge has {len(schedule.merge)} items; sides of {len(symbolic.form)} are given"
+        )
     for number, (block, merge) in enumerate(schedule.merges_at(len(encoder.leaving))):
         if not merge.method.keeps_places and encoder.packing is not None:
             allowed = [name for name in MERGERS.names() if MERGERS.get(name).keeps_places]
@@ -194,7 +193,7 @@ def _merges(plan: Plan, schedule: Schedule, encoder: Encoder, identity_sites: bo
         if symbolic is not None and given is not None:
             if symbolic.form[number] == MERGED:
                 sides_of.setdefault(block, []).append(given.pop(0))
-                after = (hint(size_of(sides_of[block][-1])),)
+                after = (size_seen(sides_of[block][-1]),)
             elif after != before:
                 raise ValueError(f"Schedule.merge {number} shortens an axis, and no side is given for it")
         step = Step(merge, before, after)
@@ -302,40 +301,29 @@ def _plan_decoder(
 
 
 class _GivenSizes:
-    """The sizes that a `markers.ROW_COUNTS` gives, prune by prune."""
+    """The sizes that a graph for all numbers of tokens is told, prune by prune."""
 
-    def __init__(self, marker: fx.Node) -> None:
-        _, self._form, numbers = marker.args
-        assert isinstance(self._form, str) and isinstance(numbers, (list, tuple))
-        _, self._height, self._width, *self._rest = numbers
+    def __init__(self, counts: SymbolicCounts) -> None:
+        self._form, self._grid, self._rest = counts.form, counts.grid, list(counts.rest)
         self._next = 0
         self.count = 0
         self.notes: list[str] = []
 
     def take(self) -> SiteSizes | None:
-        """Those of the next prune, whose count as seen while tracing is `count` then; None: it does nothing."""
+        """Those of the next prune, and `count` is its count as seen while tracing; None: it does nothing."""
         if self._next >= len(self._form):
             raise ValueError(f"Schedule.prune has more items than the {self._next} whose counts are given")
         kind = self._form[self._next]
         self._next += 1
         if kind == UNCHANGED:
             return None
-        count = self._pop() if kind == PRUNED else 0
-        self.count = hint(size_of(count))
+        count = self._rest.pop(0) if kind == PRUNED else 0
+        self.count = size_seen(count)
         if self.count == 1:
             self.notes.append("one visual token is left of this prompt: its graph is for no other number")
-        return SiteSizes(count, self._pop(), self._height, self._width)
-
-    def _pop(self) -> Any:
-        return self._rest.pop(0)
+        return SiteSizes(count, self._rest.pop(0), *self._grid)
 
     def check_all_taken(self) -> None:
         """Raise `ValueError` where counts are left over."""
         if self._next < len(self._form) or self._rest:
             raise ValueError(f"Schedule.prune has {self._next} items; counts of {len(self._form)} are given")
-
-
-def size_of(size: fx.Node | int) -> int | torch.SymInt:
-    """The number that a node of a size holds, or the number itself."""
-    found: int | torch.SymInt = value(size) if isinstance(size, fx.Node) else size
-    return found

@@ -106,7 +106,7 @@ def _merge_body(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """`merge_at_site` as a function of the residual value and, in this order, of what goes with it.
 
-    `angles` (0 or 1) tables, the keys of `keys` attention calls, `runs` tables, and the state of a site before.
+    `angles` (0 or 1) tables, keys of `keys` attention calls, `runs` tables, and the state of a site before.
     """
     as_data = grid_site(site, encoder)
 
@@ -124,7 +124,7 @@ def _counts_behind(encoder: Encoder, site: MergeSite) -> Counts:
 
 
 def _operator_body(
-    context: Context, site: MergeSite, sides: tuple[fx.Node | int, ...], angles: int, keys: int, state: int
+    context: Context, site: MergeSite, sides: tuple[fx.Node | int, ...], angles: int, keys: int, states: int
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The same as a call of an operator; the values of the nodes of `sides` come last."""
     encoder = context.anatomy.encoder
@@ -133,13 +133,12 @@ def _operator_body(
     count, unit, compiler = encoder.frames[0].count, encoder.unit[0], context.site_compiler
 
     def body(x: Tensor, *given: Any) -> tuple[Tensor, ...]:
-        first, second, third = angles, angles + keys, angles + keys + state
+        first, second, third = angles, angles + keys, angles + keys + states
         symbols = iter(given[third:])
         numbers = [next(symbols) if isinstance(side, fx.Node) else side for side in sides]
         table = given[0] if angles else None
-        results: list[Tensor] = MERGE(
-            x, table, list(given[first:second]), list(given[second:third]), numbers, merges, count, unit, compiler
-        )
+        attended, state = list(given[first:second]), list(given[second:third])
+        results: list[Tensor] = MERGE(x, table, attended, state, numbers, merges, count, unit, compiler)
         return tuple(results)
 
     return body

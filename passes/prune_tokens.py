@@ -79,7 +79,7 @@ def _visual_rows(context: Context) -> fx.Node:
     decoder = context.anatomy.decoder
     assert decoder is not None
     counts = decoder.row_counts
-    given = [] if counts is None else [n for n in counts.args[2][:1] if isinstance(n, fx.Node)]
+    given = [counts.visual] if counts is not None and isinstance(counts.visual, fx.Node) else []
 
     def body(*masks: Tensor) -> Tensor:
         tokens: Any = masks[-1] if given else decoder.visual

@@ -26,7 +26,17 @@ from luvc_fx.anatomy.residual_stream import by_layer, chain_to, dominators, ente
 from luvc_fx.anatomy.tiles import Packing
 from luvc_fx.anatomy.token_origins import token_origins
 from luvc_fx.graph import markers
-from luvc_fx.graph.nodes import ancestors, descendants, is_tensor, op_name, output_node, shape, value
+from luvc_fx.graph.nodes import (
+    ancestors,
+    as_size,
+    descendants,
+    is_tensor,
+    op_name,
+    output_node,
+    shape,
+    size_seen,
+    value,
+)
 from luvc_fx.graph.notes import Layout
 from luvc_fx.report import Reason, Refused
 
@@ -216,7 +226,7 @@ def _grids_from_marker(marker: fx.Node) -> tuple[fx.Node, Axis, tuple[Frames, ..
     assert isinstance(numbers, (list, tuple)) and isinstance(unit, int)
     frames: list[Frames] = []
     for place in range(0, len(numbers), 3):
-        count, height, width = (_number(number) for number in numbers[place : place + 3])
+        count, height, width = (size_seen(as_size(number)) for number in numbers[place : place + 3])
         sides = (f"{HEIGHT} {height}x{width}", f"{WIDTH} {height}x{width}")
         if frames and frames[-1].grid == (height, width):
             count += frames.pop().count
@@ -225,18 +235,13 @@ def _grids_from_marker(marker: fx.Node) -> tuple[fx.Node, Axis, tuple[Frames, ..
     return marker, concatenated(blocks), tuple(frames), (unit, unit)
 
 
-def _number(size: object) -> int:
-    """A size as seen while tracing."""
-    return hint(value(size)) if isinstance(size, fx.Node) else int(size)  # type: ignore[call-overload, no-any-return]
-
-
 def _symbolic_sides(marker: fx.Node) -> SymbolicSides | None:
     _, numbers, _, form, merged = marker.args
     assert isinstance(numbers, (list, tuple)) and isinstance(form, str) and isinstance(merged, (list, tuple))
     if not any(isinstance(number, fx.Node) for number in (*numbers, *merged)):
         return None
-    _, height, width = numbers
-    return SymbolicSides((height, width), form, tuple(merged))  # type: ignore[arg-type]
+    _, height, width = map(as_size, numbers)
+    return SymbolicSides((height, width), form, tuple(map(as_size, merged)))
 
 
 def _flattened(conv: fx.Node) -> fx.Node:

@@ -23,12 +23,14 @@ from luvc_fx.anatomy.residual_stream import chain_to, dominators, entering
 from luvc_fx.graph import markers
 from luvc_fx.graph.nodes import (
     ancestors,
+    as_size,
     descendants,
     is_tensor,
     live_nodes,
     op_name,
     output_node,
     shape,
+    size_seen,
     value,
 )
 from luvc_fx.report import Reason, Refusal, Refused
@@ -37,6 +39,21 @@ CAPTURE_ENDED = "the capture ended before the image features enter the text"
 ENCODER_ELSEWHERE = "the encoder of the image features is not in this graph: nothing is merged"
 
 UNSUPPORTED = "no supported attention (SDPA, FlashAttention 2, matmul-softmax-matmul)"
+
+
+@dataclass(frozen=True, slots=True)
+class SymbolicCounts:
+    """What a `markers.ROW_COUNTS` says: nodes of sizes, or numbers where they are 0 or 1.
+
+    Attributes:
+        visual: visual tokens of one row; grid: height and width of each image's tokens, zeros where unknown.
+        form, rest: what each prune does, and its counts; see `luvc_fx.schedule.row_counts.RowCounts`.
+    """
+
+    visual: fx.Node | int
+    grid: tuple[fx.Node | int, fx.Node | int]
+    form: str
+    rest: tuple[fx.Node | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +69,8 @@ class Decoder:
         batch: rows of the prompt; visual: visual tokens of one row, as captured.
         grid: height and width of one image's tokens, where known.
         rows_outputs: `markers.PROMPT_ROWS` nodes.
-        row_counts: the `markers.ROW_COUNTS` node of a graph for all numbers of tokens; `visual` and `grid` are
-            then those seen while tracing.
+        row_counts: what a graph for all numbers of tokens is told; `visual` and `grid` are then those seen
+            while tracing. None in a graph for one number.
     """
 
     entering: tuple[fx.Node, ...]
@@ -67,7 +84,7 @@ class Decoder:
     grid: tuple[int, int] | None
     axes: TokenAxes
     rows_outputs: tuple[fx.Node, ...]
-    row_counts: fx.Node | None = None
+    row_counts: SymbolicCounts | None = None
 
 
 @dataclass(slots=True)
@@ -201,7 +218,7 @@ def _decoder(
     sinks = [n for n in output_node(graph).all_input_nodes if n in after_last]
     idom = dominators(graph, fusion, [*sinks, *layers])
     sites = entering(idom, chain_to(idom, fusion, sinks), [[layer] for layer in layers])
-    counts = next((n for n in ancestors(*features) if markers.is_call(n, markers.ROW_COUNTS)), None)
+    counts = _symbolic_counts(features)
     batch, visual = _visual_tokens(fusion, features, encoder, counts is not None)
     length = {TOKENS: shape(fusion)[1]}
     labels = _labels(graph, live & below, fusion)
@@ -219,7 +236,8 @@ def _decoder(
     if counts is None:
         grid = _marked_grid(features[0]) if len(features) == 1 else None
     else:
-        grid = _counted_grid(counts)
+        height, width = map(size_seen, counts.grid)
+        grid = (height, width) if height and width else None
     if encoder is not None:
         plain = encoder.grid is not None and encoder.packing is None
         grid = encoder.blocks_of(encoder.grid) if plain and encoder.grid is not None else None
@@ -283,11 +301,14 @@ def _visual_tokens(
     return batch, total
 
 
-def _counted_grid(row_counts: fx.Node) -> tuple[int, int] | None:
-    numbers = row_counts.args[2]
-    assert isinstance(numbers, (list, tuple))
-    height, width = (hint(value(n)) if isinstance(n, fx.Node) else n for n in numbers[1:3])
-    return (height, width) if height and width else None
+def _symbolic_counts(features: tuple[fx.Node, ...]) -> SymbolicCounts | None:
+    for node in ancestors(*features):
+        if markers.is_call(node, markers.ROW_COUNTS):
+            _, form, numbers = node.args
+            assert isinstance(form, str) and isinstance(numbers, (list, tuple))
+            visual, height, width, *rest = map(as_size, numbers)
+            return SymbolicCounts(visual, (height, width), form, tuple(rest))
+    return None
 
 
 def _marked_grid(features: fx.Node) -> tuple[int, int] | None:

@@ -13,9 +13,8 @@ from torch import Tensor
 from luvc_fx import _compat
 from luvc_fx.graph import merge_operator
 from luvc_fx.graph.merge_operator import CompiledMerge, Steps, run_merge
-from luvc_fx.graph.site_operator import COMPILERS, CompiledCut, Numbers
+from luvc_fx.graph.site_operator import COMPILERS, CompiledCut, Numbers, site_of
 from luvc_fx.schedule import Prune
-from luvc_fx.selectors import Site
 from luvc_fx.selectors.cut import cut
 
 
@@ -129,7 +128,7 @@ def _cut_body(prune: Prune, layer: int, layers: int) -> Callable[..., tuple[Tens
     ) -> tuple[Tensor, Tensor, Tensor]:
         numbers = {name: size.shape[0] for name, size in sizes.items()}
         grid = (numbers["height"], numbers["width"]) if "height" in numbers else None
-        site = Site(layer, layers, grid, numbers.get("images", 1), *attention, sizes=numbers)
+        site = site_of(layer, layers, grid, numbers.get("images", 1), attention, numbers)
         return cut(x, places, prune, numbers["count"], numbers["rows"], site)
 
     return _compat.with_own_code(body)

@@ -52,7 +52,7 @@ def rewrite(
         strict: let an error of our own through; else the graph is left as it was.
         front_door: whether `luvc_fx.compile` asks, for the reasons' advice.
         identity_sites: insert sites that keep all tokens, too (for tests).
-        site_compiler: a name in `luvc_fx.graph.site_operator.COMPILERS`, for graphs in which sites are operators.
+        site_compiler: who compiles sites that are operators: a name in `site_operator.COMPILERS`.
 
     Raises:
         Exception: whatever a pass raised where the captured graph could not run as it is: it reads a

@@ -96,7 +96,6 @@ class CompiledEncoder:
         output.luvc_representatives, output.luvc_placeholders = representatives, sum(lengths)
         return output
 
-
     def _for_all_sizes(
         self,
         run: EncoderBody,
@@ -110,8 +109,8 @@ class CompiledEncoder:
 
         Images whose graph failed once are given one for their size from then on, and the report says why.
         """
-        schedule = self.symbolic.schedule
-        symbolic = symbolic_inputs(schedule if merge else Schedule(), self.family, pixels, plain, layout, sizes)
+        schedule = self.symbolic.schedule if merge else Schedule()
+        symbolic = symbolic_inputs(schedule, self.family, pixels, plain, layout, sizes)
         if symbolic is None or self.symbolic.failed:
             return None
         try:

@@ -118,7 +118,7 @@ class GraphSet:
         """The schedule whose prunes leave that share of the visual tokens, or the one that holds anyway.
 
         Raises:
-            ValueError: the schedule cannot have that budget, or a prefill graph holds for one number of tokens.
+            ValueError: the schedule cannot have that budget, or graphs hold for one number of tokens each.
         """
         if budget is None:
             return self.schedule

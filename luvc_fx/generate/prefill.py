@@ -58,14 +58,14 @@ def prefill(
     prompt, features, old_rows = cut_prompt(
         model, graphs, prompt, encoder_outputs, rows_without_images, needs_mask, past
     )
-    prompt, features, row_counts = with_sizes(model, graphs, schedule, prompt, features)
+    prompt, sized, row_counts = with_sizes(model, graphs, schedule, prompt, features)
     if padding is None and takes_segments(model):
         prompt, padding = padding_for_mask(prompt, rows_without_images)
     run = graphs.prefill if old_rows is None else graphs.prefill_of_merged
     output, kept_rows = run(
         prompt.as_kwargs(),
         padding,
-        features,
+        sized,
         wants_row_index,
         wants_last_logits=not is_cut_afterwards(asked) and asked == 1,
         row_counts=row_counts,

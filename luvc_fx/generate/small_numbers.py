@@ -1,7 +1,7 @@
 """Small integer tensors whose entries are symbols, as far as encoders use them; made while a call is traced.
 
-`image_grid_thw` and the bounds of images steer Python code. In a graph for one size they are constants, as real
-tensors (`luvc_fx.generate.constants`); a real tensor cannot hold a symbol that Python code may read.
+`image_grid_thw` and the bounds of images steer Python code. In a graph for one size they are constants, as
+real tensors (`luvc_fx.generate.constants`); a real tensor cannot hold a symbol that Python code may read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class SmallVector:
-    """Stands for an integer tensor ``[n]``. What it does not have ends the graph, and sizes are constants then."""
+    """Stands for an integer tensor ``[n]``. What it lacks ends the graph: sizes are constants then."""
 
     def __init__(self, numbers: list[Any]) -> None:
         self.numbers = numbers

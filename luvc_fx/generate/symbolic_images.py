@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luvc_fx.generate.encoder_outputs import features_of
 from luvc_fx.generate.families import Family, ImageSizes
 from luvc_fx.generate.small_numbers import SmallMatrix, SmallVector
 from luvc_fx.graph import markers
@@ -80,7 +79,7 @@ def symbolic_inputs(
 def with_symbolic_grid(
     pixels: Tensor, layout: dict[str, str], sides: list[Tensor]
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The patches of an image that say how they lie, and what else its encoder is told. Dynamo traces this."""
+    """Patches of an image that say how they lie, and what else its encoder is told. Dynamo traces this."""
     unit = int(layout["unit"])
     height, width, *merged = [size.shape[0] * unit for size in sides]
     torch._check(pixels.shape[0] == height * width)

@@ -1,4 +1,4 @@
-"""One prefill graph for prompts of all sizes: what is marked as a symbol, and the numbers that it is given."""
+"""One prefill graph for prompts of all sizes: what is marked as a symbol, and the numbers it is given."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def with_sizes(
     schedule: Schedule | None,
     prompt: PromptState,
     features: Mapping[str, GraphFeatures],
-) -> tuple[PromptState, Mapping[str, GraphFeatures], SizesOfCounts | None]:
+) -> tuple[PromptState, dict[str, GraphFeatures], SizesOfCounts | None]:
     """The prompt and its features with their sizes marked: as symbols, or as constants.
 
     Args:
@@ -42,7 +42,7 @@ def with_sizes(
     """
     if not graphs.symbolic or _needs_gradients(model) or not _are_known(features):
         keep_static(features)
-        return prompt, features, None
+        return prompt, dict(features), None
     late = graphs.family.late_features
     marked = {
         name: (_with_symbolic_number(output, late(output)), "") for name, (output, _) in features.items()
@@ -53,7 +53,7 @@ def with_sizes(
             counts = _row_counts(model, schedule or graphs.schedule, prompt, features, marked)
         except ValueError:  # this prompt is too short for the schedule: its own graph will say so
             keep_static(features)
-            return prompt, features, None
+            return prompt, dict(features), None
         graphs.report.saw((counts.visual, *counts.kept))
     return with_symbolic_length(prompt), marked, None if counts is None else _as_sizes(counts, prompt)
 
@@ -128,7 +128,7 @@ def with_symbolic_length(prompt: PromptState) -> PromptState:
 
 
 def with_symbolic_rows(cache: Any) -> None:
-    """Let the first step over a new cache compile a graph for all numbers of rows, not for those of its layers.
+    """Let the first step over a new cache compile a graph for all numbers of rows, not for these.
 
     Dynamo would make symbols of them in the second conversation, in another graph.
     """

@@ -25,9 +25,7 @@ def _representatives(features: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.arange(features.shape[0], device=features.device).reshape(1, 1, -1).clone()
 
 
-def _patches(
-    pixels: torch.Tensor, grids: list[int], unit: int, form: str, merged: list[int]
-) -> torch.Tensor:
+def _patches(pixels: torch.Tensor, grids: list[int], unit: int, form: str, merged: list[int]) -> torch.Tensor:
     return pixels.clone()
 
 
@@ -80,9 +78,9 @@ Placeholders are numbered over all images. The features belong to `rows` rows of
 The merge pass replaces the call by the representatives, `[n, H', W']` where features are n equal grids."""
 
 PATCHES = torch.ops.luvc_fx.patches
-"""`patches(pixels [P, C], [t, h, w, ...], unit, form, merged) -> pixels`: these rows are the patches of images
-or videos of t frames of h x w each, frame by frame, in blocks of unit x unit that become one feature. In a
-graph for all sizes `form` and `merged` say what merges make of the one grid there is (see
+"""`patches(pixels [P, C], [t, h, w, ...], unit, form, merged) -> pixels`: these rows are the patches of
+images or videos of t frames of h x w each, frame by frame, in blocks of unit x unit that become one feature.
+In a graph for all sizes `form` and `merged` say what merges make of the one grid there is (see
 `luvc_fx.schedule.merged_sides.MergedSides`), and sides are symbols; else they are empty."""
 
 IMAGE_GRID = torch.ops.luvc_fx.image_grid

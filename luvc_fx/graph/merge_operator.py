@@ -1,6 +1,6 @@
 """A merge site as one operator in a graph for all image sizes; its body is compiled by itself.
 
-The counterpart of `luvc_fx.graph.site_operator` inside an encoder that takes the patches of an image in a row.
+The counterpart of `luvc_fx.graph.site_operator` in an encoder that takes the patches of an image in a row.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _LIBRARY.define(
 )
 
 MERGE = torch.ops.luvc_fx.merge
-"""`merge(x [P, C], angles, keys, state, [height, width, side behind each step], ...) -> [x, angles, sizes, places]`.
+"""`merge(x [P, C], angles, keys, state, [height, width, side behind each step], ...)`.
 
-What `luvc_fx.mergers.site.merge_at_site` does for `count` grids of one kind, with angles or without; `merges` is
-the JSON of a schedule of the steps, and `compiler` a name in `COMPILERS`."""
+What `luvc_fx.mergers.site.merge_at_site` does, for `count` grids of one kind, and what it returns; `merges`
+is the JSON of a schedule of the steps, and `compiler` a name in `COMPILERS`."""
 
 Steps = tuple[tuple[Merger, str], ...]
 """The merger and the axis of each step."""

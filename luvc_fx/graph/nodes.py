@@ -24,6 +24,18 @@ def is_tensor(node: object) -> bool:
     return isinstance(node, fx.Node) and isinstance(value(node), torch.Tensor)
 
 
+def as_size(argument: object) -> fx.Node | int:
+    """An argument that is a size: a node, or a number. Raises `TypeError` for anything else."""
+    if isinstance(argument, (fx.Node, int)):
+        return argument
+    raise TypeError(f"{argument!r} is no size")
+
+
+def size_seen(size: fx.Node | int) -> int:
+    """A size as seen while tracing."""
+    return hint(value(size)) if isinstance(size, fx.Node) else size
+
+
 def shape(node: fx.Node) -> tuple[int, ...]:
     """The shape of a tensor node, sizes as seen while tracing."""
     return tuple(hint(size) for size in value(node).shape)

@@ -21,23 +21,23 @@ from luvc_fx.selectors.cut import cut
 
 _LIBRARY = torch.library.Library("luvc_fx", "FRAGMENT")
 _LIBRARY.define(
-    "prune(Tensor x, Tensor places, SymInt count, SymInt rows, SymInt height, SymInt width, str prune, int layer,"
-    " int layers, str compiler, Tensor? last_query_attention=None, Tensor? mean_query_attention=None,"
-    " Tensor? keys=None) -> (Tensor, Tensor, Tensor)"
+    "prune(Tensor x, Tensor places, SymInt count, SymInt rows, SymInt height, SymInt width, str prune,"
+    " int layer, int layers, str compiler, Tensor? last_query_attention, Tensor? mean_query_attention,"
+    " Tensor? keys) -> (Tensor, Tensor, Tensor)"
 )
 
 PRUNE = torch.ops.luvc_fx.prune
-"""`prune(x [B, S, D], places [B, N], count, rows, height, width, ...) -> [B, rows, D], [B, rows], [B, count]`.
+"""`prune(x [B, S, D], places [B, N], count, rows, ...) -> [B, rows, D], [B, rows], [B, count]`.
 
-What `luvc_fx.selectors.cut.cut` does. `height` and `width` are of each image's grid while all tokens are there,
-and 0 elsewhere; `prune` is the JSON of a schedule of that prune, and `compiler` a name in `COMPILERS`."""
+What `luvc_fx.selectors.cut.cut` does. `height` and `width` are of each image's grid while all tokens are
+there, and 0 elsewhere; `prune` is the JSON of a schedule of that prune, `compiler` a name in `COMPILERS`."""
 
 
 Numbers = dict[str, int]
 
 
 class CompiledCut(Protocol):
-    """`luvc_fx.selectors.cut.cut` with one settled prune (see `Selector.settled`), for all numbers of tokens."""
+    """`cut` with one settled prune (see `Selector.settled`), for all numbers of tokens."""
 
     def __call__(
         self, x: Tensor, places: Tensor, numbers: Numbers, attention: Sequence[Tensor | None]
@@ -58,6 +58,19 @@ COMPILERS: dict[str, Callable[[Prune, int, int, Tensor], CompiledCut]] = {}
 
 Called with the settled prune, the layer and number of layers that it reads (or zeros), and an example of `x`;
 it has to remember what it made."""
+
+
+def site_of(
+    layer: int,
+    layers: int,
+    grid: tuple[int, int] | None,
+    images: int,
+    attention: Sequence[Tensor | None],
+    sizes: Numbers,
+) -> Site:
+    """What the selector is told, from the arguments of a `CompiledCut`."""
+    last_query, mean_query, keys = attention
+    return Site(layer, layers, grid, images, last_query, mean_query, keys, sizes)
 
 
 @functools.lru_cache(1024)
@@ -89,7 +102,7 @@ def _prune(
     compile = COMPILERS.get(compiler)
     with torch.no_grad():
         if compile is None or not 0 < count < tokens:
-            return cut(x, places, asked, count, rows, Site(layer, layers, grid, images, *attention))
+            return cut(x, places, asked, count, rows, site_of(layer, layers, grid, images, attention, {}))
         selector = asked.selector.settled(x, images)
         place = (layer, layers) if selector.reads_place else (0, 0)
         numbers = {"count": count, "rows": rows, **selector.sizes(tokens, count, images)}

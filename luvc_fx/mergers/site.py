@@ -1,4 +1,4 @@
-"""What happens at a merge site: the steps of a merger on the grids of an encoder's rows, and all that goes along."""
+"""What happens at a merge site: the steps of a merger on the grids of an encoder's rows."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def lowpass(x: Tensor, cutoff: float, realization: str = "auto", bins: int | Non
         float32 ``[B, N, D]``.
 
     Raises:
-        ValueError: for a cutoff or realization that is not allowed, or no token; for ``"auto"`` beside `bins`.
+        ValueError: for a cutoff or realization that is not allowed (beside `bins`, ``"auto"``), or no token.
     """
     tokens = x.shape[1]
     if tokens < 1:

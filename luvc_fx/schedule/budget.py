@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 
 
@@ -56,7 +57,7 @@ def mean_share(places: Sequence[tuple[int, float]], layers: int, factor: float =
     """
     bounds = [*(layer for layer, _ in places), layers]
     shares = (min(1.0, factor * keep) for _, keep in places)
-    lengths = (end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True))
+    lengths = (end - start for start, end in itertools.pairwise(bounds))
     return (bounds[0] + sum(share * length for share, length in zip(shares, lengths, strict=True))) / layers
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from luvc_fx.methods.checks import check_choice, check_whole, is_number, refuse
-from luvc_fx.schedule.budget import rescaled, share_bounds
 from luvc_fx.schedule.as_json import check_keys, read_items, write_item
+from luvc_fx.schedule.budget import rescaled, share_bounds
 from luvc_fx.schedule.json_text import parse
 from luvc_fx.schedule.merge import Merge
 from luvc_fx.schedule.presets import LUVC, PRESETS, cascaded

@@ -128,7 +128,8 @@ def answer_representatives(context: Context, encoder: Encoder) -> None:
                 for side, each, known in zip(symbolic or grid, encoder.unit, grid, strict=True)
             )
             images = math.prod(x.shape[:-1]) // (height * width) if not symbolic else encoder.images
-            return torch.arange(images * height * width, device=x.device).reshape(images, height, width).clone()
+            numbers = torch.arange(images * height * width, device=x.device)
+            return numbers.reshape(images, height, width).clone()
 
         (representatives,) = emit(context.graph, "placeholders", body, encoder.features, *nodes)
     context.retarget.advance(marker.prev)

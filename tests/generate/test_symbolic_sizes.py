@@ -73,7 +73,7 @@ def test_one_graph_serves_every_size_budget_and_length_of_text(make: Any, merges
         assert_close(output.logits, wanted.logits, TOLERANCE, "logits")
 
     check()
-    # Not one for each of the sizes, but one for each form: a few small images are not merged, or keep one token.
+    # Not one for each size, but one for each form: a few small images are not merged, or keep one token.
     assert graphs(model)["prefill"] <= 3 and graphs(model)["vision"] <= 3, luvc_fx.report_of(model)
     assert len(luvc_fx.report_of(model).prompts) > 5
 
