@@ -1,4 +1,4 @@
-"""Images of many sizes, brought to a few, whose graphs are compiled ahead."""
+"""Images of many sizes: brought to a few, whose graphs are compiled ahead; or through one graph for all."""
 
 import sys
 from pathlib import Path
@@ -30,3 +30,12 @@ inputs = prompt(model, processor, image, "where is the ring ?")
 with torch.no_grad():
     model.generate(**inputs, max_new_tokens=4)
 assert len(luvc_fx.report_of(model).graphs) == graphs, "nothing is compiled any more"
+
+# all sizes
+luvc_fx.compile(model, "image", inner=inner, sizes="symbolic")
+with torch.no_grad():
+    model.generate(**inputs, max_new_tokens=4)
+    model.generate(**inputs, max_new_tokens=4, budget=0.3)  # 30 % of the visual tokens, on average over layers
+luvc_fx.set_budget(model, 0.25)  # from now on
+# end of all sizes
+assert len(luvc_fx.report_of(model).of_kind("prefill")) == 1
