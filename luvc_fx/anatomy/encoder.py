@@ -236,10 +236,12 @@ def _grids_from_marker(marker: fx.Node) -> tuple[fx.Node, Axis, tuple[Frames, ..
 
 
 def _symbolic_sides(marker: fx.Node) -> SymbolicSides | None:
-    _, numbers, _, form, merged = marker.args
-    assert isinstance(numbers, (list, tuple)) and isinstance(form, str) and isinstance(merged, (list, tuple))
-    if not any(isinstance(number, fx.Node) for number in (*numbers, *merged)):
+    _, numbers, _, *rest = marker.args
+    assert isinstance(numbers, (list, tuple))
+    if not any(isinstance(number, fx.Node) for number in numbers):
         return None
+    form, merged = rest
+    assert isinstance(form, str) and isinstance(merged, (list, tuple))
     _, height, width = map(as_size, numbers)
     return SymbolicSides((height, width), form, tuple(map(as_size, merged)))
 

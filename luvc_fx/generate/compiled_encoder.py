@@ -169,7 +169,7 @@ def _body(family: Family, modality: Modality, encode: Callable[..., Any], merges
         elif "grids" in layout:
             # A packed encoder gets the patches of all images in a row, and no graph shows their grids.
             grids = [size for row in rows_of(layout["grids"]) for size in row]
-            pixels = markers.PATCHES(pixels, grids, int(layout["unit"]), "", [])
+            pixels = markers.PATCHES(pixels, grids, int(layout["unit"]))
         output = encode(**{pixels_name: pixels}, return_dict=True, **options)
         features = features_of(output)
         if features is None:

@@ -6,6 +6,8 @@ could return would be right.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from luvc_fx._compat import OpOverload, OpOverloadPacket
@@ -13,7 +15,7 @@ from luvc_fx._compat import OpOverload, OpOverloadPacket
 _LIBRARY = torch.library.Library("luvc_fx", "FRAGMENT")
 
 _LIBRARY.define("representatives(Tensor features, int rows) -> Tensor")
-_LIBRARY.define("patches(Tensor pixels, SymInt[] grids, int unit, str form, SymInt[] merged) -> Tensor")
+_LIBRARY.define("patches(Tensor pixels, SymInt[] grids, int unit, str form='', SymInt[] merged=[]) -> Tensor")
 _LIBRARY.define("image_grid(Tensor features, int height, int width) -> Tensor")
 _LIBRARY.define("row_counts(Tensor features, str form, SymInt[] numbers) -> Tensor")
 _LIBRARY.define("prompt_rows(Tensor embeds_or_ids) -> Tensor")
@@ -25,7 +27,9 @@ def _representatives(features: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.arange(features.shape[0], device=features.device).reshape(1, 1, -1).clone()
 
 
-def _patches(pixels: torch.Tensor, grids: list[int], unit: int, form: str, merged: list[int]) -> torch.Tensor:
+def _patches(
+    pixels: torch.Tensor, grids: list[int], unit: int, form: str = "", merged: Sequence[int] = ()
+) -> torch.Tensor:
     return pixels.clone()
 
 
