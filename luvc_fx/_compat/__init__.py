@@ -40,6 +40,7 @@ from luvc_fx._compat.torch import (
     tree_map,
     watch_recompile_limit,
     with_own_code,
+    without_autograd,
 )
 from luvc_fx._compat.transformers import (
     attention_name,
@@ -117,5 +118,6 @@ __all__ = [
     "tree_map",
     "watch_recompile_limit",
     "with_own_code",
+    "without_autograd",
     "with_past_key_values",
 ]

@@ -64,6 +64,7 @@ __all__ = [
     "tree_map",
     "watch_recompile_limit",
     "with_own_code",
+    "without_autograd",
 ]
 
 
@@ -157,8 +158,19 @@ def tracing_settings(dynamic_outputs: bool = False, scalars: bool = True) -> Any
 _constants_lock = threading.Lock()
 _constants_wanted = 0
 _USUAL_LIMIT = fake_tensor.CONSTANT_NUMEL_LIMIT
-_KNOWN_NUMBERS = 1 << 22
-"""Numbers in the largest tensor whose values are followed: tables of hundreds of thousands of patches."""
+_KNOWN_NUMBERS = 1 << 22  # in the largest tensor that is followed: tables of hundreds of thousands of patches
+
+
+@contextlib.contextmanager
+def without_autograd() -> Iterator[None]:
+    """A context manager without gradients, in which Dynamo sees the same thread state at every call.
+
+    Graphs run their operators below autograd the first time and above it later, and Dynamo guards on that: what
+    an operator calls would be compiled twice (`_AutoDispatchBelowAutograd`, `DispatchKeySet`, 2.11 - 2.15).
+    """
+    views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
+        yield
 
 
 @contextlib.contextmanager

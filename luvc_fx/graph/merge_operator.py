@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from luvc_fx._compat import without_autograd
 from luvc_fx.mergers import Merger, PatchGrid
 from luvc_fx.mergers.site import GridSite, GridStep, merge_at_site
 from luvc_fx.schedule import Schedule
@@ -92,7 +93,7 @@ def _merge(
     compiler: str,
 ) -> list[Tensor]:
     steps, compile = _parsed(merges), COMPILERS.get(compiler)
-    with torch.no_grad():
+    with without_autograd():
         if compile is None:
             results = run_merge(steps, count, unit, x, angles, keys, state, sides)
         else:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from luvc_fx._compat import without_autograd
 from luvc_fx.ops.select import in_squares, longest_run
 from luvc_fx.schedule import Prune, Schedule
 from luvc_fx.selectors import Selector, Site
@@ -100,7 +101,7 @@ def _prune(
     grid = (height, width) if height and tokens % (height * width) == 0 else None
     images = 1 if grid is None else tokens // (height * width)
     compile = COMPILERS.get(compiler)
-    with torch.no_grad():
+    with without_autograd():
         if compile is None or not 0 < count < tokens:
             return cut(x, places, asked, count, rows, site_of(layer, layers, grid, images, attention, {}))
         selector = asked.selector.settled(x, images)
