@@ -15,7 +15,7 @@ from luvc_fx.methods.registry import Method, Registry
 from luvc_fx.schedule import Merge, Prune, Schedule
 from tests.support.paths import ROOT
 
-HELPERS = {"__init__", "base", "choose", "own"}
+HELPERS = {"__init__", "base", "choose", "cut", "own", "site"}
 FILE = """
 from dataclasses import dataclass
 from %s import METHODS
