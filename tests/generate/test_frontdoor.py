@@ -70,6 +70,7 @@ def logits_error(out: Any, wanted: Any) -> float:
         [(name, *rows) for name in SCHEDULES for rows in [(1, 0), (1, 2), (2, 0), (2, (0, 3))]],
         [("cascade", 1, 0), ("cascade", 2, (0, 3))],
     ),
+    ids=lambda value: "left-padded" if isinstance(value, tuple) else None,
 )
 def test_generate_equals_the_oracle(model: Any, name: str, batch: int, padding: Any) -> None:
     prompt = inputs(model, batch=batch, padding=padding)
