@@ -41,6 +41,9 @@ ROWS: dict[str, tuple[str, str]] = {
 RESULTS = Path(__file__).with_name("results.json")
 SELECTION = Path(__file__).with_name("selection.txt")
 
+SECONDS = 3600
+"""How long a test may take: a row says what works, whatever else the machine has to do meanwhile."""
+
 CHOSEN_WITH_TORCH = {"torch", "triton", "setuptools"}
 CHOSEN_WITH_TRANSFORMERS = {"transformers", "tokenizers", "huggingface_hub", "hf-xet", "safetensors"}
 """Pins of constraints.txt that are for its versions of torch and transformers only."""
@@ -80,7 +83,7 @@ def measured(python: Path, folder: Path) -> dict[str, Any]:
     """
     report = folder / "tests.xml"
     report.unlink(missing_ok=True)
-    options = ["-m", "", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    options = ["-m", "", "-p", "no:cacheprovider", f"--timeout={SECONDS}", f"--junitxml={report}"]
     started = time.monotonic()
     done = subprocess.run([python, "-m", "pytest", *options, *selected()], cwd=ROOT, env=_environment())
     if done.returncode not in (0, 1):

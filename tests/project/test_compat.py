@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -46,6 +48,15 @@ def test_each_selected_test_exists(test: str) -> None:
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert not name or name.partition("[")[0] in functions
+
+
+@pytest.mark.slow
+def test_each_selected_case_exists() -> None:
+    """With its parameters, of which pytest makes the names."""
+    options = ["--collect-only", "-m", "", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *selected()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_committed_results_are_of_these_rows_and_each_failure_is_explained() -> None:
