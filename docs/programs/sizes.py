@@ -35,7 +35,7 @@ assert len(luvc_fx.report_of(model).graphs) == graphs, "nothing is compiled any 
 luvc_fx.compile(model, "image", inner=inner, sizes="symbolic")
 with torch.no_grad():
     model.generate(**inputs, max_new_tokens=4)
-    model.generate(**inputs, max_new_tokens=4, budget=0.3)  # 30 % of the visual tokens, on average over layers
+    model.generate(**inputs, max_new_tokens=4, budget=0.3)  # 30 % of the visual tokens, over all layers
 luvc_fx.set_budget(model, 0.25)  # from now on
 # end of all sizes
 assert len(luvc_fx.report_of(model).of_kind("prefill")) == 1

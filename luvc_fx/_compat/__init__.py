@@ -118,6 +118,6 @@ __all__ = [
     "tree_map",
     "watch_recompile_limit",
     "with_own_code",
-    "without_autograd",
     "with_past_key_values",
+    "without_autograd",
 ]
