@@ -165,8 +165,8 @@ _KNOWN_NUMBERS = 1 << 22  # in the largest tensor that is followed: tables of hu
 def without_autograd() -> Iterator[None]:
     """A context manager without gradients, in which Dynamo sees the same thread state at every call.
 
-    Graphs run their operators below autograd the first time and above it later, and Dynamo guards on that:
-    what an operator calls would be compiled twice (`_AutoDispatchBelowAutograd`, `DispatchKeySet`, 2.11 - 2.15).
+    Graphs run their operators below autograd at first and above it later, and Dynamo guards on that: what an
+    operator calls would be compiled twice (`_AutoDispatchBelowAutograd`, `DispatchKeySet`, 2.11 - 2.15).
     """
     views = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(views):
