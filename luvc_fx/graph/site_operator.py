@@ -102,20 +102,30 @@ def _prune(
     images = 1 if grid is None else tokens // (height * width)
     compile = COMPILERS.get(compiler)
     with without_autograd():
-        if compile is None or not 0 < count < tokens:
+        if compile is None:
             return cut(x, places, asked, count, rows, site_of(layer, layers, grid, images, attention, {}))
         selector = asked.selector.settled(x, images)
         place = (layer, layers) if selector.reads_place else (0, 0)
-        numbers = {"count": count, "rows": rows, **selector.sizes(tokens, count, images)}
-        if selector.per_image or selector.reads_place:
-            numbers["images"] = images
-        in_blocks = asked.coverage == "block"
-        squares = in_blocks and grid is not None and in_squares(tokens, count, grid)
-        if grid is not None and (squares or selector.reads_place):
-            numbers |= {"height": height, "width": width}
-        if in_blocks and not squares:
-            numbers["longest"] = longest_run(tokens, count)
+        numbers = {"count": count, "rows": rows}
+        if 0 < count < tokens:
+            numbers |= _numbers_to_choose(asked, selector, tokens, count, grid, images)
         return compile(_without_amount(asked, selector), *place, x)(x, places, numbers, attention)
+
+
+def _numbers_to_choose(
+    asked: Prune, selector: Selector, tokens: int, count: int, grid: tuple[int, int] | None, images: int
+) -> Numbers:
+    """What beside `count` and `rows` a `CompiledCut` needs, where some of the tokens stay."""
+    numbers = selector.sizes(tokens, count, images)
+    if selector.per_image or selector.reads_place:
+        numbers["images"] = images
+    in_blocks = asked.coverage == "block"
+    squares = in_blocks and grid is not None and in_squares(tokens, count, grid)
+    if grid is not None and (squares or selector.reads_place):
+        numbers |= {"height": grid[0], "width": grid[1]}
+    if in_blocks and not squares:
+        numbers["longest"] = longest_run(tokens, count)
+    return numbers
 
 
 @functools.lru_cache(1024)
