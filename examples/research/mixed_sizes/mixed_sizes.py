@@ -1,10 +1,9 @@
 """100 requests with images of mixed sizes: what graphs cost, what they give, and when they have paid.
 
-Four arms answer the same requests, each in a process of its own with an empty compiler cache:
+Three arms answer the same requests, each in a process of its own with an empty compiler cache:
 
 - ``eager``: the stock model;
-- ``symbolic``: `luvc_fx.compile` with ``sizes="symbolic"``, images as they come: one graph for all sizes;
-- ``luvc_fx``: `luvc_fx.compile` with ``sizes="static"``, so each new size compiles when it comes;
+- ``luvc_fx``: `luvc_fx.compile`, images as they come, so each new size compiles when it comes;
 - ``buckets``: the same with every image resized to one of 8 `luvc_fx.SizeBuckets`, all of them compiled
   by `luvc_fx.warmup` before the first request. Its seconds count from the first.
 
@@ -55,7 +54,7 @@ from luvc_fx.cli.output import make_console, make_table
 from luvc_fx.generate.chat_prompt import make_prompt
 
 MODULE = "examples.research.mixed_sizes.mixed_sizes"
-ARMS = ("eager", "symbolic", "luvc_fx", "buckets")
+ARMS = ("eager", "luvc_fx", "buckets")
 MAX_PIXELS = 392 * 392
 """Most pixels that the model sees: 196 tokens before anything is merged."""
 NARROWEST, WIDEST = 0.4, 2.5
@@ -131,8 +130,7 @@ def run_arm(arm: str, options: argparse.Namespace) -> dict[str, Any]:
     buckets = None
     warmed: dict[str, Any] | None = None
     if arm != "eager":
-        sizes = "symbolic" if arm == "symbolic" else "static"
-        luvc_fx.compile(model, SCHEDULE, inner=options.inner, sizes=sizes)
+        luvc_fx.compile(model, SCHEDULE, inner=options.inner)
     started = now()
     if arm == "buckets":
         unit = luvc_fx.SizeBuckets.granularity_of(model)
@@ -167,7 +165,7 @@ def run_arm(arm: str, options: argparse.Namespace) -> dict[str, Any]:
         "requests": each,
         "graphs": Counter() if report is None else Counter(graph.kind for graph in report.graphs),
         "recompiles": Counter() if report is None else causes(report),
-        "obstacles": [] if report is None else obstacles(report, len(grids), arm),
+        "obstacles": [] if report is None else obstacles(report, len(grids), buckets is not None),
         "hardware": {**hardware(model), "cores": os.cpu_count()},
         "parameters": sum(p.numel() for p in model.parameters()),
     }
@@ -184,19 +182,17 @@ def causes(report: luvc_fx.Report) -> Counter[str]:
     return found
 
 
-def obstacles(report: luvc_fx.Report, grids: int, arm: str) -> list[str]:
+def obstacles(report: luvc_fx.Report, grids: int, warmed: bool) -> list[str]:
     """Why numbers would mislead: a graph that was left alone, or that nobody compiled."""
     found = [str(refusal) for refusal in report.refusals]
     for graph in report.graphs:
         found += [f"{graph.kind} graph {graph.compile_id}: {refusal}" for refusal in graph.refusals]
         if graph.kind not in ("vision", "prefill", "decode"):
             found.append(f"a graph {graph.compile_id} of kind {graph.kind}: the capture fell into pieces")
-        # A graph for all sizes has a second form, for images too narrow to merge.
-        narrow = graph.kind == "vision" and arm == "symbolic"
-        if graph.kind in ("vision", "prefill") and not graph.inserted and not narrow:
+        if graph.kind in ("vision", "prefill") and not graph.inserted:
             found.append(f"{graph.kind} graph {graph.compile_id} was not rewritten")
     vision = len(report.of_kind("vision"))
-    if arm != "symbolic" and (vision < grids or (arm == "luvc_fx" and vision > grids)):
+    if vision < grids or (not warmed and vision > grids):
         found.append(f"{vision} vision graphs for {grids} image sizes: some ran eagerly or compiled twice")
     return found
 
