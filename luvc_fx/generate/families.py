@@ -157,7 +157,6 @@ class Family:
         Here `pack_image_features`, which asks numpy for the product of a shape: Dynamo makes a tensor of the
         answer, and the comparison behind it ends the graph. The copy asks `math`. It has globals of its own,
         so class and module stay as they are, and so does a method that somebody put on the instance.
-        And `get_placeholder_mask`, whose error message makes a constant of the number of features.
         """
         methods: dict[str, Callable[..., Any]] = {}
         for name in ("pack_image_features",):
@@ -173,10 +172,15 @@ class Family:
                 )
                 own.__kwdefaults__ = function.__kwdefaults__
                 methods[name] = functools.partial(own, self.base)
-        check = getattr(self.base, "get_placeholder_mask", None)
-        if callable(check):
-            methods["get_placeholder_mask"] = with_unspoken_numbers(check)
         return methods
+
+    def symbolic_methods(self) -> dict[str, Callable[..., Any]]:
+        """Methods to put on the base model where its graphs are to serve all sizes.
+
+        Here `get_placeholder_mask`, whose error message makes a constant of the number of features.
+        """
+        check = getattr(self.base, "get_placeholder_mask", None)
+        return {"get_placeholder_mask": with_unspoken_numbers(check)} if callable(check) else {}
 
     # -- features into the decoder ---------------------------------------------------------------
 

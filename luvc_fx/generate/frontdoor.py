@@ -56,6 +56,8 @@ class FrontDoor:
         ]
         self._hooked = {method.name: method for method in hooked}
         traceable = family.traceable_methods()
+        if settings["sizes"] == "symbolic":
+            traceable |= family.symbolic_methods()
         self._replaced = {HookedMethod(base, name): method for name, method in traceable.items()}
         for instance in {id(hooked): hooked for hooked in (model, base)}.values():
             self._replaced[HookedMethod(instance, "__reduce_ex__")] = refuse_copies

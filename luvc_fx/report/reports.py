@@ -171,13 +171,17 @@ class Report:
         return sum(tokens) / (len(tokens) * original) if tokens else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return {
+        """Plain data, ready for JSON; `notes` and `prompts` where there are some."""
+        data: dict[str, Any] = {
             "graphs": [graph.to_dict() for graph in self.graphs],
             "refusals": [asdict(refusal) for refusal in self.refusals],
-            "notes": self.notes,
-            "prompts": [{"visual_tokens": [*counts], "prompts": n} for counts, n in self.prompts.items()],
         }
+        if self.notes:
+            data["notes"] = self.notes
+        if self.prompts:
+            pairs = self.prompts.items()
+            data["prompts"] = [{"visual_tokens": [*counts], "prompts": number} for counts, number in pairs]
+        return data
 
     def to_json(self) -> str:
         """One JSON object."""
