@@ -148,7 +148,11 @@ def _weights(frequency: Tensor, tokens: int, edge: int, over: Over) -> Tensor:
 def _by_basis(x: Tensor, edge: int, over: Over) -> Tensor:
     tokens = x.shape[1]
     row = torch.arange(2 * edge, device=x.device).unsqueeze(1)
-    frequency, quarter = row % edge, (row >= edge).to(torch.int64) * tokens
+    frequency = row % edge
+    if over is _number_over:
+        quarter = torch.where(row < edge, 0, tokens)
+    else:  # no branch of `where` may be a symbol
+        quarter = (row >= edge).to(torch.int64) * tokens
     # A sine is a cosine a quarter of a turn earlier. Whole turns are taken off while the numbers are
     # exact; float32 would lose them in long sequences.
     turns = 4 * (frequency * torch.arange(tokens, device=x.device)).remainder(tokens) - quarter
