@@ -22,6 +22,7 @@ from transformers import GenerationMixin
 from luvc_fx import _compat
 from luvc_fx.generate.constants import as_constant, as_text
 from luvc_fx.generate.encoder_outputs import LateFeatures, flat_level, parts_of
+from luvc_fx.generate.unspoken import with_unspoken_numbers
 from luvc_fx.generate.vision_tables import POSITION_IDS, calls_of, makes, tower_of, vision_tables
 
 GRIDS = ("image_grid_thw", "video_grid_thw")
@@ -397,47 +398,6 @@ def placeholders(model: Any, ids: Tensor) -> Tensor:
 def pixels_in(kwargs: Mapping[str, Any]) -> list[str]:
     """The arguments of a call that bring images or videos."""
     return [name for name, given in kwargs.items() if name.startswith("pixel_values") and given is not None]
-
-
-# --------------------------------------------------------------- numbers of features in an error message
-
-
-class Unspoken:
-    """Features that say another number where a message is made of it, so that it need not be a constant.
-
-    What counts is `numel`, which they have in common with the real ones; everything else is theirs, too.
-    """
-
-    shape = (0, 0, 0)
-
-    def __init__(self, features: Tensor) -> None:
-        self.features = features
-
-    def numel(self) -> int:
-        """Of the real features."""
-        return self.features.numel()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.features, name)
-
-
-def with_unspoken_numbers(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's `get_placeholder_mask`, whose checks are the same in a traced call but name no numbers.
-
-    The text of a check is made before it is known whether it is needed, and a number in a text is a constant
-    to Dynamo: each number of features would be a graph of its own. Where the check fails in a graph, the
-    stock model runs the call again, and says its own words.
-    """
-
-    @functools.wraps(method)
-    def get_placeholder_mask(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            for name in ("image_features", "video_features"):
-                if isinstance(kwargs.get(name), Tensor):
-                    kwargs[name] = Unspoken(kwargs[name])
-        return method(*args, **kwargs)
-
-    return get_placeholder_mask
 
 
 # ---------------------------------------------------------------------- ways of features into a forward

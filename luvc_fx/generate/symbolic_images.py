@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from luvc_fx.generate.families import Family, ImageSizes
+from luvc_fx.generate.marks import marked_axes
 from luvc_fx.generate.small_numbers import SmallMatrix, SmallVector
 from luvc_fx.graph import markers
 from luvc_fx.schedule import Schedule
@@ -53,7 +54,7 @@ def symbolic_inputs(
     layout = {"rows": layout["rows"], "symbolic": ""}
     if sizes.grid is None:
         several = pixels.dim() == 4 and pixels.shape[0] > 1  # one is no symbol to Dynamo
-        return (_marked(pixels, 0), plain, {}, layout, None) if several else None
+        return (marked_axes(pixels, 0), plain, {}, layout, None) if several else None
     sides, form = sizes.grid, ""
     if schedule.merge:
         blocks = family.encoder_blocks()
@@ -73,7 +74,7 @@ def symbolic_inputs(
         for name, option in plain.items()
     }
     blocks_on_sides = [_as_size(side // sizes.unit) for side in sides]
-    return _marked(pixels, 0), tables, {}, layout, blocks_on_sides
+    return marked_axes(pixels, 0), tables, {}, layout, blocks_on_sides
 
 
 def with_symbolic_grid(
@@ -122,18 +123,10 @@ def _with_symbolic_rows(option: Any, lengths: set[int]) -> Any:
     if not isinstance(option, Tensor):
         return option
     axes = [axis for axis, size in enumerate(option.shape) if size in lengths]
-    return _marked(option, *axes[:1])
+    return marked_axes(option, *axes[:1])
 
 
 def _as_size(number: int) -> Tensor:
     size = torch.empty(number, 0)
     torch._dynamo.maybe_mark_dynamic(size, 0)
     return size
-
-
-def _marked(tensor: Tensor, *axes: int) -> Tensor:
-    """An alias, as marks stay on a tensor, and this one may be the user's."""
-    alias = tensor.view(tensor.shape)
-    for axis in axes:
-        torch._dynamo.maybe_mark_dynamic(alias, axis)
-    return alias

@@ -14,6 +14,7 @@ from luvc_fx.generate.cache import layers_of
 from luvc_fx.generate.constants import rows_of
 from luvc_fx.generate.encoder_outputs import LateFeatures, features_of, parts_of, with_features
 from luvc_fx.generate.graphs import GraphFeatures, GraphSet
+from luvc_fx.generate.marks import marked_axes
 from luvc_fx.generate.prompt import PromptState
 from luvc_fx.schedule import Schedule
 from luvc_fx.schedule.row_counts import RowCounts
@@ -107,12 +108,12 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _with_symbolic_number(output: Any, late: LateFeatures) -> Any:
     features = output.pooler_output
-    late = {name: [_marked(level, 0) for level in levels] for name, levels in late.items()}
+    late = {name: [marked_axes(level, 0) for level in levels] for name, levels in late.items()}
     if isinstance(features, Tensor):
-        return with_features(output, _marked(features, *range(features.dim() - 1)), late)
+        return with_features(output, marked_axes(features, *range(features.dim() - 1)), late)
     # In one piece, or each number of images would be a graph.
     whole = features[0] if len(features) == 1 else torch.cat(parts_of(features))
-    return with_features(output, (_marked(whole, 0),), late)
+    return with_features(output, (marked_axes(whole, 0),), late)
 
 
 def with_symbolic_length(prompt: PromptState) -> PromptState:
@@ -121,7 +122,7 @@ def with_symbolic_length(prompt: PromptState) -> PromptState:
 
     def marked(given: Any) -> Any:
         along = isinstance(given, Tensor) and given.dim() >= 2 and given.shape[-1] == length
-        return _marked(given, given.dim() - 1) if along else given
+        return marked_axes(given, given.dim() - 1) if along else given
 
     fields = {name: marked(getattr(prompt, name)) for name in ("ids", "mask", "positions")}
     return replace(prompt, **fields, rest={name: marked(given) for name, given in prompt.rest.items()})
@@ -136,11 +137,3 @@ def with_symbolic_rows(cache: Any) -> None:
         for layer in layers_of(cache):
             for tensor in (layer.keys, layer.values):
                 torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() - 2)
-
-
-def _marked(tensor: Tensor, *axes: int) -> Tensor:
-    """An alias, as marks stay on a tensor, and this one may be the user's."""
-    alias = tensor.view(tensor.shape)
-    for axis in axes:
-        torch._dynamo.maybe_mark_dynamic(alias, axis)
-    return alias
